@@ -1,0 +1,205 @@
+"""Which of this rank's rows are visual tokens, and which feature row each takes: answered once, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp.layout import SeqLayout, consecutive
+
+
+@dataclass(frozen=True, eq=False)
+class VisualPlan:
+    """Pairs (row, feature row) of one rank, in reading order; as numpy arrays or as Paddle tensors.
+
+    update_indices  int64 [n]  rows of this rank's flattened hidden states; each at most once
+    gather_indices  int64 [n]  feature rows; increasing
+    row_shape       (S_local, B) or (B, S_local): the leading shape of the hidden states the plan is for
+    num_features    N, the feature rows of the whole batch; -1 where a padded plan was not told
+    measured        int64 [2]  (n, N) as counted from the tokens; None where the arrays' lengths say it
+
+    In a padded plan, n is fixed and unused pairs are (-1, -1) at the end.
+    """
+
+    update_indices: Any
+    gather_indices: Any
+    row_shape: tuple[int, int]
+    num_features: int
+    measured: Any = None
+
+    @classmethod
+    def from_indices(
+        cls, update_indices: Any, gather_indices: Any, row_shape: Sequence[int], num_features: int
+    ) -> VisualPlan:
+        """The plan that travelled as two arrays, put together again."""
+        shapes = tuple(update_indices.shape), tuple(gather_indices.shape)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            raise ValueError(
+                f"update and gather indices must be 1-D and of one length, got {list(shapes[0])} and "
+                f"{list(shapes[1])}; squeeze [n, 1] arrays before handing them over"
+            )
+        first, second = row_shape
+        return cls(update_indices, gather_indices, (int(first), int(second)), int(num_features))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the hidden states have once flattened."""
+        return self.row_shape[0] * self.row_shape[1]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the indices are numpy arrays."""
+        return isinstance(self.update_indices, np.ndarray)
+
+    @cached_property
+    def counts(self) -> Any:
+        """(n, N) as int64 [2], where the indices live; reading it from a device costs a synchronisation."""
+        if self.measured is not None:
+            return self.measured
+        used = (self.update_indices >= 0).sum()
+        if self.on_host:
+            return np.array([used, self.num_features], dtype=np.int64)
+        import paddle
+
+        return paddle.stack([used, paddle.full_like(used, self.num_features)])
+
+    def check(self) -> None:
+        """Reads `counts` and raises if the tokens do not match the feature rows that the plan was made for."""
+        _, visual = self.counts.tolist()
+        if self.num_features >= 0:
+            check_feature_count(visual, self.num_features)
+
+    def to(self, place: Any) -> VisualPlan:
+        """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place), without waiting for the copy."""
+        from paddle_vl_sp.ops import on_place
+
+        measured = None if self.measured is None else on_place(self.measured, place)
+        update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
+        return VisualPlan(update, gather, self.row_shape, self.num_features, measured)
+
+
+def plan_visual(
+    tokens: Any,
+    placeholder_ids: Sequence[int] | None,
+    layout: SeqLayout,
+    *,
+    sequence_first: bool,
+    num_features: int | None = None,
+    padded: bool = False,
+) -> VisualPlan:
+    """The plan of the rank that `layout` describes.
+
+    tokens           ids [B, S] (int32 or int64), or a bool mask [B, S] with placeholder_ids=None;
+                     a numpy array gives a plan of numpy arrays, a Paddle tensor one of tensors on its device
+    sequence_first   whether the hidden states are [S_local, B, H] or [B, S_local, H]
+    num_features     features.shape[0], where the caller knows it: held against the tokens
+    padded           fixed size, no host synchronisation; a mismatch shows in `check()`
+
+    Two samples of six tokens, v visual, cut for two sequence-parallel ranks; what rank 1 gets::
+
+        tokens         t v v v t t        feature rows   . 0 1 2 . .
+                       v v t t v t                       3 4 . . 5 .
+        rank 1               v t t        local rows           0 1 2     (batch first)
+                             t v t                             3 4 5
+        update_indices [0 4]   gather_indices [2 5]
+
+    On a device tensor the exact form synchronises once, the padded form never.
+    """
+    ids = checked_ids(tokens, placeholder_ids)
+    _check_layout(tokens, layout)
+    if num_features is not None and num_features < 0:
+        raise ValueError(f"num_features must not be negative, got {num_features}; leave it out if it is not known")
+    announced = -1 if num_features is None else int(num_features)
+    if isinstance(tokens, np.ndarray):
+        update, gather, counts = _plan_on_host(tokens, ids, layout, sequence_first, announced, padded)
+    else:
+        from paddle_vl_sp import ops
+
+        update, gather, counts = ops.build_plan(tokens, ids, layout, sequence_first, announced, padded)
+    batch = int(tokens.shape[0])
+    row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
+    if padded:
+        return VisualPlan(update, gather, row_shape, announced, counts)
+    visual = int(counts[1])
+    if num_features is not None:
+        check_feature_count(visual, announced)
+    return VisualPlan(update, gather, row_shape, visual)
+
+
+def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The placeholder ids as a tuple, or None for a bool mask, after holding the kind of tokens against them."""
+    kind = str(tokens.dtype).removeprefix("paddle.")
+    if len(tokens.shape) != 2:
+        raise ValueError(f"tokens must be [B, S], got shape {list(tokens.shape)}")
+    if placeholder_ids is None:
+        if kind != "bool":
+            raise ValueError(
+                f"without placeholder_ids, tokens must be a bool mask, got {kind}: pass the ids to look for"
+            )
+        return None
+    if kind not in ("int32", "int64"):
+        raise ValueError(f"with placeholder_ids, tokens must be int32 or int64 ids, got {kind}")
+    ids = tuple(placeholder_ids)
+    if not ids or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"placeholder_ids must be one or more integers, such as (image_id, video_id), got {ids}")
+    return tuple(int(i) for i in ids)
+
+
+def check_feature_count(visual: int, num_features: int, kind: str = "visual") -> None:
+    if visual != num_features:
+        raise ValueError(
+            f"the batch has {visual} {kind} tokens but {num_features} feature rows: every placeholder takes exactly "
+            "one row; look for truncated ids, dropped images or a wrong placeholder id"
+        )
+
+
+def _check_layout(tokens: Any, layout: SeqLayout) -> None:
+    batch, seq_len = tokens.shape
+    if seq_len != layout.seq_len:
+        raise ValueError(
+            f"tokens are [{batch}, {seq_len}] but the layout is for seq_len {layout.seq_len}: plan with the ids of "
+            "the whole padded sequence"
+        )
+    if layout.cu_seqlens is not None and batch != 1:
+        raise ValueError(f"a layout with cu_seqlens describes one packed row, B = 1, got tokens with B = {batch}")
+
+
+def _plan_on_host(
+    tokens: npt.NDArray[Any],
+    ids: tuple[int, ...] | None,
+    layout: SeqLayout,
+    sequence_first: bool,
+    num_features: int,
+    padded: bool,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """update [n], gather [n], counts [2] in numpy."""
+    batch, seq_len = tokens.shape
+    visual = np.flatnonzero(tokens if ids is None else np.isin(tokens, ids))  # [N] places among the B * S tokens
+    start, length = layout.intervals().T  # [K]
+    sample = np.arange(batch, dtype=np.int64)[:, None]
+    run = (sample * seq_len + start).ravel()  # [B * K] where each run of ours begins among the B * S tokens
+    first = np.searchsorted(visual, run)
+    found = np.searchsorted(visual, run + np.tile(length, batch)) - first
+    gather = consecutive(first, found)  # [n]
+    local = (sample * layout.local_len + np.cumsum(length) - length).ravel()  # [B * K] and among our B * S_local
+    update = visual[gather] + np.repeat(local - run, found)  # [n]
+    if sequence_first:
+        b, s = np.divmod(update, max(layout.local_len, 1))
+        update = s * batch + b
+    counts = np.array([update.size, visual.size], dtype=np.int64)
+    if not padded:
+        return update, gather, counts
+    num_rows = batch * layout.local_len
+    capacity = num_rows if num_features < 0 else min(num_rows, num_features)
+    kept = update.size if num_features < 0 else int(np.searchsorted(gather, num_features))
+    unused = (0, capacity - kept)
+    return (
+        np.pad(update[:kept], unused, constant_values=-1),
+        np.pad(gather[:kept], unused, constant_values=-1),
+        counts,
+    )

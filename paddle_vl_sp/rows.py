@@ -1,0 +1,65 @@
+"""Visual features into hidden states, at the rows a plan names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle_vl_sp.plan import VisualPlan
+
+
+def replace_rows(hidden: Any, features: Any, plan: VisualPlan) -> Any:
+    """hidden[update] = features[gather], on a copy: hidden [..., H], features [N, H].
+
+    Pure movement, exact in every dtype; features are converted to hidden's dtype. Gradients: features get that of
+    their rows, in their own dtype, zero where this rank does not use them; hidden gets zero at the replaced rows.
+    """
+    from paddle_vl_sp import ops
+
+    _check(hidden, features, plan)
+    return ops.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
+
+
+def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = False) -> Any:
+    """hidden[update] += features[gather]: hidden [..., H], features [N, H]; on a copy, or in place.
+
+    Rows are unique, so the result is deterministic and rounded once; features are converted to hidden's dtype first.
+    Gradients: features get that of their rows, in their own dtype, zero where this rank does not use them.
+    In place, nothing but the rows is touched; it is for hidden states that no other operation needs as they were.
+    """
+    from paddle_vl_sp import ops
+
+    _check(hidden, features, plan)
+    if inplace and hidden.is_leaf and not hidden.stop_gradient:
+        raise ValueError(
+            "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
+            "pass inplace=False, or hidden states that an operation made"
+        )
+    return ops.add_rows(hidden, features, plan.update_indices, plan.gather_indices, inplace)
+
+
+def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
+    if plan.on_host:
+        raise ValueError("the plan holds numpy arrays: bring it to the hidden states first, plan.to(hidden.place)")
+    for name, x in (("hidden", hidden), ("features", features)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    leading, width = list(hidden.shape[:-1]), hidden.shape[-1]
+    if len(features.shape) != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"features must be [N, {width}] for hidden states {list(hidden.shape)}, got {list(features.shape)}"
+        )
+    if leading != list(plan.row_shape) and leading != [plan.num_rows]:
+        raise ValueError(
+            f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{plan.num_rows}, H]), got "
+            f"{list(hidden.shape)}: plan with the layout, batch and sequence_first of these hidden states"
+        )
+    if plan.num_features not in (-1, features.shape[0]):
+        raise ValueError(
+            f"the plan is for {plan.num_features} feature rows, got {features.shape[0]}: use the features of the "
+            "batch that was planned"
+        )
+    places = {str(x.place) for x in (hidden, features, plan.update_indices, plan.gather_indices)}
+    if len(places) > 1:
+        raise ValueError(
+            f"hidden, features and plan must be on one device, got {sorted(places)}: plan.to(hidden.place)"
+        )

@@ -1,0 +1,54 @@
+"""The launcher: results in rank order, errors with their rank, a hang ended in time with the line it stood at."""
+
+import os
+import time
+
+import paddle
+import paddle.distributed as dist
+import pytest
+from paddle_vl_sp.testing import RanksFailed, run_ranks
+
+
+def sum_of_ranks(scale):
+    x = paddle.to_tensor([float(dist.get_rank())]) * scale
+    dist.all_reduce(x)
+    return dist.get_rank(), x.item()
+
+
+def fail_on_one():
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 says no, with numbers 3 and 4")
+    dist.all_reduce(paddle.ones([1]))
+
+
+def hang_on_one():
+    if dist.get_rank() == 1:
+        time.sleep(1000)  # the line that the report must show
+
+
+def die_silently():
+    if dist.get_rank() == 0:
+        os._exit(7)
+
+
+@pytest.mark.parametrize("nranks", [2, 4])
+def test_results_come_in_rank_order(nranks):
+    total = 10.0 * sum(range(nranks))
+    assert run_ranks(sum_of_ranks, nranks, 10.0) == [(rank, total) for rank in range(nranks)]
+
+
+def test_an_error_is_told_with_its_rank_and_ends_the_others():
+    with pytest.raises(RanksFailed, match="(?s)rank 0: .*all_reduce.*rank 1: .*no, with numbers 3 and 4"):
+        run_ranks(fail_on_one, 2)
+
+
+def test_a_hang_is_ended_and_its_line_is_told():
+    begin = time.monotonic()
+    with pytest.raises(RanksFailed, match="(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):
+        run_ranks(hang_on_one, 2, timeout=2)
+    assert time.monotonic() - begin < 100
+
+
+def test_a_silent_death_is_told():
+    with pytest.raises(RanksFailed, match="rank 0: ended with code 7"):
+        run_ranks(die_silently, 2)

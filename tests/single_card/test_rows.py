@@ -1,0 +1,326 @@
+"""replace_rows and add_rows: movement bit-exact, sums rounded once; gradients those of the reference and of a limit."""
+
+import numpy as np
+import oracle
+import paddle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
+from strategies import IMAGE, VIDEO, batches, cuts
+
+KINDS = (IMAGE, VIDEO)
+DTYPES = ["float32", "float16", "bfloat16"]
+ROWS = {"replace": replace_rows, "add": add_rows}
+
+
+def drawn(shape, dtype, seed=0, stop_gradient=True):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    tensor = paddle.to_tensor(x).astype(dtype)
+    tensor.stop_gradient = stop_gradient
+    return tensor
+
+
+def bits(x):
+    """The exact content, as comparable integers."""
+    return x.astype("float32").numpy().view(np.uint32) if x.element_size() == 2 else x.numpy().view(np.uint8)
+
+
+def a_plan(sequence_first=False, padded=False, seed=0, batch=2, seq_len=12, sp_size=2, sp_rank=1):
+    mask = np.random.default_rng(seed).random((batch, seq_len)) < 0.5
+    layout = SeqLayout(seq_len, sp_size=sp_size, sp_rank=sp_rank)
+    return plan_visual(paddle.to_tensor(mask), None, layout, sequence_first=sequence_first, padded=padded), mask
+
+
+@pytest.mark.usefixtures("implementation")
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_plan_then_apply_is_scatter_then_cut(data):
+    """Bit-exact for both: the full sequence written token by token, then cut, against this rank's rows alone."""
+    cut = data.draw(cuts(max_units=3))
+    ids = data.draw(batches(cut))
+    sequence_first, padded = data.draw(st.booleans()), data.draw(st.booleans())
+    visual = np.isin(ids, KINDS)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    width = data.draw(st.integers(1, 9))
+    full = rng.standard_normal((*ids.shape, width)).astype(np.float32)
+    features = rng.standard_normal((visual.sum(), width)).astype(np.float32)
+    for layout in cut.layouts():
+        positions = layout.positions()
+        plan = plan_visual(paddle.to_tensor(ids), KINDS, layout, sequence_first=sequence_first, padded=padded)
+        hidden = paddle.to_tensor(oracle.cut(full, positions, sequence_first))
+        for name, write in (("replace", lambda row, feature: feature), ("add", lambda row, feature: row + feature)):
+            expected = oracle.full_then_cut(full, features, visual, positions, sequence_first, write)
+            got = ROWS[name](hidden, paddle.to_tensor(features), plan)
+            assert np.array_equal(got.numpy().view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("feature_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_values_and_gradients_in_every_pair_of_types(name, dtype, feature_dtype, sequence_first, padded):
+    """Bit-exact against float32 followed by one cast: features first rounded to hidden's dtype, sums rounded once."""
+    plan, mask = a_plan(sequence_first, padded)
+    update, gather = plan.update_indices.numpy(), plan.gather_indices.numpy()
+    update, gather = update[update >= 0], gather[gather >= 0]
+    hidden = drawn([*plan.row_shape, 7], dtype, 1, stop_gradient=False)
+    features = drawn([int(mask.sum()), 7], feature_dtype, 2, stop_gradient=False)
+    out_grad = drawn(hidden.shape, dtype, 3)
+
+    out = ROWS[name](hidden, features, plan)
+    paddle.autograd.backward([out], [out_grad])
+
+    rows = hidden.astype("float32").numpy().reshape(-1, 7)
+    picked = features.astype(dtype).astype("float32").numpy()[gather]
+    rows[update] = picked if name == "replace" else rows[update] + picked
+    expected = paddle.to_tensor(rows.reshape(hidden.shape)).astype(dtype)
+    assert out.dtype == hidden.dtype
+    assert np.array_equal(bits(out), bits(expected))
+
+    flat_grad = out_grad.astype("float32").numpy().reshape(-1, 7)
+    feature_grad = np.zeros([int(mask.sum()), 7], np.float32)
+    feature_grad[gather] = flat_grad[update]
+    assert features.grad.dtype == features.dtype
+    assert np.array_equal(bits(features.grad), bits(paddle.to_tensor(feature_grad).astype(feature_dtype)))
+    if name == "replace":
+        flat_grad[update] = 0
+    assert np.array_equal(bits(hidden.grad), bits(paddle.to_tensor(flat_grad.reshape(hidden.shape)).astype(dtype)))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("name", ROWS)
+def test_gradients_against_finite_differences(name):
+    """float64, central differences of a smooth loss: within 1e-6."""
+    plan, mask = a_plan()
+    weight = drawn([*plan.row_shape, 3], "float64", 5)
+    points = [drawn([*plan.row_shape, 3], "float64", 6, False), drawn([int(mask.sum()), 3], "float64", 7, False)]
+
+    def loss(hidden, features):
+        return (paddle.sin(ROWS[name](hidden, features, plan)) * weight).sum()
+
+    loss(*points).backward()
+    for which, point in enumerate(points):
+        slope = np.zeros(point.shape)
+        for place in np.ndindex(*point.shape):
+            step = np.zeros(point.shape)
+            step[place] = 1e-6
+            ends = [[p.detach() + (sign * step if i == which else 0) for i, p in enumerate(points)] for sign in (1, -1)]
+            slope[place] = (loss(*ends[0]).item() - loss(*ends[1]).item()) / 2e-6
+        assert np.abs(slope - point.grad.numpy()).max() < 1e-6
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("leading", ["row_shape", "flat"])
+def test_any_leading_shape_of_the_plan(leading):
+    plan, mask = a_plan()
+    hidden, features = drawn([*plan.row_shape, 4], "float32"), drawn([int(mask.sum()), 4], "float32", 1)
+    expected = add_rows(hidden, features, plan)
+    shape = hidden.shape if leading == "row_shape" else [plan.num_rows, 4]
+    got = add_rows(hidden.reshape(shape), features, plan)
+    assert got.shape == shape
+    assert np.array_equal(got.numpy().ravel(), expected.numpy().ravel())
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("num_rows", [0, 4])
+@pytest.mark.parametrize("num_features", [0, 3])
+@pytest.mark.parametrize("name", ROWS)
+def test_no_visual_token_stays_in_the_graph(name, num_rows, num_features):
+    """Bit-exact: hidden unchanged; the gradient of the features is zero, not missing."""
+    nothing = paddle.zeros([0], dtype="int64")
+    plan = VisualPlan.from_indices(nothing, nothing, [1, num_rows], num_features)
+    hidden = drawn([1, num_rows, 5], "float32", 0, stop_gradient=False)
+    features = drawn([num_features, 5], "float32", 1, stop_gradient=False)
+    out = ROWS[name](hidden, features, plan)
+    assert np.array_equal(out.numpy(), hidden.numpy())
+    (out * 2).sum().backward()
+    assert features.grad is not None
+    assert features.grad.shape == [num_features, 5]
+    assert not features.grad.numpy().any()
+    assert (hidden.grad.numpy() == 2).all()
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("width", [0, 1, 3, 8, 1000])
+def test_any_width(width):
+    plan, mask = a_plan(sequence_first=True)
+    hidden, features = drawn([*plan.row_shape, width], "float32"), drawn([int(mask.sum()), width], "float32", 1)
+    expected = hidden.numpy().reshape(plan.num_rows, width)
+    expected[plan.update_indices.numpy()] += features.numpy()[plan.gather_indices.numpy()]
+    assert np.array_equal(add_rows(hidden, features, plan).numpy().reshape(plan.num_rows, width), expected)
+
+
+@pytest.mark.usefixtures("implementation")
+class TestInPlace:
+    """add_rows(inplace=True): the values and gradients of the copy, in the tensor that was given."""
+
+    @pytest.mark.parametrize("hidden_needs", [False, True])
+    @pytest.mark.parametrize("features_need", [False, True])
+    @pytest.mark.parametrize("through", ["result", "given"])
+    def test_gradients_reach_both_through_either_name(self, hidden_needs, features_need, through):
+        plan, mask = a_plan()
+        grads = []
+        for inplace in (False, True):
+            source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=not hidden_needs)
+            features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=not features_need)
+            hidden = source * 2
+            aside = (hidden * 3).sum()
+            out = add_rows(hidden, features, plan, inplace=inplace)
+            assert (out is hidden) == inplace
+            used = hidden if inplace and through == "given" else out
+            loss = (used * used).sum() + aside
+            if hidden_needs or features_need:
+                loss.backward()
+            grads.append([used.numpy(), *(None if x.grad is None else x.grad.numpy() for x in (source, features))])
+        assert (grads[0][1] is not None) == hidden_needs
+        assert (grads[0][2] is not None) == features_need
+        for copied, in_place in zip(*grads, strict=True):
+            assert np.array_equal(copied, in_place)
+
+    def test_a_leaf_that_needs_a_gradient_is_refused_before_it_changes(self):
+        plan, mask = a_plan()
+        hidden = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
+        before = hidden.numpy()
+        with pytest.raises(ValueError, match="a leaf that needs a gradient"):
+            add_rows(hidden, drawn([int(mask.sum()), 4], "float32"), plan, inplace=True)
+        assert np.array_equal(hidden.numpy(), before)
+
+    def test_a_value_another_operation_saved_is_refused_in_the_backward_pass(self):
+        plan, mask = a_plan()
+        source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
+        hidden = source * 1
+        square = hidden * hidden
+        add_rows(hidden, drawn([int(mask.sum()), 4], "float32"), plan, inplace=True)
+        with pytest.raises(Exception, match="version"):
+            square.sum().backward()
+
+    def test_a_view_that_is_not_contiguous_is_written_too(self):
+        plan, mask = a_plan(sequence_first=True)
+        features = drawn([int(mask.sum()), 4], "float32", 2)
+        batch_first = drawn([plan.row_shape[1], plan.row_shape[0], 4], "float32", 1)
+        hidden = batch_first.transpose([1, 0, 2])
+        assert not hidden.is_contiguous()
+        expected = add_rows(hidden.clone(), features, plan)
+        assert add_rows(hidden, features, plan, inplace=True) is hidden
+        assert np.array_equal(hidden.numpy(), expected.numpy())
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_recompute_gives_the_same_gradients(inplace):
+    from paddle.distributed.fleet.utils import recompute
+
+    plan, mask = a_plan()
+    weight = drawn([4, 4], "float32", 3, stop_gradient=False)
+    grads = []
+    for call in (lambda fn, *args: fn(*args), recompute):
+        hidden = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
+        features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
+        out = call(lambda h, f: add_rows(paddle.matmul(h, weight), f, plan, inplace=inplace).tanh(), hidden, features)
+        weight.clear_gradient()
+        out.sum().backward()
+        grads.append([x.grad.numpy() for x in (hidden, features, weight)])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert np.array_equal(plain, recomputed)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("features_need", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kept_by", ["retain_grads", "hook"])
+def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
+    """hidden has a second user, and somebody keeps the gradient of the result: the sum must not end up in it."""
+    plan, mask = a_plan()
+    source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
+    hidden = source * 1
+    aside = (hidden * 5).sum()
+    features = drawn([int(mask.sum()), 4], "float32", stop_gradient=not features_need)
+    out = add_rows(hidden, features, plan, inplace=inplace)
+    kept = []
+    if kept_by == "hook":
+        out.register_hook(kept.append)
+    else:
+        out.retain_grads()
+    (out.sum() + aside).backward()
+    (grad,) = kept or [out.grad]
+    assert (grad.numpy() == 1).all()
+    assert (source.grad.numpy() == 6).all()
+
+
+def test_features_are_not_kept_for_the_backward_pass():
+    """The operator keeps the indices and a number: the features' memory goes with their last user."""
+    import gc
+    import weakref
+
+    plan, mask = a_plan()
+    source = drawn([int(mask.sum()), 4], "float32", 1, stop_gradient=False)
+    features = source + 0
+    alive = weakref.ref(features)
+    out = add_rows(drawn([*plan.row_shape, 4], "float32"), features, plan)
+    del features
+    gc.collect()
+    assert alive() is None
+    out.sum().backward()
+    assert source.grad.numpy().sum() == 4 * len(plan.gather_indices)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("name", ROWS)
+class TestRefusals:
+    """What was got, what was expected, and the hidden states untouched."""
+
+    @pytest.fixture
+    def case(self):
+        plan, mask = a_plan()
+        return plan, drawn([*plan.row_shape, 4], "float32"), drawn([int(mask.sum()), 4], "float32")
+
+    def refused(self, name, hidden, features, plan, message):
+        before = hidden.numpy().copy()
+        with pytest.raises(ValueError, match=message):
+            ROWS[name](hidden, features, plan)
+        assert np.array_equal(hidden.numpy(), before)
+
+    def test_features_fewer_or_more_than_planned(self, name, case):
+        plan, hidden, features = case
+        n = features.shape[0]
+        self.refused(name, hidden, features[:-1], plan, f"the plan is for {n} feature rows, got {n - 1}")
+        self.refused(
+            name, hidden, paddle.concat([features, features]), plan, f"the plan is for {n} feature rows, got {2 * n}"
+        )
+
+    def test_widths_that_differ(self, name, case):
+        plan, hidden, features = case
+        self.refused(name, hidden, features[:, :3], plan, r"features must be \[N, 4\] .* got \[\d+, 3\]")
+
+    def test_a_plan_for_other_hidden_states(self, name, case):
+        plan, hidden, features = case
+        swapped = hidden.transpose([1, 0, 2])
+        self.refused(name, swapped, features, plan, r"the plan is for hidden states \[2, 6\] .* got\s+\[6, 2, 4\]")
+        self.refused(name, hidden[:, :-1], features, plan, r"\[2, 6\] .* got\s+\[2, 5, 4\]")
+
+    def test_a_plan_on_the_host(self, name, case):
+        _, hidden, features = case
+        plan = plan_visual(np.ones((2, 6), dtype=bool), None, SeqLayout(6), sequence_first=False)
+        self.refused(name, hidden, features, plan, r"plan\.to\(hidden\.place\)")
+
+    def test_integers(self, name, case):
+        plan, hidden, features = case
+        self.refused(name, hidden.astype("int64"), features, plan, "hidden must be floating point, got paddle.int64")
+        self.refused(name, hidden, features.astype("int32"), plan, "features must be floating point, got paddle.int32")
+
+
+@pytest.mark.usefixtures("implementation")
+def test_pairs_outside_their_tables_are_skipped():
+    """Bit-exact: an index that does not fit is never followed, whatever brought it there."""
+    plan = VisualPlan.from_indices(paddle.to_tensor([1, 9, 3, -5, 2]), paddle.to_tensor([0, 1, 7, 2, 2]), (1, 4), -1)
+    hidden, features = drawn([1, 4, 3], "float32", 1, False), drawn([3, 3], "float32", 2, False)
+    out = replace_rows(hidden, features, plan)
+    expected = hidden.numpy()[0].copy()
+    expected[1], expected[2] = features.numpy()[0], features.numpy()[2]
+    assert np.array_equal(out.numpy()[0], expected)
+    out.sum().backward()
+    assert features.grad.numpy()[:, 0].tolist() == [1, 0, 1]
+    assert hidden.grad.numpy()[0, :, 0].tolist() == [1, 0, 0, 1]
