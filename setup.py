@@ -79,7 +79,7 @@ def operators(paddle) -> Extension:
     if extension.cuda:
         root = cuda_root(find_nvcc() or "nvcc")
         built_for["cuda"] = ",".join(cuda_architectures())
-        extension.include_dirs.append(str(root / "include"))
+        extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]  # thrust, since CUDA 13
         extension.library_dirs.append(str(root / "lib64"))
         extension.define_macros += [(name, None) for name in ("VLSP_WITH_CUDA", "PADDLE_WITH_CUDA", "PADDLE_NO_PYTHON")]
         extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]

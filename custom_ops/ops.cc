@@ -197,10 +197,7 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
   return {made.update, made.gather, made.counts};
 }
 
-std::vector<Shape> plan_shapes(const Shape& tokens, const paddle::optional<Shape>& table,
-                               const std::vector<int64_t>& ids, const std::vector<int64_t>& rule,
-                               int64_t table_local_len, bool sequence_first, int64_t num_features,
-                               bool padded) {
+std::vector<Shape> plan_shapes(const Shape& tokens, const paddle::optional<Shape>& table) {
   return {{-1}, {-1}, {2}};
 }
 

@@ -80,8 +80,10 @@ class _AddRowsInplace(PyLayer):  # type: ignore[misc]  # a custom operator's own
 
 
 def _run_rows(name: str, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    num_features = features.shape[0]
-    like_features = gather if num_features >= 0 else features.detach()[:, :0]
+    if paddle.in_dynamic_mode():
+        num_features, like_features = features.shape[0], gather  # the second is not looked at
+    else:
+        num_features, like_features = -1, features[:, :0]
     (out,) = _run(name, hidden, features, update, gather, like_features, num_features, _element_type(features))
     return out
 

@@ -52,7 +52,7 @@ def joint_order(tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video:
 
 def joint_rows(image: Tensor, video: Tensor, order: Tensor) -> Tensor:
     """The rows `order` of [image; video]."""
-    both = _computable(paddle.concat([image, video.astype(image.dtype)]))
+    both = paddle.concat([_computable(image), _computable(video.astype(image.dtype))])
     return paddle.gather(both, order).astype(image.dtype)
 
 

@@ -3,6 +3,8 @@
 Nothing here is shared with the package, so a mistake would have to be made twice.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -10,7 +12,7 @@ def cut_positions(seq_len, cp_size, cp_rank, cp_mode, sp_size, sp_rank, cu_seqle
     """The global positions one rank owns, by splitting lists: segment by segment for cp, then the rest for sp."""
     bounds = cu_seqlens or (0, seq_len)
     row = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         segment = list(range(begin, end))
         if cp_size == 1:
             row += segment
@@ -41,10 +43,8 @@ def pairs(visual, positions, sequence_first):
 def full_then_cut(hidden, features, visual, positions, sequence_first, write):
     """write(row, feature) on the full hidden [B, S, H] token by token, then this rank's part in its own order."""
     full = hidden.copy()
-    feature_row = 0
-    for b, s in zip(*np.nonzero(visual), strict=True):
+    for feature_row, (b, s) in enumerate(zip(*np.nonzero(visual), strict=True)):
         full[b, s] = write(full[b, s], features[feature_row])
-        feature_row += 1
     return cut(full, positions, sequence_first)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
+
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.layout import length_multiple
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+
 from oracle import cut_positions
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.layout import length_multiple

@@ -1,11 +1,12 @@
 """plan_visual against a loop over tokens: exact, for every implementation, every rank together."""
 
 import numpy as np
-import oracle
 import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import oracle
 from paddle_vl_sp import SeqLayout, VisualPlan, plan_visual, reference
 from strategies import IMAGE, VIDEO, batches, cuts
 

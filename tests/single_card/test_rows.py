@@ -1,11 +1,12 @@
 """replace_rows and add_rows: movement bit-exact, sums rounded once; gradients those of the reference and of a limit."""
 
 import numpy as np
-import oracle
 import paddle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import oracle
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
 from strategies import IMAGE, VIDEO, batches, cuts
 

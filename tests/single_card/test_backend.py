@@ -1,0 +1,123 @@
+"""Which implementation serves is decided once, said aloud, and never aborts the process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paddle_vl_sp
+from paddle_vl_sp import ops
+
+PACKAGE = Path(paddle_vl_sp.__file__).parent
+SHOW = "import paddle_vl_sp; print(paddle_vl_sp.backend())"
+USE = """
+import numpy as np, paddle, paddle_vl_sp as v
+plan = v.plan_visual(paddle.to_tensor(np.eye(4, dtype=bool)), None, v.SeqLayout(4), sequence_first=False)
+out = v.add_rows(paddle.zeros([4, 4, 2], "bfloat16"), paddle.ones([4, 2], "bfloat16"), plan)
+print(out.astype("float32").sum().item())
+print(v.backend())
+"""
+
+
+def python(code, path=PACKAGE.parent, **env):
+    """The last line and all output of a new process that sees the package at `path`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(path)} | env,
+        cwd=path,
+        capture_output=True,
+        text=True,
+    )
+    return done, done.stdout.strip().splitlines()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The package's Python files in another place, and its operators where it has them."""
+    shutil.copytree(PACKAGE, tmp_path / "paddle_vl_sp", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def with_operators():
+    if ops.backend().name != "op":
+        pytest.skip(f"no custom operators: {ops.backend().reason}")
+
+
+def test_python_can_be_asked_for():
+    done, lines = python(USE, PADDLE_VL_SP_BACKEND="python")
+    assert lines == ["8.0", "python: PADDLE_VL_SP_BACKEND=python"]
+    assert "WARNING" not in done.stderr
+
+
+def test_operators_can_be_asked_for():
+    with_operators()
+    _, lines = python(USE, PADDLE_VL_SP_BACKEND="op")
+    assert lines[0] == "8.0"
+    assert lines[1].startswith("op on cpu")
+
+
+def test_an_unknown_choice_is_refused():
+    done, _ = python(SHOW, PADDLE_VL_SP_BACKEND="cuda")
+    assert "PADDLE_VL_SP_BACKEND must be one of auto, op, python, got 'cuda'" in done.stderr
+
+
+def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
+    for library in (copy / "paddle_vl_sp").glob("_ops*.so"):
+        library.unlink()
+    done, lines = python(USE, copy)
+    assert lines[0] == "8.0"
+    assert lines[1].startswith("python: no compiled operators are installed; build it with `pip install")
+    assert done.stderr.count("plain Paddle serves, the custom operators do not") == 1
+    done, _ = python(SHOW, copy, PADDLE_VL_SP_BACKEND="op")
+    assert "OperatorsUnavailable: no compiled operators are installed" in done.stderr
+
+
+def test_operators_of_another_paddle_are_never_loaded(copy):
+    with_operators()
+    (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
+    info = ops.build_info(library)
+    content = library.read_bytes()
+    here, other = f"commit={info['commit']} ".encode(), f"commit={'0' * len(info['commit'])} ".encode()
+    assert here in content
+    library.write_bytes(content.replace(here, other))
+    done, lines = python(USE, copy)
+    assert lines[0] == "8.0"
+    assert f"built for Paddle {info['paddle']} (0000" in lines[1]
+    assert done.returncode == 0
+    done, _ = python(SHOW, copy, PADDLE_VL_SP_BACKEND="op")
+    assert "OperatorsUnavailable" in done.stderr
+
+
+def test_a_damaged_library_is_not_the_end(copy):
+    with_operators()
+    (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
+    marker = library.read_bytes().split(b"vlsp-build ")[1].split(b"\0")[0]
+    library.write_bytes(b"not a library, vlsp-build " + marker + b"\0")
+    done, lines = python(USE, copy)
+    assert done.returncode == 0
+    assert lines[0] == "8.0"
+    assert f"{library.name} does not load" in lines[1]
+
+
+def test_what_a_library_was_built_for_is_read_without_loading_it():
+    with_operators()
+    import paddle
+
+    (library,) = PACKAGE.glob("_ops*.so")
+    assert ops.build_info(library) == {
+        "paddle": paddle.version.full_version,
+        "commit": paddle.version.commit,
+        "cuda": "0",
+    }
+
+
+def test_layouts_and_plans_on_the_host_import_no_paddle():
+    code = """
+import sys, numpy as np, paddle_vl_sp as v
+v.plan_visual(np.ones((1, 4), dtype=bool), None, v.SeqLayout(4, sp_size=2), sequence_first=True, padded=True).check()
+print([name for name in sys.modules if name.startswith("paddle") and not name.startswith("paddle_vl_sp")])
+"""
+    assert python(code)[1] == ["[]"]

@@ -1,0 +1,110 @@
+"""What users install: from the source archive with and without a compiler, and with CUDA code where nvcc is."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__", ".hypothesis")
+LOAD = """
+import sys, numpy as np, paddle, paddle_vl_sp as v
+plan = v.plan_visual(paddle.to_tensor(np.eye(3, dtype=bool)), None, v.SeqLayout(3), sequence_first=True)
+print(v.backend().name, v.backend().devices, plan.update_indices.tolist())
+"""
+
+
+def run(*command, cwd, **env):
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+def wheel_of(archive, folder, **env):
+    done = run(
+        *("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(archive)), cwd=folder, **env
+    )
+    return done, next(folder.glob("*.whl"), None)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The source archive of the tree as it is."""
+    source = tmp_path_factory.mktemp("source") / "tree"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    done = run("setup.py", "-q", "sdist", "-d", "..", cwd=source, PADDLE_VL_SP_BUILD="skip")
+    assert done.returncode == 0, done.stderr
+    return next(source.parent.glob("*.tar.gz"))
+
+
+def loaded_from(wheel, folder):
+    """What a new process says that sees nothing but the wheel's content."""
+    target = folder / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    return run("-W", "ignore", "-c", LOAD, cwd=target, PYTHONPATH=str(target)).stdout.split("\n")[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_source_archive_builds_a_wheel_with_operators_and_no_object_files(archive, tmp_path):
+    done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".o", ".cc", ".cu", ".h")) or "tests" in name]
+    assert wheel.stat().st_size < 1_000_000
+    assert loaded_from(wheel, tmp_path) == "op ('cpu',) [0, 4, 8]"
+
+
+def test_without_a_compiler_the_package_installs_and_plain_paddle_serves(archive, tmp_path):
+    _, wheel = wheel_of(archive, tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert loaded_from(wheel, tmp_path) == "python () [0, 4, 8]"
+
+
+def test_without_a_compiler_operators_that_are_required_fail_the_build(archive, tmp_path):
+    done, wheel = wheel_of(
+        archive, tmp_path, CC="no-such-compiler", CXX="no-such-compiler", PADDLE_VL_SP_BUILD="require"
+    )
+    assert done.returncode != 0
+    assert wheel is None
+
+
+@pytest.fixture(scope="module")
+def cuda_library(tmp_path_factory):
+    """Built for sm_80 and sm_90 and linked against the installed Paddle; no GPU is needed for that."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc: the CUDA code is not compiled here")
+    folder = tmp_path_factory.mktemp("cuda")
+    where = ("-b", str(folder / "lib"), "-t", str(folder / "temp"))
+    env = {"PADDLE_VL_SP_CUDA": "1", "PADDLE_VL_SP_BUILD": "require", "PADDLE_CUDA_ARCH_LIST": "8.0;9.0"}
+    done = run("setup.py", "-q", "build_ext", *where, cwd=ROOT, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((folder / "lib").rglob("_ops*.so"))
+
+
+def test_operators_with_cuda_say_what_they_were_built_for(cuda_library):
+    from paddle_vl_sp.ops import build_info
+
+    assert build_info(cuda_library)["cuda"] == "80,90"
+
+
+def test_operators_with_cuda_register_serve_the_cpu_and_refuse_what_does_not_fit(cuda_library):
+    code = f"""
+import paddle
+from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
+print(sorted(load_op_meta_info_and_register_op({str(cuda_library)!r})))
+from paddle import _C_ops
+ids = paddle.to_tensor([[1, 5, 5, 1]])
+print([x.tolist() for x in _C_ops._run_custom_op("vlsp_plan", ids, None, [5], [1, 0, 1, 1, 0, 0], 4, False, -1, False)])
+try:
+    _C_ops._run_custom_op("vlsp_plan", ids, None, [5], [1, 0, 1, 3, 0, 0], 4, False, -1, False)
+except OSError as error:
+    print("refused" if "the length 4 is not divisible by 3" in str(error) else error)
+"""
+    lines = run("-W", "ignore", "-c", code, cwd=cuda_library.parent).stdout.split("\n")
+    names = ["vlsp_add_rows", "vlsp_add_rows_", "vlsp_add_rows_back", "vlsp_plan", "vlsp_replace_rows"]
+    assert lines[:3] == [str(names), "[[1, 2], [0, 1], [2, 2]]", "refused"]

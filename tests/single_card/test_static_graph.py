@@ -1,0 +1,126 @@
+"""The operators inside static graphs, with shapes unknown when the graph is built: bit-exact with eager."""
+
+import numpy as np
+import paddle
+import pytest
+from paddle.static import InputSpec
+
+from paddle_vl_sp import SeqLayout, VisualPlan, native, ops, plan_visual, replace_rows
+
+pytestmark = pytest.mark.skipif(ops.backend().name != "op", reason=f"no custom operators: {ops.backend().reason}")
+DYNAMIC = [
+    InputSpec([None, None, 4], "float32"),
+    InputSpec([None, 4], "float32"),
+    InputSpec([None], "int64"),
+    InputSpec([None], "int64"),
+]
+SHAPES = [(2, 12), (1, 7), (3, 5)]
+
+
+class Rows(paddle.nn.Layer):
+    def __init__(self, name):
+        super().__init__()
+        self.apply = getattr(native, name)
+        self.scale = self.create_parameter([4], default_initializer=paddle.nn.initializer.Constant(1.5))
+
+    def forward(self, hidden, features, update, gather):
+        return self.apply(hidden * self.scale, features * self.scale, update, gather)
+
+
+def drawn(batch, seq_len, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((batch, seq_len)) < 0.5
+    plan = plan_visual(paddle.to_tensor(mask), None, SeqLayout(seq_len), sequence_first=False)
+    hidden = paddle.to_tensor(rng.standard_normal((batch, seq_len, 4), dtype=np.float32), stop_gradient=False)
+    features = paddle.to_tensor(rng.standard_normal((int(mask.sum()), 4), dtype=np.float32), stop_gradient=False)
+    return hidden, features, plan.update_indices, plan.gather_indices
+
+
+@pytest.mark.parametrize("full_graph", [True, False])
+@pytest.mark.parametrize("name", ["replace_rows", "add_rows"])
+def test_forward_and_backward_of_a_graph_with_unknown_shapes(name, full_graph):
+    layer = Rows(name)
+    graph = paddle.jit.to_static(Rows(name), input_spec=DYNAMIC, full_graph=full_graph)
+    for batch, seq_len in SHAPES:
+        found = []
+        for model in (layer, graph):
+            inputs = drawn(batch, seq_len)
+            out = model(*inputs)
+            model.clear_gradients()
+            (out * out).sum().backward()
+            found.append([out, inputs[0].grad, inputs[1].grad, model.scale.grad])
+        for eager, static in zip(*found, strict=True):
+            assert np.array_equal(eager.numpy(), static.numpy())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
+    layout = SeqLayout(8, sp_size=2, sp_rank=1)
+
+    class Indices(paddle.nn.Layer):
+        def forward(self, ids):
+            return native.build_plan(ids, (5, 6), layout, True, -1, padded)
+
+    builder = paddle.jit.to_static(Indices(), input_spec=[InputSpec([None, None], "int64")], full_graph=True)
+    paddle.jit.save(builder, str(tmp_path / "indices"))
+    loaded = paddle.jit.load(str(tmp_path / "indices"))
+    for batch, seq_len in ((1, 8), (3, 8), (2, 16)):
+        ids = np.random.default_rng(batch).integers(0, 8, (batch, seq_len))
+        expected = plan_visual(
+            ids, (5, 6), SeqLayout(seq_len, sp_size=2, sp_rank=1), sequence_first=True, padded=padded
+        )
+        update, gather, counts = loaded(paddle.to_tensor(ids))
+        assert update.tolist() == expected.update_indices.tolist()
+        assert gather.tolist() == expected.gather_indices.tolist()
+        assert counts.tolist() == expected.counts.tolist()
+
+
+def test_a_length_that_does_not_divide_is_refused_when_it_arrives():
+    with pytest.raises(OSError, match="the length 9 is not divisible by 2; the next length that fits is 10"):
+        native.build_plan(paddle.zeros([1, 9], "int64"), (1,), SeqLayout(8, sp_size=2), True, -1, False)
+
+
+@pytest.mark.parametrize("cp_mode", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("remainder", ["error", "front"])
+def test_the_rule_in_the_operator_is_the_rule_of_the_layout(cp_mode, remainder):
+    """Exact, for every rank: all tokens visual, so the rows' features name the positions that are owned."""
+    for cp_size in range(1, 5):
+        for sp_size in range(1, 5):
+            unit = 1 if remainder == "front" and (cp_mode == "contiguous" or cp_size == 1) else 2 * cp_size * sp_size
+            for seq_len in (0, unit, 3 * unit, 7 * unit):
+                for cp_rank in range(cp_size):
+                    for sp_rank in range(sp_size):
+                        layout = SeqLayout(
+                            seq_len,
+                            cp_size=cp_size,
+                            cp_rank=cp_rank,
+                            cp_mode=cp_mode,
+                            sp_size=sp_size,
+                            sp_rank=sp_rank,
+                            remainder=remainder,
+                        )
+                        all_visual = paddle.ones([1, seq_len], dtype="bool")
+                        _, gather, _ = native.build_plan(all_visual, None, layout, False, -1, False)
+                        assert gather.tolist() == layout.positions().tolist()
+
+
+def test_what_guards_memory_in_the_operator_itself():
+    """Messages for people come earlier, from Python; these stop a caller who goes around it."""
+    hidden, features, update, gather = drawn(2, 6)
+    with pytest.raises(OSError, match=r"hidden must be \[.., H\] and features \[N, H\]"):
+        native.replace_rows(hidden, features[:, :2], update, gather)
+    with pytest.raises(OSError, match="must be int64 and of one length"):
+        native.replace_rows(hidden, features, update[:-1], gather)
+    with pytest.raises(OSError, match="tokens must be"):
+        native.build_plan(paddle.zeros([8], "int64"), (1,), SeqLayout(8), True, -1, False)
+
+
+def test_replace_rows_of_a_plan_traced_with_its_indices():
+    inputs = drawn(2, 6)
+
+    @paddle.jit.to_static(full_graph=False)
+    def traced(hidden, features, update, gather):
+        return replace_rows(hidden, features, VisualPlan.from_indices(update, gather, hidden.shape[:2], -1))
+
+    eager = replace_rows(inputs[0], inputs[1], VisualPlan.from_indices(*inputs[2:], (2, 6), -1))
+    assert np.array_equal(traced(*inputs).numpy(), eager.numpy())

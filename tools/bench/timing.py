@@ -1,0 +1,130 @@
+"""Contenders beside each other in one process, round after round: medians of ratios, against a memory floor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import paddle
+
+# glibc maps every larger block anew and gives it back at once: without this, large tensors measure page faults.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "OMP_NUM_THREADS": "1"}
+SYNCHRONISING_METHODS = ("item", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__")
+SYNCHRONISING_FUNCTIONS = ("nonzero", "masked_select")
+
+
+def keep_memory() -> None:
+    """Starts this program again with an allocator that keeps its memory, unless it has."""
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing it. `prepare` runs before each round, outside the clock; its result is what `run` gets."""
+
+    name: str
+    run: Callable[..., object]
+    prepare: Callable[[], tuple[object, ...]] = tuple
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    milliseconds: float
+    times_ours: float
+    times_floor: float
+    syncs: int
+
+
+def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int) -> list[Line]:
+    """A line for ours and each other contender: median time, and medians of the ratios within each round."""
+    contenders = [ours, *others, floor]
+    syncs = {c.name: count_syncs(c) for c in contenders}  # also the warm-up
+    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            arguments = contender.prepare()
+            start = time.perf_counter()
+            contender.run(*arguments)
+            times[contender.name].append(time.perf_counter() - start)
+
+    def ratio(name: str, to: str) -> float:
+        return median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+    return [
+        Line(c.name, 1e3 * median(times[c.name]), ratio(c.name, ours.name), ratio(c.name, floor.name), syncs[c.name])
+        for c in contenders
+    ]
+
+
+def show(title: str, lines: list[Line], note: str) -> None:
+    print(f"\n{title}\n  {note}")
+    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11}")
+    for line in lines:
+        print(
+            f"  {line.name:44} {line.milliseconds:10.3f} {line.times_ours:8.2f} {line.times_floor:8.2f}"
+            f" {line.syncs:11d}"
+        )
+
+
+def count_syncs(contender: Contender) -> int:
+    """How often one run asks the host for a value that a device would have to finish first."""
+    arguments = contender.prepare()
+    with counted_syncs() as counts:
+        contender.run(*arguments)
+    return counts[0]
+
+
+@contextmanager
+def counted_syncs() -> Iterator[list[int]]:
+    """Counts reads of tensors by the host and operations whose output size is data, once however deep they nest."""
+    counts, depth = [0], [0]
+
+    def watched(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            counts[0] += depth[0] == 0
+            depth[0] += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+
+        return call
+
+    places = [(paddle.Tensor, name) for name in SYNCHRONISING_METHODS] + [
+        (paddle, name) for name in SYNCHRONISING_FUNCTIONS
+    ]
+    originals = [getattr(place, name) for place, name in places]
+    try:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, watched(original))
+        yield counts
+    finally:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
+
+
+def machine() -> str:
+    model = "unknown CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores, Paddle {paddle.version.full_version}, Python {platform.python_version()}"
+
+
+def runs_of_visual(batch: int, seq_len: int, shortest: int, longest: int, seed: int = 0) -> np.ndarray:
+    """A bool mask [batch, seq_len] of alternating runs of text and of visual tokens, half of each on average."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((batch, seq_len), dtype=bool)
+    for row in mask:
+        ends = np.cumsum(rng.integers(shortest, longest + 1, size=2 * seq_len // shortest + 2))
+        row[:] = np.searchsorted(ends, np.arange(seq_len), side="right") % 2 == 1
+    return mask
