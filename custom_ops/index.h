@@ -63,7 +63,8 @@ struct TileCount {
   int64_t all;  // visual tokens in the tile
 };
 
-int64_t num_tiles_cuda(const Tokens& tokens);  // 0 where there is no token; then no launch is needed
+// 0 where there is no token: then count_tiles_cuda launches nothing, and write_plan_cuda still pads.
+int64_t num_tiles_cuda(const Tokens& tokens);
 
 // tiles: [num_tiles] in device memory. Their sums are the two counts, for a host that must know n first.
 int count_tiles_cuda(const Tokens& tokens, const Placeholders& visual, const Owned& owned, TileCount* tiles,

@@ -1,0 +1,73 @@
+// The CUDA functions of index.h and rows.h for a caller without C++ (ctypes): plain numbers and pointers, all
+// arrays in device memory but `ids` and up to kMaxInlineIntervals intervals. Element and token types are the
+// numbers of their enums. Every int returned is a cudaError_t.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "index.h"
+#include "rows.h"
+
+namespace {
+
+vlsp::Tokens make_tokens(const void* data, int type, int64_t batch, int64_t seq_len) {
+  return {data, static_cast<vlsp::TokenType>(type), batch, seq_len};
+}
+
+vlsp::Placeholders make_placeholders(const int64_t* ids, int count) {
+  vlsp::Placeholders visual{{}, count};
+  std::copy_n(ids, count, visual.ids);
+  return visual;
+}
+
+vlsp::Owned make_owned(const int64_t* intervals, int64_t count, int64_t local_len) {
+  static_assert(sizeof(vlsp::Interval) == 3 * sizeof(int64_t), "intervals are an int64 table [count, 3]");
+  return {reinterpret_cast<const vlsp::Interval*>(intervals), count, local_len};
+}
+
+using RowsFunction = int (*)(const vlsp::RowArrays&, const vlsp::Pairs&, const vlsp::RowShape&, void*);
+
+}  // namespace
+
+extern "C" {
+
+const char* vlsp_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int64_t vlsp_num_tiles(int64_t batch, int64_t seq_len) {
+  return vlsp::num_tiles_cuda(make_tokens(nullptr, 0, batch, seq_len));
+}
+
+int vlsp_count_tiles(const void* tokens, int token_type, int64_t batch, int64_t seq_len, const int64_t* ids,
+                     int num_ids, const int64_t* intervals, int64_t num_intervals, int64_t local_len,
+                     void* tiles, void* stream) {
+  if (num_ids > vlsp::kMaxPlaceholders) return cudaErrorInvalidValue;
+  return vlsp::count_tiles_cuda(
+      make_tokens(tokens, token_type, batch, seq_len), make_placeholders(ids, num_ids),
+      make_owned(intervals, num_intervals, local_len), static_cast<vlsp::TileCount*>(tiles), stream);
+}
+
+int vlsp_write_plan(const void* tokens, int token_type, int64_t batch, int64_t seq_len, const int64_t* ids,
+                    int num_ids, const int64_t* intervals, int64_t num_intervals, int64_t local_len,
+                    const void* tiles, int64_t* update, int64_t* gather, int64_t capacity,
+                    int64_t num_features, int64_t* counts, int sequence_first, void* stream) {
+  if (num_ids > vlsp::kMaxPlaceholders) return cudaErrorInvalidValue;
+  const vlsp::Plan plan{update, gather, capacity, num_features, counts, sequence_first != 0};
+  return vlsp::write_plan_cuda(make_tokens(tokens, token_type, batch, seq_len),
+                               make_placeholders(ids, num_ids),
+                               make_owned(intervals, num_intervals, local_len),
+                               static_cast<const vlsp::TileCount*>(tiles), plan, stream);
+}
+
+// operation: 0 replace, 1 add, 2 take, 3 zero
+int vlsp_rows(int operation, void* hidden, int hidden_type, void* features, int feature_type,
+              const int64_t* update, const int64_t* gather, int64_t num_pairs, int64_t num_rows,
+              int64_t num_features, int64_t width, void* stream) {
+  constexpr RowsFunction kFunctions[] = {vlsp::replace_rows_cuda, vlsp::add_rows_cuda, vlsp::take_rows_cuda,
+                                         vlsp::zero_rows_cuda};
+  if (operation < 0 || operation > 3) return cudaErrorInvalidValue;
+  const vlsp::RowArrays arrays{hidden, static_cast<vlsp::ElementType>(hidden_type), features,
+                               static_cast<vlsp::ElementType>(feature_type)};
+  return kFunctions[operation](arrays, {update, gather, num_pairs}, {num_rows, num_features, width}, stream);
+}
+
+}  // extern "C"
