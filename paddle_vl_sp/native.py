@@ -57,7 +57,7 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -
 
 def add_rows_inplace(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
     """hidden[update] += features[gather]; -1 is skipped. hidden is contiguous and not a leaf that needs a gradient."""
-    if hidden.stop_gradient:
+    if hidden.stop_gradient or not paddle.is_grad_enabled():
         _run("vlsp_add_rows_", hidden, features, update, gather)
     else:
         _AddRowsInplace.apply(hidden, features, update, gather)
@@ -81,6 +81,8 @@ class _AddRowsInplace(PyLayer):  # type: ignore[misc]  # a custom operator's own
 
 def _run_rows(name: str, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
     if paddle.in_dynamic_mode():
+        if not paddle.is_grad_enabled():  # which custom operators do not ask
+            hidden, features = hidden.detach(), features.detach()
         num_features, like_features = features.shape[0], gather  # the second is not looked at
     else:
         num_features, like_features = -1, features[:, :0]

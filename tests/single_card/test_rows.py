@@ -251,6 +251,35 @@ def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
     assert (source.grad.numpy() == 6).all()
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("name", [*ROWS, "add in place"])
+def test_no_grad_makes_no_graph(name):
+    plan, mask = a_plan()
+    weight = drawn([4], "float32", 1, stop_gradient=False)
+    features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
+    with paddle.no_grad():
+        hidden = drawn([*plan.row_shape, 4], "float32", 3) * weight
+        out = (
+            add_rows(hidden, features, plan, inplace=True)
+            if name == "add in place"
+            else ROWS[name](hidden, features, plan)
+        )
+    assert out.stop_gradient
+    assert out.is_leaf
+
+
+@pytest.mark.usefixtures("implementation")
+def test_adding_in_place_without_grad_to_what_has_a_graph():
+    """As Paddle's own in-place operations: the value changes, the graph stays that of the old value."""
+    plan, mask = a_plan()
+    source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
+    hidden = source * 2
+    with paddle.no_grad():
+        add_rows(hidden, drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False), plan, inplace=True)
+    hidden.sum().backward()
+    assert (source.grad.numpy() == 2).all()
+
+
 def test_features_are_not_kept_for_the_backward_pass():
     """The operator keeps the indices and a number: the features' memory goes with their last user."""
     import gc
