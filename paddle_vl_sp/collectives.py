@@ -1,0 +1,77 @@
+"""Collectives without gradients: what a backend lacks is made from what it has, here and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+
+def is_alone(group: Any) -> bool:
+    """Whether there is nobody to talk to: no group, or a group of one."""
+    return group is None or group.nranks <= 1
+
+
+def is_gloo(group: Any) -> bool:
+    return str(group.backend).upper() == "GLOO"
+
+
+def has_reduce_scatter(group: Any) -> bool:
+    """Gloo has none: there an all-reduce and a cut take its place, with twice the bytes."""
+    return not is_gloo(group)
+
+
+def wire_place(group: Any) -> Any:
+    """Where a tensor must live to travel in this group."""
+    return "cpu" if is_gloo(group) else paddle.device.get_device()
+
+
+def gathered(x: Tensor, group: Any) -> Tensor:
+    """[rows, ...] on every rank, the same shape  ->  [nranks * rows, ...], rank after rank."""
+    out = paddle.empty([group.nranks * x.shape[0], *x.shape[1:]], dtype=x.dtype)
+    if x.size:  # gloo ends the process over an empty tensor
+        dist.stream.all_gather(out, x.contiguous(), group=group, sync_op=True)
+    return out
+
+
+def summed(x: Tensor, group: Any) -> Tensor:
+    """The sum over the group, in x's dtype, and in x's own memory if it is contiguous: x must be the caller's."""
+    return _reduced(x, group, dist.all_reduce)
+
+
+def summed_at(owner: int, x: Tensor, group: Any) -> Tensor:
+    """As `summed`, but on the rank with place `owner` alone; what the others get means nothing."""
+    return _reduced(x, group, functools.partial(dist.reduce, dst=group.ranks[owner]))
+
+
+def _reduced(x: Tensor, group: Any, reduce: Callable[..., Any]) -> Tensor:
+    if not x.size:
+        return x
+    if is_gloo(group) and x.dtype == paddle.float16:  # gloo's float16 sum is wrong: 1 + 2 is inf
+        return _reduced(x.astype("float32"), group, reduce).astype("float16")
+    x = x.contiguous()
+    reduce(x, group=group)
+    return x
+
+
+def summed_block(x: Tensor, group: Any) -> Tensor:
+    """[nranks * rows, ...]  ->  [rows, ...]: the sum over the group of the block that this rank's place names."""
+    rows = x.shape[0] // group.nranks
+    if not has_reduce_scatter(group):
+        return summed(x, group)[group.rank * rows : (group.rank + 1) * rows]
+    out = paddle.empty([rows, *x.shape[1:]], dtype=x.dtype)
+    if x.size:
+        dist.stream.reduce_scatter(out, x.contiguous(), group=group, sync_op=True)
+    return out
+
+
+def broadcast(x: Tensor, owner: int, group: Any) -> Tensor:
+    """x of the rank with place `owner` in the group; on the others x gives the shape and may be overwritten."""
+    x = x.contiguous()
+    if x.size:
+        dist.broadcast(x, src=group.ranks[owner], group=group)
+    return x

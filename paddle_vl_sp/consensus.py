@@ -1,0 +1,91 @@
+"""What ranks must know of each other before they may go on: errors, and whether they hold the same batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+import paddle.distributed as dist
+
+from paddle_vl_sp import collectives
+
+
+def agree(error: BaseException | None, group: Any) -> None:
+    """Raises on every rank if any rank passes an error, so that nobody waits for a rank that will not come.
+
+    All ranks raise one error with the words of the first rank that failed: a ValueError where that was one, else a
+    RuntimeError. Every rank must make the call; it is one small collective, and waits for it.
+    """
+    agree_on([], error, group)
+
+
+def agree_on(numbers: Sequence[int], error: BaseException | None, group: Any) -> npt.NDArray[np.int64]:
+    """The numbers of every rank, [nranks, len(numbers)], unless a rank has an error: then every rank raises it."""
+    if collectives.is_alone(group):
+        if error is not None:
+            raise error
+        return np.asarray(numbers, dtype=np.int64)[None]
+    table = exchange([error is not None, *numbers], group)
+    failed = np.flatnonzero(table[:, 0])
+    if failed.size:
+        raise _common_error(failed, error, group) from error
+    return table[:, 1:]
+
+
+def exchange(numbers: Sequence[int], group: Any) -> npt.NDArray[np.int64]:
+    """Equally many numbers of every rank: int64 [nranks, len(numbers)], on the host."""
+    row = np.asarray(numbers, dtype=np.int64)[None]
+    if collectives.is_alone(group):
+        return row
+    mine = paddle.to_tensor(row, place=collectives.wire_place(group))
+    table: npt.NDArray[np.int64] = collectives.gathered(mine, group).numpy()
+    return table
+
+
+def fingerprint(*values: Any) -> int:
+    """64 bits that tell whether two ranks hold the same: ids (array or tensor, of any integer type), numbers, text."""
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        if hasattr(value, "shape"):
+            array = np.ascontiguousarray(value.numpy() if hasattr(value, "numpy") else value, dtype=np.int64)
+            digest.update(f"{array.shape}".encode() + array.tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def check_same(mark: int, what: str, group: Any) -> None:
+    """Raises on every rank if the ranks' fingerprints of `what` differ; one small collective."""
+    hold_same(exchange([mark], group)[:, 0], what)
+
+
+def hold_same(marks: npt.NDArray[np.int64], what: str) -> None:
+    """marks [nranks] must be one number; every rank that sees the same marks raises the same error."""
+    other = np.flatnonzero(marks != marks[0])
+    if other.size:
+        raise ValueError(
+            f"the ranks of one group must hold the same {what}: rank {other[0]} ({_hex(marks[other[0]])}) differs "
+            f"from rank 0 ({_hex(marks[0])}); look for a data loader that feeds these ranks differently"
+        )
+
+
+def _hex(mark: np.int64) -> str:
+    return f"fingerprint {int(mark) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _common_error(failed: npt.NDArray[np.intp], error: BaseException | None, group: Any) -> Exception:
+    told: list[tuple[bool, str]] = []
+    mine = isinstance(error, ValueError), "" if error is None else _words(error)
+    dist.all_gather_object(told, mine, group=group)
+    is_value_error, words = told[failed[0]]
+    ranks = ", ".join(map(str, failed))
+    message = f"rank {ranks} of {group.nranks} failed, so all stop; rank {failed[0]} says: {words}"
+    return ValueError(message) if is_value_error else RuntimeError(message)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

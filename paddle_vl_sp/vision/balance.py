@@ -1,0 +1,113 @@
+"""Spreading costs over ranks: the best runs, and, where order is free, the longest first. Numpy only."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+SWAP_ROUNDS = 2  # for each rank; most batches need fewer
+GOOD_ENOUGH = 1.001  # largest load over the mean
+
+Integers = npt.NDArray[np.int64]
+
+
+def count_ends(num_items: int, num_ranks: int) -> list[int]:
+    return [-(-num_items * (rank + 1) // num_ranks) for rank in range(num_ranks)]
+
+
+def even_ends(costs: Integers, num_ranks: int) -> list[int]:
+    """Where each rank's run ends: no load over the least possible bound, and near the mean of what is left."""
+    num_items = len(costs)
+    bound = _least_bound(costs, num_ranks)
+    prefix = _sums(costs)
+    earliest = num_items - _filled(_sums(costs[::-1]), bound, num_ranks)  # [k] where the last k may begin
+    ends = [0]
+    for rank in range(num_ranks):
+        begin, after = ends[-1], num_ranks - rank - 1
+        least = min(begin + 1, num_items)
+        lowest = max(earliest[after], least)
+        highest = min(_reach(prefix, begin, bound), max(num_items - after, least))  # an item for every later rank
+        mean_end = prefix[begin] + (prefix[-1] - prefix[begin]) / (after + 1)
+        ends.append(int(min(max(_nearest(prefix, mean_end), lowest), highest)))
+    return ends[1:]
+
+
+def _least_bound(costs: Integers, num_ranks: int) -> int:
+    """The largest load of the best contiguous partition, exactly.
+
+    Bisects, and moves each end of the interval to the nearest sum of a run, so that few rounds are needed.
+    """
+    if not len(costs):
+        return 0
+    prefix = _sums(costs)
+    total = int(prefix[-1])
+    low, high = max(int(costs.max()), -(-total // num_ranks)), total
+    while low < high:
+        middle = (low + high) // 2
+        ends = _filled(prefix, middle, num_ranks)
+        if ends[-1] == len(costs):
+            high = int(np.diff(prefix[ends]).max())
+        else:
+            low = int((prefix[ends[1:] + 1] - prefix[ends[:-1]]).min())  # up to here nothing would change
+    return high
+
+
+def _filled(prefix: Integers, bound: int, num_ranks: int) -> Integers:
+    """[num_ranks + 1] run ends where each rank takes all it can within the bound; the last may fall short."""
+    ends = [0]
+    for _ in range(num_ranks):
+        ends.append(_reach(prefix, ends[-1], bound))
+    return np.array(ends, dtype=np.int64)
+
+
+def _reach(prefix: Integers, begin: int, bound: int) -> int:
+    """How far a run from `begin` goes within the bound."""
+    return int(np.searchsorted(prefix, prefix[begin] + bound, side="right")) - 1
+
+
+def _nearest(prefix: Integers, value: float) -> int:
+    after = min(int(np.searchsorted(prefix, value)), len(prefix) - 1)
+    return after - 1 if after and value - prefix[after - 1] <= prefix[after] - value else after
+
+
+def _sums(costs: Integers) -> Integers:
+    """[len + 1] running sums, from 0."""
+    return np.append(0, np.cumsum(costs)).astype(np.int64)
+
+
+def longest_first(costs: Integers, num_ranks: int) -> list[tuple[int, ...]]:
+    """The costliest item first, each to the rank with the least so far; then swaps that lighten the busiest rank."""
+    items: list[list[int]] = [[] for _ in range(num_ranks)]
+    heap = [(0, 0, rank) for rank in range(num_ranks)]  # load, number of items, rank
+    for item in np.argsort(-costs, kind="stable").tolist():
+        load, number, rank = heap[0]
+        items[rank].append(item)
+        heapq.heapreplace(heap, (load + int(costs[item]), number + 1, rank))
+    rounds = SWAP_ROUNDS * num_ranks
+    while rounds and _swapped(items, costs):
+        rounds -= 1
+    return [tuple(sorted(own)) for own in items]
+
+
+def _swapped(items: list[list[int]], costs: Integers) -> bool:
+    """Moves or swaps one item of the busiest rank, with the lightest that helps; False where none does."""
+    loads = [int(costs[own].sum()) for own in items]
+    by_load = sorted(range(len(items)), key=loads.__getitem__)
+    busiest = by_load.pop()
+    if loads[busiest] * len(items) <= GOOD_ENOUGH * sum(loads):
+        return False
+    for other in by_load:
+        gap = loads[busiest] - loads[other]
+        given_back = np.append(costs[items[other]], 0)  # the last: nothing
+        shift = costs[items[busiest]][:, None] - given_back  # [items of the busiest, items of the other + 1]
+        gain = np.where((shift > 0) & (shift < gap), np.minimum(shift, gap - shift), 0)
+        if gain.any():
+            give, take = divmod(int(gain.argmax()), len(given_back))
+            moved = items[busiest].pop(give)
+            if take < len(items[other]):
+                items[busiest].append(items[other].pop(take))
+            items[other].append(moved)
+            return True
+    return False

@@ -1,0 +1,170 @@
+"""Vision DP in numbers: balance of the sharing rules, and bytes and time of the gather modes on gloo.
+
+    python tools/bench/bench_vision.py [balance] [batches] [gather] [--batches 1000] [--ranks 4]
+
+balance   largest load over the least possible (the mean load, or the largest item), averaged over drawn batches
+batches   what is shared, and what moves, for some realistic batches
+gather    each mode over real processes; every result is compared with the expected rows before it is timed
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp.uneven import MODES, UnevenRows
+from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
+
+Costs = npt.NDArray[np.int64]
+
+ALPHA = tower_alpha(1152, 4304)
+LEVELS, HIDDEN, BYTES = 4, 4096, 2  # features and three deepstack levels in bf16
+DRAWS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.float64]]] = {
+    "lognormal": lambda rng, number: rng.lognormal(6, 1, number),
+    "one huge": lambda rng, number: np.append(rng.uniform(64, 256, number - 1), 16384),
+    "uniform": lambda rng, number: rng.uniform(64, 4096, number),
+}
+
+
+def dynamic_greedy(costs: Costs, num_ranks: int) -> int:
+    """Each rank takes images, at least one, until it has the mean of what is left for it and the ranks after it."""
+    largest, at = 0, 0
+    left = int(costs.sum())
+    for rank in range(num_ranks):
+        load, mean = 0, left / (num_ranks - rank)
+        while at < len(costs) and (not load or load < mean) and (not load or len(costs) - at >= num_ranks - rank):
+            load, at = load + int(costs[at]), at + 1
+        largest, left = max(largest, load), left - load
+    return largest
+
+
+def running_greedy(costs: Costs, num_ranks: int) -> int:
+    """An image belongs to the rank in whose equal part of the total cost its middle lies."""
+    middle = np.cumsum(costs) - costs / 2
+    rank = np.minimum((middle * num_ranks / costs.sum()).astype(int), num_ranks - 1)
+    return int(np.bincount(rank, costs, num_ranks).max())
+
+
+def policy(name: str) -> Callable[[Costs, int], int]:
+    return lambda costs, num_ranks: int(max(share_images(costs.tolist(), [1] * len(costs), num_ranks, name).loads))
+
+
+RULES = {
+    "count": policy("count"),
+    "greedy, mean of the rest": dynamic_greedy,
+    "greedy, part of the total": running_greedy,
+    "contiguous": policy("contiguous"),
+    "longest": policy("longest"),
+}
+
+
+def balance(batches: int) -> None:
+    print("| drawn | images | ranks | " + " | ".join(RULES) + " | contiguous worse than greedy |")
+    print("|---" * (len(RULES) + 4) + "|")
+    for name, draw in DRAWS.items():
+        for images, ranks in ((4, 2), (4, 8), (16, 4), (16, 16), (64, 2), (64, 8), (64, 16)):
+            rng = np.random.default_rng(0)
+            drawn = [draw(rng, images).astype(np.int64) for _ in range(batches)]
+            drawn = [rng.permutation(patches * (patches + ALPHA)) for patches in drawn]
+            bound = np.array([max(costs.sum() / ranks, costs.max()) for costs in drawn])
+            loads = {rule: np.array([share(costs, ranks) for costs in drawn]) for rule, share in RULES.items()}
+            worse = int((loads["contiguous"] > loads["greedy, mean of the rest"]).sum())
+            told = " | ".join(f"{(load / bound).mean():.3f}" for load in loads.values())
+            print(f"| {name} | {images} | {ranks} | {told} | {worse} of {batches} |", flush=True)
+
+
+BATCHES = {
+    "32 photos and 8 pages": [[1, 32, 42]] * 20 + [[1, 98, 70]] * 8 + [[1, 24, 24]] * 12,
+    "one page, 15 icons": [[1, 140, 98]] + [[1, 8, 8]] * 15,
+    "2 videos of 64 frames, 4 photos": [[64, 28, 50], [1, 40, 40], [1, 40, 40], [64, 20, 36], [1, 64, 48], [1, 16, 16]],
+    "3 photos": [[1, 40, 40], [1, 32, 42], [1, 24, 24]],
+}
+
+
+def batches(ranks: int) -> None:
+    row_bytes = LEVELS * HIDDEN * BYTES
+    for name, grids in BATCHES.items():
+        has_video = any(grid[0] > 1 for grid in grids)
+        for split_frames in (False, True) if has_video else (True,):
+            costs, tokens, _ = vision_items(np.array(grids, dtype=np.int64), 2, ALPHA, split_frames)
+            for rule in ("contiguous", "longest"):
+                share = share_images(costs.tolist(), tokens.tolist(), ranks, rule)
+                how = (", frames split" if split_frames else ", videos whole") if has_video else ""
+                print(f"\n{name}{how}")
+                print(share.report(row_bytes))
+
+
+def count_sets(ranks: int, total: int) -> Iterator[tuple[str, list[int]]]:
+    even = total // ranks
+    yield "even", [even] * ranks
+    yield "share of 40 %", [int(total * 0.4)] + [int(total * 0.6) // (ranks - 1)] * (ranks - 1)
+    yield "share of 80 %", [int(total * 0.8)] + [int(total * 0.2) // (ranks - 1)] * (ranks - 1)
+    yield "two owners", [total // 2, total // 2] + [0] * (ranks - 2)
+    yield "one owner", [total] + [0] * (ranks - 1)
+
+
+def timed_gathers(total: int, width: int, repeats: int) -> list[tuple[str, str, float]]:
+    """(counts, mode, seconds) of the forward; run on every rank."""
+    import paddle
+    import paddle.distributed as dist
+
+    from paddle_vl_sp.comm import all_gather_rows
+
+    group, found = dist.get_group(0), []
+    for name, counts in count_sets(group.nranks, total):
+        expected = np.repeat(np.arange(group.nranks, dtype=np.float32), counts)
+        x = paddle.full([counts[group.rank], width], float(group.rank))
+        x.stop_gradient = False
+        for mode in ("auto", *MODES):
+            assert (all_gather_rows(x, counts, group, mode=mode)[:, 0].numpy() == expected).all()
+            seconds = []
+            for _ in range(repeats):
+                dist.barrier(group)
+                begin = time.perf_counter()
+                all_gather_rows(x, counts, group, mode=mode)
+                seconds.append(time.perf_counter() - begin)
+            found.append((name, mode, float(np.median(seconds))))
+    return found
+
+
+def gather(ranks: int) -> None:
+    from bench_vision import timed_gathers as task  # importable, as the ranks need it
+    from paddle_vl_sp.testing import run_ranks
+
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # else page faults are what is timed
+        os.environ.setdefault(name, str(2**32))
+    total, width = 4096, 2048
+    results = run_ranks(task, ranks, total, width, 9, timeout=300)
+    slowest = {(name, mode): max(told[i][2] for told in results) for i, (name, mode, _) in enumerate(results[0])}
+    print(f"\n{ranks} gloo processes, {total} rows of {width} float32 together; MiB that each rank sends, forward ms")
+    print("| counts | " + " | ".join(MODES) + " | auto |")
+    print("|---" * (len(MODES) + 2) + "|")
+    for name, counts in count_sets(ranks, total):
+        rows = UnevenRows(tuple(counts))
+        scale = width * 4 * (ranks - 1) / ranks / 2**20
+        cells = [f"{rows.wire_rows(mode) * scale:.0f} MiB, {slowest[name, mode] * 1e3:.0f} ms" for mode in MODES]
+        print(f"| {name} | {' | '.join(cells)} | {rows.best_mode(width * 4)}, {slowest[name, 'auto'] * 1e3:.0f} ms |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["balance", "batches", "gather", []], default=[])
+    parser.add_argument("--batches", type=int, default=1000, help="drawn batches for each line of the balance table")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of batches and gather")
+    options = parser.parse_args()
+    parts = options.parts or ["balance", "batches", "gather"]
+    if "balance" in parts:
+        balance(options.batches)
+    if "batches" in parts:
+        batches(options.ranks)
+    if "gather" in parts:
+        gather(options.ranks)
+
+
+if __name__ == "__main__":
+    main()
