@@ -1,0 +1,108 @@
+"""The transformer layer that adds deepstack features: one row addition in the layer's own order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle_vl_sp.comm import complete_grad
+from paddle_vl_sp.fleet.inputs import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
+from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
+from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.rows import add_rows
+
+CARRIED = (UPDATE, GATHER, LEVELS, MASK)
+
+
+class VisualDeepstack:
+    """For a subclass of a PaddleFleet transformer layer: after the layer, level `i` is added to layer `i`'s rows.
+
+    The addition stands outside recompute and uses the plan of the embedding. Where only visual_pos_masks arrived, from
+    an embedding of PaddleFleet's own, the first deepstack layer makes the plan and, like every maker of a plan,
+    completes the gradients of the levels. The last one takes everything visual out of the dict.
+
+    inplace = True   the layer's output is written where it stands: nobody but the layer has seen it
+    inplace = False  on a copy, for a layer that keeps its output under another name
+    """
+
+    inplace = True
+    config: Any
+    layer_number: int
+
+    def forward(self, dict_args: dict[str, Any]) -> dict[str, Any]:
+        carried = {key: dict_args[key] for key in CARRIED if dict_args.get(key) is not None}
+        out: dict[str, Any] = super().forward(  # type: ignore[misc]
+            {key: value for key, value in dict_args.items() if key not in CARRIED}
+        )
+        num_levels = len(carried.get(LEVELS, []))
+        level = self.layer_number - (getattr(self.config, "num_empty_layers_add_in_head", None) or 0)
+        if 0 <= level < num_levels:
+            plan = self._carried_plan(carried, out["hidden_states"])
+            hidden = out["hidden_states"]
+            inplace = self.inplace and not (hidden.is_leaf and not hidden.stop_gradient)
+            out["hidden_states"] = self._add(hidden, carried[LEVELS][level], plan, inplace)
+        if level + 1 < num_levels:
+            out.update(carried)
+        return out
+
+    def _deepstack_process(self, hidden_states: Any, visual_pos_masks: Any, visual_embeds: Any) -> Any:
+        """visual_embeds [N, H] added where visual_pos_masks [B, S] says; as upstream, their gradient is partial."""
+        plan = self._plan_of_mask(visual_pos_masks, hidden_states, visual_embeds)
+        return self._add(hidden_states, visual_embeds, plan, inplace=False)
+
+    def _carried_plan(self, carried: dict[str, Any], hidden: Any) -> VisualPlan:
+        """The plan of the dict, or a new one, which `carried` then has for the layers that follow."""
+        levels = carried[LEVELS]
+        if UPDATE in carried and GATHER in carried:
+            row_shape = self._row_shape(hidden, carried.get(MASK))
+            return VisualPlan.from_indices(carried[UPDATE], carried[GATHER], row_shape, levels[0].shape[0])
+        if MASK not in carried:
+            raise ValueError(
+                f"{LEVELS} arrived without {UPDATE} and {GATHER} and without {MASK}: hand on what the embedding returns"
+            )
+        plan = self._plan_of_mask(carried[MASK], hidden, levels[0])
+        share = layer_share(self)
+        if share.size > 1:
+            carried[LEVELS] = complete_grad(levels, plan, share.group)
+        carried |= indices_to_carry(plan, pipeline_size(self.config))
+        return plan
+
+    def _row_shape(self, hidden: Any, mask: Any) -> tuple[int, int]:
+        """The leading shape that the layer's order and the mask's batch ask for."""
+        first, second = hidden.shape[:2]
+        if mask is None:
+            return first, second
+        return (first, mask.shape[0]) if self.config.sequence_parallel else (mask.shape[0], second)
+
+    def _plan_of_mask(self, mask: Any, hidden: Any, embeds: Any) -> VisualPlan:
+        """For hidden [S_local, B, H] under sequence parallel; without it, or flattened, rows go sample by sample."""
+        sequence_first = bool(self.config.sequence_parallel) and hidden.ndim == 3
+        layout = layer_share(self).layout(int(mask.shape[1]))
+        return plan_visual(mask, None, layout, sequence_first=sequence_first, num_features=int(embeds.shape[0]))
+
+    def _add(self, hidden: Any, embeds: Any, plan: VisualPlan, inplace: bool) -> Any:
+        return add_rows(hidden, own_columns(embeds, int(hidden.shape[-1])), plan, inplace=inplace)
+
+
+def deepstack_layer(base: type) -> type:
+    """A subclass of the transformer layer `base` with VisualDeepstack, named Visual + its name."""
+    if "transformerlayer" not in base.__name__.lower():
+        raise ValueError(
+            f"{base.__name__} is not named like a transformer layer: pipelines find the layers they cut between by "
+            "'TransformerLayer' in the class name; rename it"
+        )
+    return visual_subclass(VisualDeepstack, base)
+
+
+def own_columns(embeds: Any, width: int) -> Any:
+    """This rank's columns where the hidden states are cut along H as well: embeds [N, H] -> [N, H / size]."""
+    total = int(embeds.shape[-1])
+    if total == width:
+        return embeds
+    group = tensor_parallel_group()
+    if group is None or width * group.nranks != total:
+        size = "no group" if group is None else f"{group.nranks} ranks"
+        raise ValueError(
+            f"visual features are {total} wide and hidden states {width}: not the columns of one tensor-parallel rank "
+            f"({size}); project the features to the hidden size"
+        )
+    return embeds[:, group.rank * width : (group.rank + 1) * width]

@@ -1,0 +1,5 @@
+from paddlefleet.models.gpt.gpt_embedding import GPTEmbedding
+
+
+class Qwen3VLTextEmbedding(GPTEmbedding):
+    pass
