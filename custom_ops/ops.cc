@@ -99,9 +99,26 @@ class Ownership {
                  ? table
                  : table.copy_to(on_device ? tokens.place() : paddle::CPUPlace(), true);
     const auto* intervals = reinterpret_cast<const vlsp::Interval*>(table_.data<int64_t>());
-    // A rank that owns nothing sends one empty interval: Paddle takes an empty table for an absent one.
-    if (count == 1 && intervals[0].length == 0) count = 0;
+    // Paddle takes an empty table for an absent one, and a saved program has a table of fixed size: so a
+    // table may end in empty intervals.
+    if (!on_device) {
+      while (count > 0 && intervals[count - 1].length == 0) --count;
+      check_table(intervals, count, tokens.shape()[1]);
+    }
     owned_ = {intervals, count, local_len < 0 ? tokens.shape()[1] : local_len};
+  }
+
+  // The CPU kernels follow a table blindly; those of a GPU compare every position with it.
+  static void check_table(const vlsp::Interval* intervals, int64_t count, int64_t seq_len) {
+    int64_t end = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const vlsp::Interval& own = intervals[k];
+      PD_CHECK(
+          own.start >= end && own.length > 0 && own.length <= seq_len - own.start && own.local_start >= 0,
+          "paddle_vl_sp: interval ", k, " of the table, (", own.start, ", ", own.length, ", ",
+          own.local_start, "), is not a run after ", end, " within ", seq_len, " positions");
+      end = own.start + own.length;
+    }
   }
 
   vlsp::Interval from_rule_[2];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor, _C_ops
 from paddle.autograd import PyLayer, PyLayerContext
@@ -28,21 +29,61 @@ def build_plan(
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """update, gather and counts [2]. Padded, it never waits for a device; else it does, once, for their size."""
+    table = None
+    if layout.cu_seqlens is not None:
+        rows = interval_table(layout)
+        place = paddle.CPUPlace() if len(rows) <= MAX_INLINE_INTERVALS else tokens.place
+        table = paddle.to_tensor(rows, place=place)
+    return build_plan_of(tokens, table, ids, layout, layout.local_len, sequence_first, num_features, padded)
+
+
+def build_plan_of(
+    tokens: Tensor,
+    table: Tensor | None,
+    ids: tuple[int, ...] | None,
+    layout: SeqLayout,
+    local_len: int,
+    sequence_first: bool,
+    num_features: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """build_plan for a length that the tokens bring: the layout says how to cut, or, where it is given, the table.
+
+    local_len is that of the table; -1, where it is not known, makes the padded form as long as the sequence.
+    """
     if ids is not None and len(ids) > MAX_PLACEHOLDERS:
         tokens, ids = reference.is_any_of(tokens, ids), None
-    table = None if layout.cu_seqlens is None else _interval_table(tokens, layout)
+    rule = [
+        layout.cp_size,
+        layout.cp_rank,
+        int(layout.cp_mode == "zigzag"),
+        layout.sp_size,
+        layout.sp_rank,
+        int(layout.remainder == "front"),
+    ]
+    wanted = [1] if ids is None else list(ids)
     update, gather, counts = _run(
-        "vlsp_plan",
-        tokens,
-        table,
-        [1] if ids is None else list(ids),
-        _rule(layout),
-        layout.local_len,
-        sequence_first,
-        num_features,
-        padded,
+        "vlsp_plan", tokens, table, wanted, rule, local_len, sequence_first, num_features, padded
     )
     return update, gather, counts
+
+
+def interval_table(layout: SeqLayout, num_intervals: int | None = None) -> npt.NDArray[np.int64]:
+    """(start, length, local start) of every interval of a rank, int64 [K, 3]: what the operator takes for packed rows.
+
+    num_intervals fills up to a fixed K, with empty intervals at the end; else K is what there is, at least 1, since
+    Paddle takes an empty table for none.
+
+    cu_seqlens (0, 4, 12), rank 0 of cp_size=2, zigzag   ->   [[0 1 0] [3 3 1] [10 2 4]]
+    """
+    intervals = layout.intervals()
+    wanted = max(1, len(intervals)) if num_intervals is None else num_intervals
+    if wanted < max(1, len(intervals)):
+        raise ValueError(f"num_intervals must be at least {max(1, len(intervals))} for this layout, got {wanted}")
+    empty = np.tile(np.array([[layout.seq_len, 0]], dtype=np.int64), (wanted - len(intervals), 1))
+    filled = np.concatenate([intervals, empty])
+    length = filled[:, 1:]
+    return np.concatenate([filled, np.cumsum(length, axis=0) - length], axis=1)
 
 
 def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
@@ -85,32 +126,11 @@ def _run_rows(name: str, hidden: Tensor, features: Tensor, update: Tensor, gathe
             hidden, features = hidden.detach(), features.detach()
         num_features, like_features = features.shape[0], gather  # the second is not looked at
     else:
-        num_features, like_features = -1, features[:, :0]
+        # only its height counts: int64, since the predictor's kernels for slices of floats have crashed
+        num_features, like_features = -1, paddle.zeros([paddle.shape(features)[0], 0], dtype="int64")
     (out,) = _run(name, hidden, features, update, gather, like_features, num_features, _element_type(features))
     return out
 
 
 def _element_type(x: Tensor) -> int:
     return ELEMENT_TYPES.index(x.dtype)
-
-
-def _rule(layout: SeqLayout) -> list[int]:
-    return [
-        layout.cp_size,
-        layout.cp_rank,
-        int(layout.cp_mode == "zigzag"),
-        layout.sp_size,
-        layout.sp_rank,
-        int(layout.remainder == "front"),
-    ]
-
-
-def _interval_table(tokens: Tensor, layout: SeqLayout) -> Tensor:
-    """(start, length, local start) of every interval, int64 [K, 3], where the operator wants it."""
-    intervals = layout.intervals()
-    if not len(intervals):
-        intervals = np.zeros((1, 2), dtype=np.int64)  # Paddle would take an empty table for none
-    length = intervals[:, 1:]
-    table = np.concatenate([intervals, np.cumsum(length, axis=0) - length], axis=1)
-    place = paddle.CPUPlace() if len(table) <= MAX_INLINE_INTERVALS else tokens.place
-    return paddle.to_tensor(table, place=place)

@@ -124,3 +124,12 @@ def test_replace_rows_of_a_plan_traced_with_its_indices():
 
     eager = replace_rows(inputs[0], inputs[1], VisualPlan.from_indices(*inputs[2:], (2, 6), -1))
     assert np.array_equal(traced(*inputs).numpy(), eager.numpy())
+
+
+@pytest.mark.parametrize(
+    "table", [[[4, 3, 0], [0, 2, 3]], [[0, 9, 0]], [[-1, 2, 0]], [[2, -1, 0]], [[0, 3, 0], [2, 2, 3]], [[7, 2, 0]]]
+)
+def test_a_table_that_leads_out_of_the_tokens_is_refused(table):
+    tokens = paddle.zeros([1, 8], "int64")
+    with pytest.raises(OSError, match=r"interval \d of the table, .* is not a run after \d within 8 positions"):
+        native.build_plan_of(tokens, paddle.to_tensor(table), (1,), SeqLayout(8), 3, False, -1, False)

@@ -1,0 +1,147 @@
+"""Layers for static graphs: the index builder and the deepstack add, with batch and length known only at run time.
+
+The cut is an attribute of the saved program; the length is read from the tokens. Importing this module loads the
+operators, which is all that a process needs before it loads programs saved with them. Programs saved in plain Paddle
+need nothing of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from paddle.static import InputSpec
+
+from paddle_vl_sp import by_rule, native, ops
+from paddle_vl_sp.layout import SeqLayout, length_multiple
+from paddle_vl_sp.native import interval_table
+from paddle_vl_sp.plan import checked_ids
+
+__all__ = ["DeepstackAdd", "IndexBuilder", "interval_table", "save"]
+
+if ops.backend().name != "op":
+    logging.getLogger("paddle_vl_sp").warning(
+        "programs saved with the operators cannot run in this process, Paddle may crash on them: %s",
+        ops.backend().reason,
+    )
+
+
+class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
+    """tokens [B, S] -> update, gather and counts of one rank: what `plan_visual` gives for that length.
+
+    placeholder_ids  the ids to look for, or None for a bool mask
+    packed           forward takes `interval_table(layout)` beside the tokens, and B = 1; the table says what is
+                     owned, the sizes how much of it: one program serves all ranks
+    padded           fixed size B * S_local, unused places -1: no shape depends on what is in a tensor
+    backend          "op": one operator; "python": plain Paddle; "auto": the operator where it is loaded
+    The other arguments are those of SeqLayout. A length that does not divide stops the program.
+    """
+
+    def __init__(
+        self,
+        placeholder_ids: Sequence[int] | None,
+        *,
+        sequence_first: bool,
+        cp_size: int = 1,
+        cp_rank: int = 0,
+        cp_mode: str = "zigzag",
+        sp_size: int = 1,
+        sp_rank: int = 0,
+        remainder: str = "error",
+        packed: bool = False,
+        padded: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.ids = None if placeholder_ids is None else checked_ids(np.empty((0, 0), np.int64), placeholder_ids)
+        self.rule = SeqLayout(
+            length_multiple(cp_size=cp_size, cp_mode=cp_mode, sp_size=sp_size),
+            cp_size=cp_size,
+            cp_rank=cp_rank,
+            cp_mode=cp_mode,
+            sp_size=sp_size,
+            sp_rank=sp_rank,
+            remainder=remainder,
+        )
+        if packed and padded and remainder == "front":
+            raise ValueError(
+                "packed, padded and remainder='front' do not go together: how much a rank owns is then known from "
+                "the table alone; pad the segments so that they divide, or take the exact form (padded=False)"
+            )
+        self.sequence_first = sequence_first
+        self.packed = packed
+        self.padded = padded
+        self.serving = _serving(backend)
+
+    def input_spec(self, token_type: str = "int64") -> list[InputSpec]:
+        """What `paddle.jit.save` and `to_static` want to know; ids may be "int32", a mask is bool."""
+        tokens = InputSpec([None, None], "bool" if self.ids is None else token_type, "tokens")
+        return [tokens, InputSpec([None, 3], "int64", "intervals")] if self.packed else [tokens]
+
+    def forward(self, tokens: Tensor, intervals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if (intervals is not None) != self.packed:
+            raise ValueError("a packed builder takes interval_table(layout) beside the tokens, any other does not")
+        build = _build_by_operator if self.serving == "op" else by_rule.build_plan
+        update, gather, counts = build(tokens, intervals, self.ids, self.rule, self.sequence_first, self.padded)
+        return update, gather, counts
+
+
+class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
+    """hidden [.., H] with features [N, H] added at the rows a plan names, on a copy; -1 is skipped.
+
+    One program serves every layer and every rank.
+    """
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.serving = _serving(backend)
+
+    def input_spec(
+        self, width: int | None = None, dtype: str = "float32", feature_type: str | None = None
+    ) -> list[InputSpec]:
+        """width is H, where it is to be fixed; feature_type is that of the features, where it is not `dtype`."""
+        return [
+            InputSpec([None, None, width], dtype, "hidden"),
+            InputSpec([None, width], feature_type or dtype, "features"),
+            InputSpec([None], "int64", "update_indices"),
+            InputSpec([None], "int64", "gather_indices"),
+        ]
+
+    def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+        add = native.add_rows if self.serving == "op" else by_rule.add_rows
+        return add(hidden, features, update, gather)
+
+
+def save(layer: IndexBuilder | DeepstackAdd, path: str, input_spec: list[InputSpec] | None = None) -> None:
+    """Writes `path`.json, for paddle.jit.load and for the inference predictor; the layer stays as it is."""
+    if not paddle.get_flags("FLAGS_enable_pir_api")["FLAGS_enable_pir_api"]:
+        raise ValueError("the old IR is not supported: unset FLAGS_enable_pir_api=0 to save programs")
+    paddle.jit.save(layer, path, input_spec=layer.input_spec() if input_spec is None else input_spec)
+
+
+def _build_by_operator(
+    tokens: Tensor,
+    table: Tensor | None,
+    ids: tuple[int, ...] | None,
+    rule: SeqLayout,
+    sequence_first: bool,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = by_rule.of_fitting_length(tokens, rule)
+    update, gather, counts = native.build_plan_of(tokens, table, ids, rule, -1, sequence_first, -1, padded)
+    if padded and table is not None:
+        update, gather = by_rule.of_even_shares(update, rule), by_rule.of_even_shares(gather, rule)
+    return update, gather, counts
+
+
+def _serving(backend: str) -> str:
+    """ "op" or "python"."""
+    if backend not in ops.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+    available = ops.backend()
+    if backend == "op" and available.name != "op":
+        raise ValueError(f"backend 'op' needs the operators, but they are not loaded: {available.reason}")
+    return available.name if backend == "auto" else backend
