@@ -24,6 +24,19 @@ GRACE = 5.0  # seconds for the others to end by themselves once one rank has fai
 GROUP_MAKERS = ("init_parallel_env", "new_group", "_new_process_group_impl")
 GROUP_ATTEMPTS = 4
 
+_ELSEWHERE = {
+    "SubGroup": "paddle_vl_sp.emulate",
+    "enable_tensor_parallel_on_cpu": "paddle_vl_sp.cpu_tensor_parallel",
+    "init_tensor_parallel": "paddle_vl_sp.cpu_tensor_parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Whoever wants FakeGroup alone need not load Paddle."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+
 
 class FakeGroup:
     """What the package asks of a process group, without processes: one rank of `nranks`.

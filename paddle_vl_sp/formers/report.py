@@ -1,0 +1,50 @@
+"""What applying did: class by class and method by method, as a value that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+REPLACED, LEFT_ALONE, ABSENT = "replaced", "left alone", "absent"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method, class or module: what became of it and why."""
+
+    family: str  # "plain", "plain MoE", "fleet" or "model"
+    name: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `apply_to_qwen3_vl` did. As a context manager it takes back, on leaving, what that call had put in."""
+
+    lines: tuple[Line, ...]
+    take_back: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+
+    def names(self, state: str) -> list[str]:
+        return [line.name for line in self.lines if line.state == state]
+
+    @property
+    def replaced(self) -> list[str]:
+        """The methods that are ours now, "Class.method"."""
+        return self.names(REPLACED)
+
+    def __str__(self) -> str:
+        """A table, one line a method."""
+        rows = [(line.family, line.name, line.state, line.why) for line in self.lines]
+        family, name, state = (max((len(row[i]) for row in rows), default=0) for i in range(3))
+        told = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
+        return "\n".join(["paddle_vl_sp and Qwen3-VL", *told])
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.take_back()

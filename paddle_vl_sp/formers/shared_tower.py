@@ -1,0 +1,61 @@
+"""Vision DP for the plain classes: the tensor-parallel ranks share the tower's images instead of all encoding all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+from paddle_vl_sp.formers.deepstack import tensor_parallel_group
+from paddle_vl_sp.formers.fingerprint import OURS
+
+Encode = Callable[[Any, Any], tuple[Any, list[Any]]]
+
+_sharing: WeakSet[Any] = WeakSet()
+
+
+def share_tower(model: Any) -> Any:
+    """Turns it on for the plain Qwen3-VL inside `model`, and marks the tower's parameters: returns what has them.
+
+    Each rank's parameter gradients then cover its own images. PaddleFormers' trainer sums marked parameters over the
+    tensor-parallel group under sequence parallelism; in a loop of one's own, sum_parameter_grads does.
+    """
+    from paddle_vl_sp.vision.gradients import mark_for_sum
+
+    inner = plain_model_of(model)
+    _sharing.add(inner)
+    mark_for_sum(inner.visual)
+    return inner
+
+
+def stop_sharing(inner: Any) -> None:
+    _sharing.discard(inner)
+    for parameter in inner.visual.parameters():
+        parameter.sequence_parallel = False
+
+
+def plain_model_of(model: Any) -> Any:
+    """The layer that encodes and inserts, by a forward of ours."""
+    for layer in model.sublayers(include_self=True):
+        if hasattr(type(layer).forward, OURS) and hasattr(layer, "visual"):
+            return layer
+    raise ValueError(
+        f"vision_dp needs a plain Qwen3-VL model whose methods are replaced, got {type(model).__name__}: the tower of "
+        "the model on PaddleFleet is tensor-parallel over the same ranks, so its images cannot be shared among them"
+    )
+
+
+def is_shared(inner: Any) -> bool:
+    return inner in _sharing
+
+
+def encoded(inner: Any, encode: Encode, pixels: Any, grid: Any) -> tuple[Any, list[Any]]:
+    """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H] and levels."""
+    if not is_shared(inner):
+        return encode(pixels, grid)
+    from paddle_vl_sp.vision.parallel import encode_shared
+
+    group, merge_size = tensor_parallel_group(), inner.visual.spatial_merge_size
+    # whole: the cut's own backward makes the main features' gradient whole, complete_grad that of the levels
+    features, levels = encode_shared(encode, pixels, grid, group=group, merge_size=merge_size, grad="whole")
+    return features, levels

@@ -1,0 +1,261 @@
+"""Applying and taking back: which methods are replaced, when they are left alone, and what is said about it."""
+
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import paddle
+import pytest
+from paddleformers.transformers.qwen3_vl import modeling
+from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
+
+from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, patch, revert, tiny
+from paddle_vl_sp.formers.fingerprint import OURS, SIGNATURES, SOURCES, fingerprint, formers_version, unknown
+
+ROOT = Path(__file__).parents[2]
+MODULES = {"plain": modeling, "plain MoE": moe_modeling, "fleet": modeling_fleet}
+
+
+def methods():
+    return [
+        (getattr(MODULES[family.name], owner), method)
+        for family in patch.FAMILIES
+        for owner, made in family.methods.items()
+        for method in made
+    ]
+
+
+def standing():
+    return [owner.__dict__[method] for owner, method in methods()]
+
+
+def test_revert_restores_the_very_same_functions():
+    """Identity, of all nine methods."""
+    before = standing()
+    apply_to_qwen3_vl()
+    assert all(hasattr(function, OURS) for function in standing())
+    revert()
+    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert len(before) == 9
+
+
+def test_applying_twice_changes_nothing_more():
+    """Identity; the second report says so, and its context gives back only what it took, which is nothing."""
+    first = apply_to_qwen3_vl()
+    once = standing()
+    with apply_to_qwen3_vl() as second:
+        assert all(a is b for a, b in zip(once, standing(), strict=True))
+        assert first.replaced == second.replaced
+        assert all(line.why == "was already" for line in second.lines)
+    assert all(a is b for a, b in zip(once, standing(), strict=True))
+
+
+def test_context_manager_takes_back():
+    """Identity, also after an error inside."""
+    before = standing()
+    with pytest.raises(ZeroDivisionError), apply_to_qwen3_vl():
+        raise ZeroDivisionError
+    assert all(a is b for a, b in zip(before, standing(), strict=True))
+
+
+def test_report_is_a_value_that_reads():
+    """Every method by name; equal reports are equal."""
+    report = apply_to_qwen3_vl()
+    for owner, method in methods():
+        assert f"{owner.__name__}.{method}" in report.replaced
+        assert f"{owner.__name__}.{method}" in str(report)
+    assert isinstance(report, PatchReport)
+    revert()
+    assert apply_to_qwen3_vl() == report
+
+
+def test_models_built_before_and_after_are_alike():
+    """A batch with image and video, which upstream refuses, passes through both; after revert it is refused again."""
+    batch = tiny.draw_batch(SAMPLES["both"], seed=1)
+    before = tiny.tiny_qwen3_vl()
+    apply_to_qwen3_vl()
+    after = tiny.tiny_qwen3_vl()
+    assert float(loss_of(before, batch)) == float(loss_of(after, batch))
+    revert()
+    for model in (before, after):
+        with pytest.raises(TypeError, match="new_zeros"):
+            loss_of(model, batch)
+
+
+def test_signatures_are_kept():
+    """What inspects a forward sees upstream's parameters."""
+    before = [inspect.signature(function) for function in standing()]
+    apply_to_qwen3_vl()
+    assert [inspect.signature(function) for function in standing()] == before
+
+
+def test_fingerprints_are_those_of_the_known_version():
+    """Each table entry matches PaddleFormers 1.2.0, and each replaced method has one."""
+    if formers_version() != "1.2.0":
+        pytest.skip(f"the table is for PaddleFormers 1.2.0, this is {formers_version()}")
+    for owner, method in methods():
+        assert fingerprint(owner.__dict__[method]) in SOURCES[f"{owner.__name__}.{method}"]
+    assert {f"{owner.__name__}.{method}" for owner, method in methods()} == set(SOURCES)
+    owners = {owner.__name__: owner for owner, _ in methods()}
+    for name in SIGNATURES:
+        owner, method = name.split(".")
+        assert unknown(owners[owner], method) == ""
+
+
+def changed_deepstack(self, hidden_states, visual_pos_masks, visual_embeds):
+    return hidden_states
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """One method of the plain dense classes is another than the known one."""
+    monkeypatch.setattr(modeling.Qwen3VLTextModel, "_deepstack_process", changed_deepstack)
+
+
+@pytest.mark.usefixtures("changed")
+def test_changed_code_is_an_error_that_says_what():
+    """The method, both fingerprints and the file; and nothing was replaced."""
+    before = standing()
+    known = SOURCES["Qwen3VLTextModel._deepstack_process"][0]
+    with pytest.raises(UpstreamChanged, match=rf"Qwen3VLTextModel\._deepstack_process .*{known}.*test_apply.py:\d+"):
+        apply_to_qwen3_vl()
+    assert all(a is b for a, b in zip(before, standing(), strict=True))
+
+
+@pytest.mark.usefixtures("changed")
+def test_changed_code_is_left_alone_when_not_strict(caplog):
+    """All methods of its family stay, the others are replaced; one warning."""
+    before = modeling.Qwen3VLModelDeprecated.__dict__["forward"]
+    with caplog.at_level(logging.WARNING, "paddle_vl_sp"):
+        report = apply_to_qwen3_vl(strict=False)
+    assert modeling.Qwen3VLModelDeprecated.__dict__["forward"] is before
+    assert modeling.Qwen3VLTextModel.__dict__["_deepstack_process"] is changed_deepstack
+    assert set(report.names("left alone")) == {
+        "Qwen3VLModelDeprecated.forward",
+        "Qwen3VLTextModel.forward",
+        "Qwen3VLTextModel._deepstack_process",
+    }
+    assert len(report.replaced) == 6
+    warnings = [record for record in caplog.records if record.name == "paddle_vl_sp"]
+    assert len(warnings) == 1
+    assert "left alone" in warnings[0].getMessage()
+
+
+def test_changed_parameters_of_what_is_called(monkeypatch):
+    """get_image_features may be overridden, but must take what we give it."""
+    monkeypatch.setattr(modeling.Qwen3VLModelDeprecated, "get_image_features", lambda self, pixels: None)
+    with pytest.raises(
+        UpstreamChanged, match=r"takes \(self, pixels\), known is \(self, pixel_values, image_grid_thw\)"
+    ):
+        apply_to_qwen3_vl()
+
+
+def test_what_somebody_put_over_ours_stays(caplog):
+    """revert leaves it and says whose it is; once it is gone, revert takes ours back."""
+    original = modeling.Qwen3VLTextModel.__dict__["_deepstack_process"]
+    apply_to_qwen3_vl()
+    ours = modeling.Qwen3VLTextModel.__dict__["_deepstack_process"]
+    modeling.Qwen3VLTextModel._deepstack_process = changed_deepstack
+    with caplog.at_level(logging.WARNING, "paddle_vl_sp"):
+        revert()
+    assert modeling.Qwen3VLTextModel.__dict__["_deepstack_process"] is changed_deepstack
+    assert "test_apply has replaced it" in caplog.text
+    modeling.Qwen3VLTextModel._deepstack_process = ours
+    revert()
+    assert modeling.Qwen3VLTextModel.__dict__["_deepstack_process"] is original
+
+
+def test_switched_off_by_the_environment(monkeypatch):
+    """PADDLE_VL_SP=0: nothing is touched and the report says why; other values are refused."""
+    before = standing()
+    monkeypatch.setenv("PADDLE_VL_SP", "0")
+    assert "PADDLE_VL_SP=0" in str(apply_to_qwen3_vl())
+    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    monkeypatch.setenv("PADDLE_VL_SP", "off")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'off'"):
+        apply_to_qwen3_vl()
+
+
+def test_backend_is_held_against_what_serves():
+    """An explicit choice must hold, with the mend where it does not."""
+    from paddle_vl_sp import backend
+
+    other = {"op": "python", "python": "op"}[backend().name]
+    assert apply_to_qwen3_vl(backend=backend().name).replaced
+    with pytest.raises(ValueError, match=f"set PADDLE_VL_SP_BACKEND={other} before"):
+        apply_to_qwen3_vl(backend=other)
+    with pytest.raises(ValueError, match="must be one of 'auto', 'op', 'python', got 'cuda'"):
+        apply_to_qwen3_vl(backend="cuda")
+
+
+def test_head_norms_of_a_given_model():
+    """Marked under sequence parallelism only; the report has a line for it."""
+    model = tiny.tiny_qwen3_vl()
+    assert "no trainer sums" in str(apply_to_qwen3_vl(model))
+    attention = model.language_model.layers[0].self_attn
+    assert not getattr(attention.q_norm.weight, "sequence_parallel", False)
+    model.config.text_config.sequence_parallel = True
+    assert "8 marked" in str(apply_to_qwen3_vl(model))
+    assert attention.q_norm.weight.sequence_parallel
+    assert attention.k_norm.weight.sequence_parallel
+
+
+def test_vision_dp_wants_a_plain_model():
+    """Errors with the mend, and nothing is left replaced."""
+    before = standing()
+    with pytest.raises(ValueError, match="needs the built model"):
+        apply_to_qwen3_vl(vision_dp=True)
+    with pytest.raises(ValueError, match=r"needs a plain Qwen3-VL model .* got Linear"):
+        apply_to_qwen3_vl(paddle.nn.Linear(2, 2), vision_dp=True)
+    assert all(a is b for a, b in zip(before, standing(), strict=True))
+
+
+def test_vision_dp_marks_and_unmarks():
+    """The tower's parameters, by apply and by revert; a second apply finds it done."""
+    model = tiny.tiny_qwen3_vl()
+    assert "parameters marked" in str(apply_to_qwen3_vl(model, vision_dp=True))
+    assert "was already shared" in str(apply_to_qwen3_vl(model, vision_dp=True))
+    assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
+    revert()
+    assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+
+
+def run_python(code, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_package_imports_neither_paddle_nor_paddleformers():
+    """Only paddle_vl_sp.formers does."""
+    code = "import sys, paddle_vl_sp; print([n for n in ('paddle', 'paddleformers') if n in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+def test_command_line_without_paddle():
+    """--help and plugin-path import no Paddle; the path is that of the plugin."""
+    code = "import sys; from paddle_vl_sp.cli import main; main(['plugin-path']); print('paddle' in sys.modules)"
+    path, imported = run_python(code).split()
+    assert Path(path).name == "plugin.py"
+    assert Path(path).is_file()
+    assert imported == "False"
+
+
+PLUGIN = """
+import subprocess, sys
+from paddleformers.cli.hparams.parser import _load_custom_template
+_load_custom_template(subprocess.check_output([sys.executable, "-m", "paddle_vl_sp", "plugin-path"], text=True).strip())
+from paddleformers.transformers.qwen3_vl.modeling import Qwen3VLTextModel
+print("OURS", hasattr(Qwen3VLTextModel._deepstack_process, "_paddle_vl_sp_original"))
+"""
+
+
+@pytest.mark.parametrize(("switch", "replaced"), [("1", True), ("0", False)])
+def test_plugin_as_paddleformers_loads_it(switch, replaced):
+    """By PaddleFormers' own loader of custom_register_path; without paddlefleet its classes are absent, by a line."""
+    told = run_python(PLUGIN, PADDLE_VL_SP=switch)
+    assert f"OURS {replaced}" in told
+    if replaced:
+        assert "modeling_fleet  absent    No module named 'paddlefleet'" in told

@@ -1,0 +1,225 @@
+"""On one rank, where upstream is right: losses, gradients, logits and tokens are equal bit for bit."""
+
+import paddle
+import pytest
+from training import BUILDERS, SAMPLES, batches, loss_of, same_bits, train, upstream_and_patched
+
+from paddle_vl_sp import ops
+from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
+
+FEW = 5  # one batch of every kind
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_twenty_training_steps(family):
+    """Bit-exact: loss and every parameter gradient of 20 AdamW steps; images, videos, several a sample, text, B 1-4."""
+    given = batches(20)
+    assert {batch["input_ids"].shape[0] for batch in given} == {1, 2, 3, 4}
+    upstream, patched = upstream_and_patched(lambda: train(BUILDERS[family](), given))
+    for step, (wanted, got) in enumerate(zip(upstream, patched, strict=True)):
+        assert same_bits(wanted, got), f"step {step}"
+    assert len(upstream[0][1]) > len(upstream[3][1]), "the text-only batch gives the tower no gradient"
+    assert upstream[0][0] > upstream[15][0] > 0, "it learns"
+
+
+def frozen(part, family):
+    model = BUILDERS[family]()
+    for parameter in getattr(model, part).parameters():
+        parameter.stop_gradient = True
+    return model
+
+
+def recomputed(family="dense"):
+    model = BUILDERS[family]()
+    text = model.config.text_config
+    text.recompute_granularity, text.recompute_method, text.recompute_num_layers = "full", "uniform", 1
+    return model
+
+
+VARIANTS = {
+    "frozen language model": lambda family: frozen("language_model", family),
+    "frozen tower": lambda family: frozen("visual", family),
+    "full recompute": recomputed,
+}
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, family):
+    """Bit-exact: five training steps of each."""
+    upstream, patched = upstream_and_patched(lambda: train(VARIANTS[variant](family), batches(FEW)))
+    assert same_bits(upstream, patched)
+
+
+def test_recompute_is_real_and_changes_nothing():
+    """Bit-exact: with and without; the layers run twice."""
+    from paddleformers.transformers.qwen3_vl.modeling import Qwen3VLTextDecoderLayer as Layer
+
+    runs = []
+    handle = Layer.forward
+
+    def counted(self, *args, **kwargs):
+        runs.append(None)
+        return handle(self, *args, **kwargs)
+
+    with apply_to_qwen3_vl():
+        plain = train(tiny.tiny_qwen3_vl(), batches(1))
+        Layer.forward = counted
+        try:
+            again = train(recomputed(), batches(1))
+        finally:
+            Layer.forward = handle
+    assert same_bits(plain, again)
+    assert len(runs) == 2 * tiny.TEXT["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("tower", ["float32", "float64"])
+def test_gradient_accumulation(tower):
+    """Bit-exact: gradients summed over four batches; also of a float64 tower under a float32 language model."""
+
+    def accumulate():
+        model = tiny.tiny_qwen3_vl()
+        model.visual.to(dtype=tower)
+        for batch in batches(4):
+            loss_of(model, batch).backward()
+        return tiny.gradients_of(model)
+
+    upstream, patched = upstream_and_patched(accumulate)
+    assert same_bits(upstream, patched)
+    assert upstream["model.visual.merger.linear_fc2.weight"].dtype == tower
+
+
+def test_lora():
+    """Bit-exact: loss and adapter gradients; the keys of the state dict are the same."""
+    from paddleformers.peft import LoRAConfig, LoRAModel
+
+    targets = [".*language_model.*qkv_proj.*", ".*visual.*qkv.*", ".*visual.*linear_fc.*"]
+
+    def run():
+        paddle.seed(3)
+        model = LoRAModel(tiny.tiny_qwen3_vl(), LoRAConfig(target_modules=targets, r=4, lora_alpha=8))
+        model.mark_only_lora_as_trainable()
+        model.train()
+        loss = model(**batches(1)[0]).loss
+        loss.backward()
+        return float(loss), tiny.gradients_of(model), sorted(model.state_dict())
+
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream[:2], patched[:2])
+    assert upstream[2] == patched[2]
+    assert len(upstream[1]) > 20
+
+
+def test_state_dict_keys():
+    """The same keys in the same order, before and after."""
+    model = tiny.tiny_qwen3_vl()
+    upstream, patched = upstream_and_patched(lambda: list(model.state_dict()))
+    assert upstream == patched
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("dense", "image"), ("dense", "several"), ("dense", "video"), ("moe", "several")]
+)
+def test_eval_and_generate(family, kind):
+    """Bit-exact: logits; tokens with and without cache, of a model that was built before the classes were replaced."""
+    model = BUILDERS[family]()
+    model.eval()
+    batch = tiny.draw_batch(SAMPLES[kind], seed=4)
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+
+    @paddle.no_grad()
+    def run():
+        tokens = [
+            model.generate(**prompt, max_new_tokens=4, use_cache=cache, decode_strategy="greedy_search")[0].numpy()
+            for cache in (True, False)
+        ]
+        return [*tokens, model(**batch).logits.numpy()]
+
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream, patched)
+
+
+def ways_to_call(model, batch):
+    """The forward with everything that callers pass besides."""
+    ids = batch["input_ids"]
+    padded = paddle.ones_like(ids)
+    padded[0, :7] = 0
+    packed = paddle.concat([paddle.arange(64)[None, None].expand([1, ids.shape[0], 64]), tiny.positions(model, batch)])
+    embeds = model.get_input_embeddings()(ids)
+    yield model(**batch).loss
+    yield model(**batch, attention_mask=padded).loss
+    yield model(**batch, position_ids=packed).loss
+    yield model(**batch, output_hidden_states=True).hidden_states[2]
+    yield model(**batch, use_cache=True).logits
+    yield model(**{**batch, "inputs_embeds": embeds}).loss
+    yield model(**{**batch, "inputs_embeds": embeds, "input_ids": None}, position_ids=tiny.positions(model, batch)).loss
+    inner = {key: value for key, value in batch.items() if key not in ("labels", "input_ids")}
+    yield model.model(ids, None, tiny.positions(model, batch), **inner)[0]  # positionally
+    yield model.model(input_ids=ids, return_dict=False, **inner)[0]
+
+
+def test_ways_to_call():
+    """Bit-exact: masks, packed positions, given embeddings, with or without ids, positional, tuples."""
+    model = tiny.tiny_qwen3_vl()
+    model.eval()
+    batch = tiny.draw_batch(SAMPLES["several"], seed=6)
+
+    @paddle.no_grad()
+    def run():
+        return [value.numpy() for value in ways_to_call(model, batch)]
+
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream, patched)
+
+
+def test_masks_handed_to_the_text_model_by_others(monkeypatch):
+    """Bit-exact: whoever calls the text model with mask and levels gets upstream's result, from one plan."""
+    plans, build = [], ops.build_plan
+    monkeypatch.setattr(ops, "build_plan", lambda *args: (plans.append(None), build(*args))[1])
+    model = tiny.tiny_qwen3_vl()
+    batch = tiny.draw_batch(SAMPLES["several"], seed=6)
+    mask = batch["input_ids"] == tiny.IMAGE
+    levels = [paddle.rand([int(mask.sum()), 64]) for _ in range(3)]
+
+    def run():
+        text = model.language_model(batch["input_ids"], visual_pos_masks=mask, deepstack_visual_embeds=levels)[0]
+        return text.numpy()
+
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream, patched)
+    assert len(plans) == 1
+
+
+def test_too_few_features():
+    """An error with both numbers, before anything is computed."""
+    batch = tiny.draw_batch([["image"], ["image"]], seed=1)
+    batch["input_ids"][0, 60] = tiny.IMAGE
+    visual = int((batch["input_ids"] == tiny.IMAGE).sum())
+    model = tiny.tiny_qwen3_vl()
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=f"has {visual} visual tokens but {visual - 1} feature"):
+        loss_of(model, batch)
+
+
+def test_sequence_parallel_without_a_group():
+    """An error with the mend, not a guess."""
+    model = tiny.tiny_qwen3_vl()
+    model.config.text_config.sequence_parallel = True
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=r"no tensor-parallel group: call .*fleet\.init with"):
+        loss_of(model, tiny.draw_batch(SAMPLES["image"]))
+
+
+def test_amp_on_a_gpu():
+    """AMP O1 and bfloat16, where there is a device for them: bit-exact."""
+    if not paddle.is_compiled_with_cuda() or not paddle.device.cuda.device_count():
+        pytest.skip("no CUDA device: on the CPU AMP does nothing and bfloat16 has no kernels for this model")
+    paddle.set_device("gpu")
+
+    def run():
+        model = tiny.tiny_qwen3_vl()
+        with paddle.amp.auto_cast(level="O1", dtype="bfloat16"):
+            loss = loss_of(model, batches(1)[0])
+        loss.backward()
+        return float(loss), tiny.gradients_of(model)
+
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream, patched)

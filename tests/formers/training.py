@@ -1,0 +1,68 @@
+"""Models, batches and training steps that the tests share."""
+
+import numpy as np
+import paddle
+
+from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
+from stub_paddlefleet import stubbed_paddlefleet
+
+with stubbed_paddlefleet():  # once imported, these modules stay: the MoE and fleet classes can be replaced and used
+    from paddleformers.transformers.qwen3_vl import modeling_fleet
+    from paddleformers.transformers.qwen3_vl_moe import modeling as moe_modeling
+
+__all__ = ["modeling_fleet", "moe_modeling"]
+
+BUILDERS = {"dense": tiny.tiny_qwen3_vl, "moe": tiny.tiny_qwen3_vl_moe}
+SAMPLES = {
+    "one": [["image", "image"]],
+    "image": [["image"], ["image"]],
+    "several": [["image", "image"], ["image"], [], ["image", "image", "image"]],
+    "video": [["video"], ["video", "video"], ["video"]],
+    "text": [[], []],
+    "both": [["image", "video"], ["video"], ["image"]],
+}
+UPSTREAM_CAN = ("image", "several", "video", "text", "one")
+
+
+def batches(count, seq_len=64):
+    """Images, several a sample, videos, text, one sample; B 1 to 4; in turn."""
+    kinds = [UPSTREAM_CAN[i % len(UPSTREAM_CAN)] for i in range(count)]
+    return [tiny.draw_batch(SAMPLES[kind], seq_len, seed=i) for i, kind in enumerate(kinds)]
+
+
+def loss_of(model, batch, **more):
+    return model(**batch, position_ids=tiny.positions(model, batch), **more).loss
+
+
+def train(model, given, lr=1e-3):
+    """Loss and gradients of every step."""
+    optimizer = paddle.optimizer.AdamW(lr, parameters=[p for p in model.parameters() if not p.stop_gradient])
+    told = []
+    for batch in given:
+        loss = loss_of(model, batch)
+        loss.backward()
+        told.append((float(loss), tiny.gradients_of(model)))
+        optimizer.step()
+        optimizer.clear_grad(set_to_zero=False)
+    return told
+
+
+def upstream_and_patched(run):
+    """What `run()` returns upstream, and with the classes replaced."""
+    upstream = run()
+    with apply_to_qwen3_vl():
+        return upstream, run()
+
+
+def same_bits(a, b):
+    """Arrays, numbers, and containers of them: the same dtypes and bytes; NaN equals the same NaN."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def relative_error(got, wanted):
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))

@@ -1,0 +1,82 @@
+"""The picture: four panels that say what sequence parallelism does to the vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GREY, RED, BLUE = "#888888", "#c8401e", "#1f5fa8"
+FLOOR = 1e-8
+
+
+def draw(found: list[dict[str, Any]], path: str) -> None:
+    """`found` is what each rank found (training.on_ranks); 900 pixels wide."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(settings):
+        figure, panels = pyplot.subplots(2, 2, figsize=(9, 7.2), dpi=100)
+        _loss(panels[0, 0], found)
+        _error(panels[0, 1], found)
+        _drift(panels[1, 0], found)
+        _costs(panels[1, 1], found)
+        figure.suptitle(f"Training Qwen3-VL on {len(found)} sequence-parallel ranks (tiny model, CPU)", fontsize=13)
+        figure.tight_layout(rect=(0, 0, 1, 0.97), h_pad=2.5, w_pad=2)
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def _loss(panel: Any, found: list[dict[str, Any]]) -> None:
+    losses = {run: found[0][run]["loss"] for run in ("without SP", "upstream", "patched")}
+    steps = range(1, len(losses["upstream"]) + 1)
+    panel.plot(steps, losses["without SP"], color=GREY, linewidth=5, alpha=0.5, label="without sequence parallelism")
+    panel.plot(steps, losses["upstream"], color=RED, linewidth=1.8, label="upstream")
+    panel.plot(steps, losses["patched"], color=BLUE, linewidth=1.8, linestyle=(0, (4, 3)), label="with paddle_vl_sp")
+    panel.set(title="The loss hardly shows the fault:\nall three curves fall alike", xlabel="step", ylabel="loss")
+    panel.legend(frameon=False, fontsize=8)
+
+
+def _error(panel: Any, found: list[dict[str, Any]]) -> None:
+    told = {
+        "upstream": (RED, 1e-1, "upstream: off by about 100 %"),
+        "patched": (BLUE, 3e-4, "with paddle_vl_sp: rounding"),
+    }
+    for run, (color, height, words) in told.items():
+        worst = [max(max(values), FLOOR) for values in zip(*(rank[run]["error"] for rank in found), strict=True)]
+        panel.plot(range(1, len(worst) + 1), worst, color=color, marker="o", markersize=3, linewidth=1.5)
+        panel.text(len(worst), height, words, color=color, ha="right", va="top")
+    panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    panel.set(yscale="log", ylim=(FLOOR * 3, 30), xlabel="step", ylabel="relative error (log scale)")
+    panel.set_title("But the vision tower's gradients are wrong:\nits worst parameter, against no SP")
+
+
+def _drift(panel: Any, found: list[dict[str, Any]]) -> None:
+    for run, color, below in (("upstream", RED, -62), ("patched", BLUE, 7)):
+        drift = [100 * max(values) for values in zip(*(rank[run]["drift"] for rank in found), strict=True)]
+        panel.plot(range(1, len(drift) + 1), drift, color=color, linewidth=2.2)
+        apart = "equal to the last bit" if max(drift) == 0 else f"{drift[-1]:.1f} % apart"
+        name = "upstream" if run == "upstream" else "with paddle_vl_sp"
+        told = {"textcoords": "offset points", "ha": "right", "color": color}
+        panel.annotate(f"{name}: {apart}", (len(drift), drift[-1]), (0, below), **told)
+    panel.set(title="And the ranks' copies of the tower,\nwhich should be equal, drift apart", xlabel="step")
+    panel.set(ylabel="distance between copies, %", ylim=(-0.3, None))
+
+
+def _costs(panel: Any, found: list[dict[str, Any]]) -> None:
+    counts = found[-1]["counts"]
+    runs = ("upstream", "patched", "patched, planned by the loader")
+    for key, offset, shade, label in (
+        ("waits", -0.19, 1.0, "waits for the device"),
+        ("builds", 0.19, 0.45, "searches for the visual rows"),
+    ):
+        values, places = [counts[run][key] for run in runs], [row + offset for row in range(len(runs))]
+        bars = panel.barh(places, values, 0.36, color=(RED, BLUE, BLUE), alpha=shade)
+        panel.bar_label(bars, [f"{value} {label}" for value in values], padding=3, fontsize=8)
+    panel.set_yticks(range(len(runs)), ("upstream", "with\npaddle_vl_sp", "+ plan made\nby the loader"))
+    panel.invert_yaxis()
+    panel.set_title("What placing the features costs\nin one forward with three deepstack layers")
+    panel.set_xlim(0, 1.9 * max(count for run in counts.values() for count in run.values()))
+    panel.set_xticks([])
+    panel.spines["bottom"].set_visible(False)
