@@ -1,0 +1,28 @@
+"""Attention over a sequence that several ranks share: ring, Ulysses, both, linear; its batches and its loss."""
+
+from paddle_vl_sp.attention.batch import shard_batch
+from paddle_vl_sp.attention.delta import gated_delta_rule
+from paddle_vl_sp.attention.join import unshard
+from paddle_vl_sp.attention.linear import gated_delta_net_sp
+from paddle_vl_sp.attention.loss import gathered_losses, sequence_parallel_loss, token_losses
+from paddle_vl_sp.attention.padding import padded_layout
+from paddle_vl_sp.attention.ring import packed_attention, ring_attention
+from paddle_vl_sp.attention.topology import choose_degrees, groups_from_fleet, groups_from_ranks
+from paddle_vl_sp.attention.ulysses import ulysses_attention
+
+__all__ = [
+    "choose_degrees",
+    "gated_delta_net_sp",
+    "gated_delta_rule",
+    "gathered_losses",
+    "groups_from_fleet",
+    "groups_from_ranks",
+    "packed_attention",
+    "padded_layout",
+    "ring_attention",
+    "sequence_parallel_loss",
+    "shard_batch",
+    "token_losses",
+    "ulysses_attention",
+    "unshard",
+]

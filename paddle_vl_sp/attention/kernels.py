@@ -1,0 +1,104 @@
+"""Which kernel computes the blocks: Paddle's flash attention where it can, ours elsewhere; the choice says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor
+
+from paddle_vl_sp.attention.blocks import Blockwise, Kernel
+from paddle_vl_sp.attention.schedule import Block
+
+FLASH_ROWS = 128  # flash attention rounds the rows of its log-sum-exp up to this many
+FLASH_HEAD_SIZE = 256
+
+
+class Flash:
+    """paddle._C_ops.flash_attn and its gradient operator, a whole block at a time; fp16 or bf16 on a GPU.
+
+    The operator scales by 1 / sqrt(D): another scale is put into the queries. Its gradient operator takes output and
+    log-sum-exp as arguments, so that those of all parts together can be handed to it. Blocks are padded to 128 n rows
+    of queries (a causal block's keys too, which its real queries then do not see), where the layout of the log-sum-exp
+    has no gaps; padded rows have no gradient, since that of their output is zero.
+    """
+
+    name = "flash"
+
+    def pieces(self, block: Block) -> Iterable[Block]:
+        return (block,)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        rows = q.shape[1]
+        q, k, v = _operands(q, k, v, scale, causal)
+        out, _, lse, _ = paddle._C_ops.flash_attn(q, k, v, None, None, 0.0, causal, False, True, "")
+        return out[:, :rows].astype("float32"), lse[:, :, :rows].transpose([0, 2, 1])  # [B, Sq, Hq, D], [B, Sq, Hq]
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, cols, kind = q.shape[1], k.shape[1], q.dtype
+        q, k, v = _operands(q, k, v, scale, causal)
+        out, grad = (_rounded_up(x.astype(kind)) for x in (out, grad))
+        lse = _rounded_up(lse).transpose([0, 2, 1]).contiguous()
+        seed = paddle.zeros([2], "int64").cpu()  # read only by dropout, which is off
+        grads = paddle._C_ops.flash_attn_grad(q, k, v, out, lse, seed, None, grad, 0.0, causal)
+        grad_q, grad_k, grad_v = (x[:, :n].astype("float32") for x, n in zip(grads, (rows, cols, cols), strict=True))
+        return _scaled(grad_q, scale), grad_k, grad_v
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that serves and the reason."""
+
+    kernel: Kernel
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name}: {self.reason}"
+
+
+def choose_kernel(q: Tensor, v: Tensor) -> Choice:
+    """Flash where all of this holds, else blockwise: the tensors are on a GPU of compute capability 8.0 or more, fp16
+    or bf16, with heads of one size in q, k and v, a multiple of 8 up to 256."""
+    obstacles = _flash_obstacles(q, v)
+    if obstacles:
+        return Choice(Blockwise(), obstacles[0])
+    return Choice(Flash(), f"{q.dtype} on {q.place}, heads of {q.shape[-1]}")
+
+
+def _flash_obstacles(q: Tensor, v: Tensor) -> list[str]:
+    kind, width = str(q.dtype).removeprefix("paddle."), q.shape[-1]
+    checks = [
+        (not q.place.is_gpu_place(), f"the tensors are on {q.place}, flash attention needs a GPU"),
+        (q.place.is_gpu_place() and _before_ampere(), "the GPU is older than compute capability 8.0"),
+        (kind not in ("float16", "bfloat16"), f"the dtype is {kind}, flash attention needs float16 or bfloat16"),
+        (v.shape[-1] != width, f"heads are {width} wide in q and k, {v.shape[-1]} in v"),
+        (width > FLASH_HEAD_SIZE or width % 8 != 0, f"heads are {width} wide: flash takes multiples of 8 up to 256"),
+    ]
+    return [reason for hinders, reason in checks if hinders]
+
+
+def _before_ampere() -> bool:
+    return bool(paddle.device.cuda.get_device_capability()[0] < 8)
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    q = _rounded_up(_scaled(q, scale))
+    if causal:
+        k, v = _rounded_up(k), _rounded_up(v)
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """[B, S, ...] with zero rows at the end up to 128 n."""
+    missing = -x.shape[1] % FLASH_ROWS
+    if not missing:
+        return x
+    return paddle.concat([x, paddle.zeros([x.shape[0], missing, *x.shape[2:]], x.dtype)], axis=1)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    factor = scale * float(x.shape[-1]) ** 0.5
+    return x if abs(factor - 1.0) < 1e-6 else x * factor

@@ -1,0 +1,101 @@
+"""Linear attention (Gated DeltaNet) over a cut sequence: Ulysses around the causal convolution and the delta rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import paddle
+from paddle import Tensor
+
+from paddle_vl_sp.attention.delta import causal_conv, gated_delta_rule
+from paddle_vl_sp.attention.exchange import Group
+from paddle_vl_sp.attention.ulysses import heads_to_sequence, sequence_to_heads, share_lengths
+from paddle_vl_sp.layout import SeqLayout
+
+
+def gated_delta_net_sp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    group: Group,
+    conv_weight: Tensor | None = None,
+    delta_rule: Callable[..., Tensor] = gated_delta_rule,
+    cu_seqlens: Sequence[int] | None = None,
+    layout: SeqLayout | None = None,
+) -> Tensor:
+    """Gated DeltaNet between its projections, over a sequence cut for Ulysses: -> [B, S_local, Hv, Dv].
+
+    q, k [B, S_local, Hk, Dk], v [B, S_local, Hv, Dv], g, beta [B, S_local, Hv]; nranks divides Hk and Hv
+    conv_weight  [2 * Hk * Dk + Hv * Dv, K] (or [.., 1, K]), depthwise, for q, then k, then v, whole on every rank: the
+                 causal convolution and silu run after the exchange, on the whole sequence and this rank's heads, so
+                 that no tap is lost at a cut. Its gradient covers those heads: summed over the group it is whole
+    delta_rule   delta_rule(q, k, v, g, beta, cu_seqlens=...), with the whole sequence and a share of the heads
+    cu_seqlens   boundaries over which neither the convolution nor the state may reach
+    layout       needed only where ranks hold unequal shares; its cu_seqlens count
+
+    There is no ring here: the state runs through the sequence in order.
+    """
+    _refuse_ring(layout, group)
+    _check_delta_heads(q, k, v, g, beta, group.nranks)
+    if layout is not None and cu_seqlens is None:
+        cu_seqlens = layout.cu_seqlens
+    lengths = share_lengths(q, layout, group)
+    q, k = sequence_to_heads(paddle.concat([q, k], axis=-1), lengths, group).split(2, axis=-1)
+    v = sequence_to_heads(v, lengths, group)
+    g, beta = sequence_to_heads(paddle.stack([g, beta.astype(g.dtype)], axis=-1), lengths, group).unbind(-1)
+    if conv_weight is not None:
+        q, k, v = _convolved(q, k, v, conv_weight, group, cu_seqlens)
+    return heads_to_sequence(delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens), lengths, group)
+
+
+def _convolved(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, group: Group, cu_seqlens: Sequence[int] | None
+) -> tuple[Tensor, ...]:
+    """q, k, v [B, S, heads of this rank, D] through their channels of the convolution."""
+    shapes = [(x.shape[2] * group.nranks, x.shape[3]) for x in (q, k, v)]
+    sizes = [heads * width for heads, width in shapes]
+    if weight.shape[0] != sum(sizes):
+        raise ValueError(f"conv_weight has {weight.shape[0]} channels, q, k and v have {sizes}, together {sum(sizes)}")
+    parts = weight.reshape([weight.shape[0], -1]).split(sizes, axis=0)
+    results = []
+    for x, part, (heads, width) in zip((q, k, v), parts, shapes, strict=True):
+        share = x.shape[2]
+        mine = part.reshape([heads, width, -1])[group.rank * share : (group.rank + 1) * share]
+        results.append(causal_conv(x, mine.astype(x.dtype), cu_seqlens))
+    return tuple(results)
+
+
+def _refuse_ring(layout: SeqLayout | None, group: Group) -> None:
+    if layout is None or layout.cp_size == 1:
+        return
+    if layout.cp_mode == "zigzag" or layout.sp_size > 1:
+        raise ValueError(
+            f"linear attention cannot run on a ring, and this layout is cut for one ({layout.cp_mode}, cp_size "
+            f"{layout.cp_size}, for a group of {group.nranks}): its state runs through the sequence in order; cut with "
+            "sp_size alone (Ulysses)"
+        )
+
+
+def _check_delta_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, nranks: int) -> None:
+    shapes = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    told = ", ".join(f"{name} {list(x.shape)}" for name, x in shapes.items())
+    if (
+        len(q.shape) != 4
+        or list(q.shape) != list(k.shape)
+        or len(v.shape) != 4
+        or list(q.shape[:2]) != list(v.shape[:2])
+    ):
+        raise ValueError(f"q and k must be [B, S_local, Hk, Dk] and v [B, S_local, Hv, Dv], got {told}")
+    if list(g.shape) != list(v.shape[:3]) or list(beta.shape) != list(v.shape[:3]):
+        raise ValueError(f"g and beta must be [B, S_local, Hv], got {told}")
+    key_heads, value_heads = q.shape[2], v.shape[2]
+    if value_heads % key_heads:
+        raise ValueError(f"{key_heads} key heads must divide {value_heads} value heads")
+    if key_heads % nranks or value_heads % nranks:
+        raise ValueError(
+            f"{key_heads} key heads and {value_heads} value heads do not divide over {nranks} ranks: linear attention "
+            "has no ring to take the rest; use a group whose size divides both"
+        )

@@ -1,0 +1,212 @@
+"""Ring attention: queries stay, keys and values travel around the ring; memory does not grow with the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from paddle_vl_sp.attention.blocks import Kernel, attend, attend_backward
+from paddle_vl_sp.attention.exchange import Group, Messages, pass_on
+from paddle_vl_sp.attention.kernels import choose_kernel
+from paddle_vl_sp.attention.schedule import Schedule, ring_schedule, ring_share
+from paddle_vl_sp.layout import SeqLayout
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SeqLayout,
+    group: Group,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Attention of this rank's queries with the keys of the whole sequence: [B, S_local, heads, D] in and out.
+
+    q         [B, S_local, Hq, D]; k [B, S_local, Hk, D] and v [B, S_local, Hk, Dv], where Hk divides Hq
+    layout    who owns what: its cp cut is the ring. A further sp cut is undone by `ulysses_attention` around this
+    group     the ranks of the ring, in the order of cp_rank
+    lengths   how much of each segment is real, where segments were padded and causal is False: padding is no key
+
+    Every segment of the layout attends to itself alone. Equivalent, on the whole sequence, to
+
+        softmax(q @ k.T * scale + mask) @ v         scale = 1 / sqrt(D) unless given
+
+    Forward sends k and v (ranks - 1) times; backward sends them again, and their gradients, in fp32, as often.
+    """
+    _check_ring(layout, group)
+    check_heads(q, k, v)
+    _check_rows(q, layout)
+    schedule = ring_schedule(layout, causal, None if lengths is None else tuple(int(n) for n in lengths))
+    rows = [ring_share(layout, source).local_len for source in range(layout.cp_size)]
+    return attention_over(q, k, v, schedule, rows, group, scale)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> Tensor:
+    """Attention of a whole sequence on one rank, segment by segment: [B, S, heads, D] in and out."""
+    check_heads(q, k, v)
+    layout = SeqLayout(q.shape[1], cu_seqlens=cu_seqlens)
+    check_one_row(layout, q)
+    return attention_over(q, k, v, ring_schedule(layout, causal), [q.shape[1]], None, scale)
+
+
+def attention_over(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, rows: Sequence[int], group: Group | None, scale: float | None
+) -> Tensor:
+    """The attention that a schedule describes; rows says how many keys each rank of the ring holds."""
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    kernel = choose_kernel(q, v).kernel
+    out: Tensor = _RingAttention.apply(q, k, v, _Ring(schedule, tuple(rows), group, kernel, scale))
+    return out
+
+
+class _Ring:
+    """The constants of one call, and the way around: at each step, whose keys are here and which blocks they make."""
+
+    def __init__(
+        self, schedule: Schedule, rows: tuple[int, ...], group: Group | None, kernel: Kernel, scale: float
+    ) -> None:
+        self.schedule, self.rows, self.group, self.kernel, self.scale = schedule, rows, group, kernel, scale
+        self.size = len(schedule)
+        self.rank = 0 if group is None or self.size == 1 else group.rank
+
+    def source(self, step: int) -> int:
+        return (self.rank - step) % self.size
+
+    def pass_on(self, tensors: Sequence[Tensor], step: int) -> tuple[list[Tensor], Messages]:
+        """Sends on what belongs to the source of `step`, and expects what belongs to the source of the next."""
+        assert self.group is not None
+        rows = self.rows[self.source(step + 1)]
+        shapes = [[x.shape[0], rows, *x.shape[2:]] for x in tensors]
+        return pass_on(tensors, shapes, self.group)
+
+
+class _RingAttention(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+        batch, rows, heads, _ = q.shape
+        out = paddle.zeros([batch, rows, heads, v.shape[-1]], "float32")
+        lse = paddle.full([batch, rows, heads], -float("inf"), "float32")
+        with paddle.amp.auto_cast(enable=False):
+            _forward(ring, out, lse, q, k, v)
+        result = out.astype(q.dtype)
+        ctx.ring = ring
+        ctx.needed = [not x.stop_gradient for x in (q, k, v)]
+        ctx.save_for_backward(q, k, v, result.detach(), lse)  # the result itself would hold its own graph: a leak
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensor()
+        with paddle.amp.auto_cast(enable=False), paddle.no_grad():
+            grads = _backward(ctx.ring, grad, q, k, v, out, lse)
+        return tuple(g.astype(q.dtype) if needed else None for g, needed in zip(grads, ctx.needed, strict=True))
+
+
+def _forward(ring: _Ring, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    here = [k, v]
+    for step in range(ring.size):
+        last = step == ring.size - 1
+        if not last:
+            arriving, messages = ring.pass_on(here, step)
+        attend(out, lse, q, here[0], here[1], ring.schedule[ring.source(step)], ring.kernel, ring.scale)
+        if not last:
+            messages.wait()
+            here = arriving
+
+
+def _backward(
+    ring: _Ring, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values go around again; their gradients follow one step behind, growing, and end at home.
+
+    The share that a rank has in the gradients of its own keys stays there and is added last.
+    """
+    grad_q = paddle.zeros(q.shape, "float32")
+    here, own = [k, v], _zeros_like([k, v])
+    travelling: list[Tensor] = []
+    for step in range(ring.size):
+        last = step == ring.size - 1
+        if not last:
+            arriving, messages = ring.pass_on(here, step)
+        if step > 1:
+            travelling, grad_messages = ring.pass_on(travelling, step - 1)
+        shares = _zeros_like(here) if step else own
+        blocks = ring.schedule[ring.source(step)]
+        grads = (grad_q, shares[0], shares[1])
+        attend_backward(grads, grad, q, here[0], here[1], out, lse, blocks, ring.kernel, ring.scale)
+        if step > 1:
+            grad_messages.wait()
+            travelling = _sums(travelling, shares)
+        elif step == 1:
+            travelling = shares
+        if not last:
+            messages.wait()
+            here = arriving
+    if ring.size > 1:
+        travelling, grad_messages = ring.pass_on(travelling, ring.size - 1)
+        grad_messages.wait()
+        own = _sums(own, travelling)
+    return grad_q, own[0], own[1]
+
+
+def _sums(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(left, right, strict=True)]
+
+
+def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [paddle.zeros(x.shape, "float32") for x in tensors]
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if any(len(x.shape) != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be [B, S_local, heads, D], got {shapes}")
+    if len({x.dtype for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if list(k.shape[:3]) != list(v.shape[:3]) or list(q.shape[:2]) != list(k.shape[:2]) or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in B and S_local, k and v in heads, q and k in D; got {shapes}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly: q heads must be a multiple"
+        )
+
+
+def check_one_row(layout: SeqLayout, x: Tensor) -> None:
+    if layout.cu_seqlens is not None and x.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens describes one packed row, B = 1, got B = {x.shape[0]}: attend to each row by itself"
+        )
+
+
+def _check_ring(layout: SeqLayout, group: Group) -> None:
+    if (group.nranks, group.rank) != (layout.cp_size, layout.cp_rank):
+        raise ValueError(
+            f"the ring is the layout's cp cut, rank {layout.cp_rank} of {layout.cp_size}, but the group says rank "
+            f"{group.rank} of {group.nranks}: make the layout with this group's size and rank"
+        )
+
+
+def _check_rows(q: Tensor, layout: SeqLayout) -> None:
+    check_one_row(layout, q)
+    expected = ring_share(layout).local_len
+    if q.shape[1] == expected:
+        return
+    mend = "pass the rank's own share of the sequence"
+    if layout.sp_size > 1:
+        mend = "the layout has an sp cut too, so pass this function to ulysses_attention over the sp group"
+    raise ValueError(f"q has {q.shape[1]} rows, the layout's cp share is {expected}: {mend}")

@@ -1,0 +1,182 @@
+"""Ulysses: an all-to-all turns a share of the sequence with all heads into the whole with a share of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from paddle_vl_sp.attention.exchange import Group, all_to_all
+from paddle_vl_sp.attention.ring import check_heads, packed_attention
+from paddle_vl_sp.layout import SeqLayout
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group,
+    attention: Callable[..., Tensor] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    layout: SeqLayout | None = None,
+) -> Tensor:
+    """Attention of this rank's queries with the keys of the whole sequence: [B, S_local, heads, D] in and out.
+
+    q           [B, S_local, Hq, D], k and v [B, S_local, Hk, D]: rank r holds the r-th stretch of the sequence
+    group       ranks that divide Hq; Hk is a multiple of their number, or divides it: then key heads are repeated
+    attention   called with the whole sequence and Hq / nranks heads: attention(q, k, v, causal=..., scale=...);
+                None is attention over the segments of cu_seqlens. For ring x Ulysses, where this group is the sp cut:
+                functools.partial(ring_attention, layout=layout, group=ring_group)
+    layout      needed only where ranks hold unequal shares; its cu_seqlens count, and its cut is held against the group
+
+    Two ranks, two heads, four positions; a letter is one position of one head::
+
+        rank 0   A0 A1 | B0 B1          rank 0   A0 A1 A2 A3
+        rank 1   A2 A3 | B2 B3    ->    rank 1   B0 B1 B2 B3    -> attention -> and back
+    """
+    check_heads(q, k, v)
+    if layout is not None and attention is None and cu_seqlens is None:
+        cu_seqlens = layout.cu_seqlens
+    inner = _inner_attention(attention, cu_seqlens, layout, group)
+    lengths = share_lengths(q, layout, group)
+    _check_query_heads(q.shape[2], group.nranks)
+    k, v = (_enough_heads(x, group.nranks) for x in (k, v))
+    q, k, v = (sequence_to_heads(x, lengths, group) for x in (q, k, v))
+    return heads_to_sequence(inner(q, k, v, causal=causal, scale=scale), lengths, group)
+
+
+def sequence_to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    """[B, lengths[rank], H, D] -> [B, sum(lengths), H / nranks, D]"""
+    if group.nranks == 1:
+        return x
+    result: Tensor = _SequenceToHeads.apply(x, tuple(lengths), group)
+    return result
+
+
+def heads_to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    """[B, sum(lengths), H / nranks, D] -> [B, lengths[rank], H, D]"""
+    if group.nranks == 1:
+        return x
+    result: Tensor = _HeadsToSequence.apply(x, tuple(lengths), group)
+    return result
+
+
+def share_lengths(x: Tensor, layout: SeqLayout | None, group: Group) -> list[int]:
+    """How many positions each rank of the group holds: by the layout, or, without one, as many as this one."""
+    if layout is None:
+        return [int(x.shape[1])] * group.nranks
+    shares = _shares(layout, group)
+    lengths = [share.local_len for share in shares]
+    if x.shape[1] != lengths[group.rank]:
+        raise ValueError(
+            f"q has {x.shape[1]} rows, the layout says {lengths[group.rank]} for rank {group.rank} of {lengths}"
+        )
+    if layout.cu_seqlens is not None and x.shape[0] != 1:
+        raise ValueError(f"a layout with cu_seqlens describes one packed row, B = 1, got B = {x.shape[0]}")
+    return lengths
+
+
+def _shares(layout: SeqLayout, group: Group) -> list[SeqLayout]:
+    """The layouts of the group's ranks, whose shares follow each other in the sequence (or in the cp rank's row)."""
+    here = (group.nranks, group.rank)
+    if (layout.sp_size, layout.sp_rank) == here:
+        return [replace(layout, sp_rank=rank) for rank in range(group.nranks)]
+    contiguous = layout.cp_mode == "contiguous" and layout.sp_size == 1
+    if contiguous and (layout.cp_size, layout.cp_rank) == here:
+        if layout.cu_seqlens is not None:
+            raise ValueError(
+                "a cp cut takes every segment of cu_seqlens apart by itself, so that the ranks' shares do not follow "
+                f"each other and Ulysses cannot join them: cut with sp_size={layout.cp_size}, or use ring_attention"
+            )
+        return [replace(layout, cp_rank=rank) for rank in range(group.nranks)]
+    raise ValueError(
+        f"Ulysses joins stretches that follow each other: the layout's sp cut (rank {layout.sp_rank} of "
+        f"{layout.sp_size}) or a contiguous cp cut (here {layout.cp_mode}, rank {layout.cp_rank} of {layout.cp_size}) "
+        f"must be that of the group, rank {group.rank} of {group.nranks}"
+    )
+
+
+def _inner_attention(
+    attention: Callable[..., Tensor] | None, cu_seqlens: Sequence[int] | None, layout: SeqLayout | None, group: Group
+) -> Callable[..., Tensor]:
+    if attention is None:
+        if layout is not None and layout.cp_size > 1 and layout.sp_size == group.nranks:
+            raise ValueError(
+                f"the layout has a cp cut over {layout.cp_size} ranks that Ulysses does not join: pass "
+                "attention=functools.partial(ring_attention, layout=layout, group=ring_group)"
+            )
+        return partial(packed_attention, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens is for the attention that is built in: bind it to your own, "
+            "attention=functools.partial(yours, cu_seqlens=...), or give ring_attention a layout with cu_seqlens"
+        )
+    return attention
+
+
+def _check_query_heads(heads: int, nranks: int) -> None:
+    if heads % nranks:
+        raise ValueError(
+            f"{heads} query heads do not divide over {nranks} ranks: Ulysses gives every rank as many; use a group "
+            "whose size divides the heads, and the ring for the rest (choose_degrees)"
+        )
+
+
+def _enough_heads(x: Tensor, nranks: int) -> Tensor:
+    """Key heads repeated where they are fewer than the ranks; query head i still meets its own key head."""
+    heads = x.shape[2]
+    if heads % nranks == 0:
+        return x
+    if nranks % heads:
+        raise ValueError(
+            f"{heads} key heads and {nranks} ranks: one must be a multiple of the other; use a group whose size "
+            "divides the key heads, and the ring for the rest (choose_degrees)"
+        )
+    return paddle.repeat_interleave(x, nranks // heads, axis=2)
+
+
+class _SequenceToHeads(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        return _to_heads(x, lengths, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _to_sequence(grad, ctx.lengths, ctx.group)
+
+
+class _HeadsToSequence(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        return _to_sequence(x, lengths, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _to_heads(grad, ctx.lengths, ctx.group)
+
+
+def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    batch, _, heads, width = x.shape
+    share = heads // group.nranks
+    parts = [x[:, :, rank * share : (rank + 1) * share] for rank in range(group.nranks)]
+    shapes = [[batch, length, share, width] for length in lengths]
+    return paddle.concat([part for part in all_to_all(parts, shapes, group) if part.size] or [parts[0]], axis=1)
+
+
+def _to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    batch, _, share, width = x.shape
+    ends = list(accumulate(lengths))
+    parts = [x[:, end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    shapes = [[batch, lengths[group.rank], share, width]] * group.nranks
+    return paddle.concat(all_to_all(parts, shapes, group), axis=2)

@@ -1,0 +1,145 @@
+"""The other arrays of a sequence, cut like it: against the slow way; pure movement, bit-exact."""
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.attention import padded_layout, shard_batch, unshard
+from paddle_vl_sp.testing import FakeGroup
+
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+CUTS = st.fixed_dictionaries(
+    {"cp_size": st.integers(1, 4), "cp_mode": st.sampled_from(["zigzag", "contiguous"]), "sp_size": st.integers(1, 3)}
+)
+
+
+def bounds_of(lengths):
+    return tuple(np.cumsum([0, *lengths]).tolist())
+
+
+def ranks_of(length, bounds, cut):
+    for cp_rank in range(cut["cp_size"]):
+        for sp_rank in range(cut["sp_size"]):
+            yield padded_layout(length, cu_seqlens=bounds, cp_rank=cp_rank, sp_rank=sp_rank, **cut)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, CUTS)
+def test_the_padded_layout_is_the_shortest(lengths, cut):
+    """Exact: each segment grows to the next multiple that the cp cut takes, and only the last grows further, for sp."""
+    layout = padded_layout(sum(lengths), cu_seqlens=bounds_of(lengths), **cut)
+    chunks = 2 if cut["cp_mode"] == "zigzag" and cut["cp_size"] > 1 else 1
+    multiple = chunks * cut["cp_size"]
+    padded = layout.segments()[:, 1].tolist()
+    assert padded[:-1] == [-(-n // multiple) * multiple for n in lengths[:-1]]
+    assert padded[-1] >= lengths[-1]
+    total_multiple = cut["cp_size"] * np.lcm(chunks, cut["sp_size"])
+    assert layout.seq_len - sum(padded[:-1]) - lengths[-1] < multiple + total_multiple
+    assert padded_layout(sum(lengths), **cut).seq_len == -(-sum(lengths) // total_multiple) * total_multiple
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, CUTS, st.booleans(), st.booleans())
+def test_shares_equal_the_slow_way(lengths, cut, shift, on_paddle):
+    """Exact: pad every segment by hand, shift inside each, then take the rank's positions; numpy and Paddle alike."""
+    length, bounds = sum(lengths), bounds_of(lengths)
+    ids = np.arange(100, 100 + length)[None]
+    batch = {"input_ids": ids, "position_ids": np.stack([ids, -ids, 2 * ids]), "labels": ids, "loss_weights": ids / 3}
+    layouts = list(ranks_of(length, bounds, cut))
+    padded = {
+        name: np.full((*x.shape[:-1], layouts[0].seq_len), {"labels": -100}.get(name, 0), x.dtype)
+        for name, x in batch.items()
+    }
+    for (start, _), first, end in zip(layouts[0].segments().tolist(), bounds, bounds[1:], strict=False):
+        for name, x in batch.items():
+            values = x[..., first:end]
+            if name == "labels" and shift:
+                values = np.append(values[..., 1:], [[-100]], axis=-1)
+            padded[name][..., start : start + end - first] = values
+    given_batch = {name: paddle.to_tensor(x) for name, x in batch.items()} if on_paddle else batch
+    for layout in layouts:
+        share = shard_batch(given_batch, layout, cu_seqlens=bounds, shift_labels=shift)
+        for name, whole in padded.items():
+            assert isinstance(share[name], paddle.Tensor if on_paddle else np.ndarray)
+            np.testing.assert_array_equal(np.asarray(share[name]), whole[..., layout.positions()])
+
+
+def test_worked_example():
+    """The example of the docstring, for rank 1."""
+    layout = padded_layout(5, cu_seqlens=(0, 3, 5), cp_size=2, cp_rank=1)
+    assert layout.cu_seqlens == (0, 4, 8)
+    share = shard_batch({"input_ids": np.array([[1, 2, 3, 4, 5]])}, layout, cu_seqlens=(0, 3, 5))
+    assert share["input_ids"].tolist() == [[2, 3, 5, 0]]
+
+
+def test_batch_of_more_than_one_and_padding_at_the_end():
+    """Exact: without cu_seqlens the arrays are padded at their end, for each sample alike."""
+    layout = padded_layout(5, cp_size=2, cp_rank=0)
+    share = shard_batch({"input_ids": np.arange(1, 11).reshape(2, 5), "attention_mask": np.ones((2, 5), bool)}, layout)
+    assert share["input_ids"].tolist() == [[1, 2, 0, 0], [6, 7, 0, 0]]
+    assert share["attention_mask"].tolist() == [[True, True, False, False]] * 2
+
+
+def test_what_has_no_sequence_is_whole_and_the_rest_must_be_named():
+    layout = SeqLayout(4, cp_size=2)
+    pixels = np.zeros((7, 3))
+    batch = {"input_ids": np.arange(4)[None], "pixel_values": pixels, "note": "text", "nothing": None}
+    share = shard_batch(batch, layout)
+    assert share["pixel_values"] is pixels
+    assert (share["note"], share["nothing"]) == ("text", None)
+    with pytest.raises(ValueError, match=r"does not know 'domain' \[1, 4\]: name it in whole=.*padding="):
+        shard_batch({**batch, "domain": np.ones((1, 4))}, layout)
+    named = shard_batch(
+        {"domain": np.arange(4)[None], "table": pixels}, layout, padding={"domain": -1}, whole=["table"]
+    )
+    assert named["domain"].tolist() == [[0, 3]]
+    assert named["table"] is pixels
+    with pytest.raises(ValueError, match=r"attention_mask \[1, 1, 4, 4\] says who sees whom"):
+        shard_batch({"attention_mask": np.ones((1, 1, 4, 4))}, layout)
+
+
+def test_the_input_is_not_written():
+    ids = np.arange(5)[None]
+    shard_batch({"labels": ids, "input_ids": ids}, padded_layout(5, cp_size=2), shift_labels=True)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_refused_boundaries():
+    layout = padded_layout(12, cu_seqlens=(0, 5, 12), cp_size=2)
+    ids = np.zeros((1, 12), "int64")
+    with pytest.raises(
+        ValueError, match="cu_seqlens ends at 16, but the arrays are 12 long: pass the boundaries before"
+    ):
+        shard_batch({"input_ids": ids}, layout)
+    with pytest.raises(ValueError, match=r"through the layout's 2 segments, got \[0, 12\]: make the layout from it"):
+        shard_batch({"input_ids": ids}, layout, cu_seqlens=(0, 12))
+    with pytest.raises(ValueError, match="segment 0 of cu_seqlens has length 9, the layout has room for 1 to 8"):
+        shard_batch({"input_ids": ids}, layout, cu_seqlens=(0, 9, 12))
+    with pytest.raises(ValueError, match=r"one sequence length, got \{'input_ids': 12, 'labels': 11\}"):
+        shard_batch({"input_ids": ids, "labels": ids[:, 1:]}, layout, cu_seqlens=(0, 5, 12))
+
+
+def test_unshard_of_one_rank_takes_padding_out():
+    """Exact, on a group of one; the gradient of padding is zero."""
+    layout = padded_layout(5, cu_seqlens=(0, 3, 5), sp_size=1)
+    wide = SeqLayout(8, cu_seqlens=(0, 4, 8))
+    x = paddle.arange(8, dtype="float32").unsqueeze(0)
+    x.stop_gradient = False
+    joined = unshard(x, wide, FakeGroup(0, 1), axis=1, cu_seqlens=(0, 3, 5))
+    assert joined.tolist() == [[0, 1, 2, 4, 5]]
+    assert paddle.grad(joined.sum(), x)[0].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+    assert unshard(joined, layout, FakeGroup(0, 1), axis=-1).tolist() == joined.tolist()
+
+
+def test_refused_unshard():
+    layout = SeqLayout(8, cp_size=2, cp_rank=1)
+    x = paddle.zeros([1, 4])
+    with pytest.raises(ValueError, match="all 2 x 1 ranks of the layout, this one being number 1; it says rank 0 of 2"):
+        unshard(x, layout, FakeGroup(0, 2), axis=1)
+    with pytest.raises(ValueError, match=r"axis 0 of x \[1, 4\] must be this rank's 4 positions"):
+        unshard(x, layout, FakeGroup(1, 2), axis=0)
+    with pytest.raises(ValueError, match="grad must be 'partial' or 'whole', got 'sum'"):
+        unshard(x, layout, FakeGroup(1, 2), axis=1, grad="sum")

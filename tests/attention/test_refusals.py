@@ -1,0 +1,145 @@
+"""What is refused, before anything is sent: the message names what was got, what was expected and how to mend it."""
+
+import paddle
+import pytest
+
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.attention import (
+    gated_delta_net_sp,
+    packed_attention,
+    ring_attention,
+    sequence_parallel_loss,
+    token_losses,
+    ulysses_attention,
+)
+from paddle_vl_sp.emulate import SubGroup
+from paddle_vl_sp.testing import FakeGroup
+
+TWO = FakeGroup(1, 2)
+RING = SeqLayout(8, cp_size=2, cp_rank=1)
+PACKED = SeqLayout(8, cp_size=2, cp_rank=1, cu_seqlens=(0, 4, 8))
+
+
+def qkv(rows=4, heads=4, kv_heads=2, width=8, batch=1):
+    return [paddle.zeros([batch, rows, n, width]) for n in (heads, kv_heads, kv_heads)]
+
+
+def refused(match, function, *args, **options):
+    with pytest.raises(ValueError, match=match):
+        function(*args, **options)
+
+
+def test_ring_and_group_must_agree():
+    refused("rank 1 of 2, but the group says rank 0 of 2", ring_attention, *qkv(), layout=RING, group=FakeGroup(0, 2))
+    refused("rank 1 of 2, but the group says rank 1 of 4", ring_attention, *qkv(), layout=RING, group=FakeGroup(1, 4))
+
+
+def test_ring_rows_must_be_the_share():
+    refused(
+        "q has 8 rows, the layout's cp share is 4: pass the rank's own share",
+        ring_attention,
+        *qkv(8),
+        layout=RING,
+        group=TWO,
+    )
+    both = SeqLayout(16, cp_size=2, cp_rank=1, sp_size=2)
+    refused(
+        "q has 4 rows.*share is 8.*has an sp cut too.*ulysses_attention",
+        ring_attention,
+        *qkv(4),
+        layout=both,
+        group=TWO,
+    )
+
+
+def test_shapes_and_dtypes():
+    q, k, v = qkv()
+    refused(r"must be \[B, S_local, heads, D\], got q \[1, 4, 32\]", packed_attention, q.flatten(2), k, v)
+    refused("one dtype, got .*float16", packed_attention, q.astype("float16"), k, v)
+    refused("agree in B and S_local.*k .1, 3, 2, 8.", packed_attention, q, k[:, :3], v[:, :3])
+    refused("4 query heads cannot share 3 key heads evenly", packed_attention, *qkv(kv_heads=3))
+
+
+def test_packed_is_one_row():
+    refused("one packed row, B = 1, got B = 2", ring_attention, *qkv(batch=2), layout=PACKED, group=TWO)
+    refused("one packed row, B = 1, got B = 2", packed_attention, *qkv(batch=2), cu_seqlens=(0, 1, 4))
+    uneven = SeqLayout(8, sp_size=2, sp_rank=1, cu_seqlens=(0, 5, 8))
+    refused("one packed row, B = 1, got B = 2", ulysses_attention, *qkv(batch=2), layout=uneven, group=TWO)
+
+
+def test_ulysses_heads():
+    refused(
+        "3 query heads do not divide over 2 ranks.*choose_degrees",
+        ulysses_attention,
+        *qkv(heads=3, kv_heads=3),
+        group=TWO,
+    )
+    refused(
+        "3 key heads and 2 ranks: one must be a multiple of the other.*choose_degrees",
+        ulysses_attention, *qkv(heads=6, kv_heads=3), group=TWO,
+    )  # fmt: skip
+    refused("4 key heads and 6 ranks", ulysses_attention, *qkv(heads=12, kv_heads=4), group=FakeGroup(1, 6))
+
+
+def test_ulysses_layouts():
+    refused("pass attention=functools.partial.ring_attention", ulysses_attention, *qkv(), group=TWO,
+            layout=SeqLayout(16, cp_size=2, sp_size=2, sp_rank=1))  # fmt: skip
+    refused(
+        "Ulysses joins stretches that follow each other.*zigzag, rank 1 of 2",
+        ulysses_attention,
+        *qkv(),
+        group=TWO,
+        layout=RING,
+    )
+    packed = SeqLayout(8, cp_size=2, cp_rank=1, cp_mode="contiguous", cu_seqlens=(0, 4, 8))
+    refused("takes every segment of cu_seqlens apart.*sp_size=2", ulysses_attention, *qkv(), group=TWO, layout=packed)
+    refused("q has 4 rows, the layout says 3 for rank 1 of .4, 3.", ulysses_attention, *qkv(), group=TWO,
+            layout=SeqLayout(7, sp_size=2, sp_rank=1, remainder="front"))  # fmt: skip
+
+
+def test_ulysses_boundaries_belong_to_the_built_in_attention():
+    refused("bind it to your own", ulysses_attention, *qkv(), group=TWO, attention=packed_attention, cu_seqlens=(0, 8))
+
+
+def delta(rows=4, key_heads=2, value_heads=4, **shapes):
+    made = {"q": [1, rows, key_heads, 8], "v": [1, rows, value_heads, 8], "g": [1, rows, value_heads]}
+    q, v, g = (paddle.zeros(shapes.get(name, shape)) for name, shape in made.items())
+    return q, q, v, g, g
+
+
+def test_linear_attention_has_no_ring():
+    refused(
+        "linear attention cannot run on a ring.*zigzag, cp_size 2", gated_delta_net_sp, *delta(), group=TWO, layout=RING
+    )
+    both = SeqLayout(16, cp_size=2, cp_mode="contiguous", sp_size=2, sp_rank=1)
+    refused("cannot run on a ring.*sp_size alone", gated_delta_net_sp, *delta(), group=TWO, layout=both)
+
+
+def test_linear_attention_heads():
+    refused(
+        "1 key heads and 4 value heads do not divide over 2 ranks", gated_delta_net_sp, *delta(key_heads=1), group=TWO
+    )
+    refused("3 key heads must divide 4 value heads", gated_delta_net_sp, *delta(key_heads=3), group=TWO)
+    refused("g and beta must be .B, S_local, Hv.*g .1, 4, 2.", gated_delta_net_sp, *delta(g=[1, 4, 2]), group=TWO)
+
+
+def test_linear_attention_channels():
+    one = FakeGroup(0, 1)
+    refused(
+        "conv_weight has 60 channels, q, k and v have .16, 16, 32., together 64",
+        gated_delta_net_sp, *delta(), group=one, conv_weight=paddle.zeros([60, 4]),
+    )  # fmt: skip
+
+
+def test_loss():
+    logits, labels = paddle.zeros([1, 4, 5]), paddle.zeros([1, 5], "int64")
+    refused(r"logits \[1, 4, 5\] need labels \[1, 4\], got \[1, 5\]", token_losses, logits, labels)
+    refused(
+        "num_tokens must be positive, got 0", sequence_parallel_loss, logits, labels[:, :4], group=TWO, num_tokens=0
+    )
+
+
+def test_emulated_groups():
+    refused(r"made by its members, each named once; rank 0 got ranks \[1, 2\]", SubGroup, [1, 2])
+    refused(r"each named once; rank 0 got ranks \[0, 0\]", SubGroup, [0, 0])
+    refused(r"even number of members, got \[0, 1, 2\]: its exchanges go in pairs", SubGroup, [0, 1, 2])
