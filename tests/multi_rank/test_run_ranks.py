@@ -6,6 +6,7 @@ import time
 import paddle
 import paddle.distributed as dist
 import pytest
+
 from paddle_vl_sp.testing import RanksFailed, run_ranks
 
 
@@ -38,13 +39,13 @@ def test_results_come_in_rank_order(nranks):
 
 
 def test_an_error_is_told_with_its_rank_and_ends_the_others():
-    with pytest.raises(RanksFailed, match="(?s)rank 0: .*all_reduce.*rank 1: .*no, with numbers 3 and 4"):
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0: .*all_reduce.*rank 1: .*no, with numbers 3 and 4"):
         run_ranks(fail_on_one, 2)
 
 
 def test_a_hang_is_ended_and_its_line_is_told():
     begin = time.monotonic()
-    with pytest.raises(RanksFailed, match="(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):
+    with pytest.raises(RanksFailed, match=r"(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):
         run_ranks(hang_on_one, 2, timeout=2)
     assert time.monotonic() - begin < 100
 
