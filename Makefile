@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CXX ?= g++
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 NATIVE_SOURCES := custom_ops/index_cpu.cc custom_ops/rows_cpu.cc
 NATIVE_TESTS := $(addprefix tests/native/,kernels_test.cc half_test.cc index_test.cc rows_test.cc)
@@ -37,7 +38,8 @@ $(VENV)/.ready: requirements.txt
 
 # Without a C++ compiler this installs the package in plain Paddle, which says so when it is used.
 $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -W ignore -c "import paddle_vl_sp; print('paddle_vl_sp:', paddle_vl_sp.backend())"
 	@touch $@
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.

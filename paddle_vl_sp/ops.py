@@ -118,7 +118,7 @@ def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tenso
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, inplace: bool) -> Tensor:
     serving = _serving(hidden)
-    if not inplace:
+    if not inplace or is_tracing():  # a graph reuses memory as it sees fit
         return serving.add_rows(hidden, features, update, gather)
     needs_new_graph = hidden.stop_gradient and not features.stop_gradient and paddle.is_grad_enabled()
     if serving is reference or needs_new_graph or not hidden.is_contiguous():
@@ -143,10 +143,17 @@ def on_place(x: Any, place: Any) -> Tensor:
     return tensor.to(place, blocking=False)
 
 
+def is_tracing() -> bool:
+    """Whether a static graph is being made, so that tensors have no place and shapes may not be numbers."""
+    return not paddle.in_dynamic_mode()
+
+
 def _serving(x: Tensor) -> ModuleType:
-    """The module whose functions serve where x lives."""
-    place = x.place
-    device = "cpu" if place.is_cpu_place() else "gpu" if place.is_gpu_place() else "other"
+    """The module whose functions serve where x lives, or, while a graph is traced, where it will run."""
+    if not is_tracing():
+        device = "cpu" if x.place.is_cpu_place() else "gpu" if x.place.is_gpu_place() else "other"
+    else:
+        device = paddle.get_device().split(":")[0]
     if device not in backend().devices:
         return reference
     from paddle_vl_sp import native

@@ -37,11 +37,12 @@ class VisualPlan:
         cls, update_indices: Any, gather_indices: Any, row_shape: Sequence[int], num_features: int
     ) -> VisualPlan:
         """The plan that travelled as two arrays, put together again."""
-        shapes = tuple(update_indices.shape), tuple(gather_indices.shape)
-        if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+        shapes = list(update_indices.shape), list(gather_indices.shape)
+        are_numbers = all(isinstance(size, int) for shape in shapes for size in shape)  # not so in a traced graph
+        if len(shapes[0]) != 1 or len(shapes[1]) != 1 or (are_numbers and shapes[0] != shapes[1]):
             raise ValueError(
-                f"update and gather indices must be 1-D and of one length, got {list(shapes[0])} and "
-                f"{list(shapes[1])}; squeeze [n, 1] arrays before handing them over"
+                f"update and gather indices must be 1-D and of one length, got {shapes[0]} and {shapes[1]}; squeeze "
+                "[n, 1] arrays before handing them over"
             )
         first, second = row_shape
         return cls(update_indices, gather_indices, (int(first), int(second)), int(num_features))

@@ -15,7 +15,8 @@ def replace_rows(hidden: Any, features: Any, plan: VisualPlan) -> Any:
     """
     from paddle_vl_sp import ops
 
-    _check(hidden, features, plan)
+    if not ops.is_tracing():  # where shapes are not numbers; the operators guard memory
+        _check(hidden, features, plan)
     return ops.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
 
 
@@ -28,8 +29,9 @@ def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = Fa
     """
     from paddle_vl_sp import ops
 
-    _check(hidden, features, plan)
-    if inplace and hidden.is_leaf and not hidden.stop_gradient:
+    if not ops.is_tracing():
+        _check(hidden, features, plan)
+    if inplace and not ops.is_tracing() and hidden.is_leaf and not hidden.stop_gradient:
         raise ValueError(
             "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
             "pass inplace=False, or hidden states that an operation made"
@@ -44,16 +46,16 @@ def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
     leading, width = list(hidden.shape[:-1]), hidden.shape[-1]
-    if len(features.shape) != 2 or features.shape[1] != width:
+    if len(features.shape) != 2 or not _agree([features.shape[1]], [width]):
         raise ValueError(
             f"features must be [N, {width}] for hidden states {list(hidden.shape)}, got {list(features.shape)}"
         )
-    if leading != list(plan.row_shape) and leading != [plan.num_rows]:
+    if not _agree(leading, list(plan.row_shape)) and not _agree(leading, [plan.num_rows]):
         raise ValueError(
             f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{plan.num_rows}, H]), got "
             f"{list(hidden.shape)}: plan with the layout, batch and sequence_first of these hidden states"
         )
-    if plan.num_features not in (-1, features.shape[0]):
+    if not _agree([plan.num_features], [features.shape[0]]):
         raise ValueError(
             f"the plan is for {plan.num_features} feature rows, got {features.shape[0]}: use the features of the "
             "batch that was planned"
@@ -63,3 +65,8 @@ def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
         raise ValueError(
             f"hidden, features and plan must be on one device, got {sorted(places)}: plan.to(hidden.place)"
         )
+
+
+def _agree(sizes: list[int], others: list[int]) -> bool:
+    """Whether two shapes may be the same, where -1 is a size that is not known yet."""
+    return len(sizes) == len(others) and all(a == b or -1 in (a, b) for a, b in zip(sizes, others, strict=True))

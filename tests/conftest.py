@@ -1,5 +1,6 @@
 """Test modules share oracle.py and strategies.py; the report says which implementation serves."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ os.environ.setdefault("GLOG_minloglevel", "2")
 def pytest_report_header():
     from paddle_vl_sp import backend
 
-    return f"paddle_vl_sp: {backend()}"
+    fleet = importlib.util.find_spec("paddlefleet")
+    return [
+        f"paddle_vl_sp: {backend()}",
+        f"paddlefleet: {fleet.origin if fleet else 'not installed, the test double in tests/fleet/double serves'}",
+    ]
 
 
 @pytest.fixture(params=["op", "python"])

@@ -1,4 +1,4 @@
-"""Runs these tests against the installed PaddleFleet, or the double where there is none; the header says which."""
+"""Runs these tests against the installed PaddleFleet, or the double where there is none; the report says which."""
 
 import importlib
 import importlib.util
@@ -10,13 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fleet_package import drop_double, use_paddlefleet
 
-FOUND = importlib.util.find_spec("paddlefleet")
-IS_DOUBLE = FOUND is None
-
-
-def pytest_report_header():
-    where = "not installed, the test double in tests/fleet/double serves" if FOUND is None else FOUND.origin
-    return f"paddlefleet: {where}"
+IS_DOUBLE = importlib.util.find_spec("paddlefleet") is None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,7 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 
-from paddle_vl_sp import SeqLayout, VisualPlan, native, ops, plan_visual, replace_rows
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, native, ops, plan_visual, replace_rows
 
 pytestmark = pytest.mark.skipif(ops.backend().name != "op", reason=f"no custom operators: {ops.backend().reason}")
 DYNAMIC = [
@@ -115,15 +115,20 @@ def test_what_guards_memory_in_the_operator_itself():
         native.build_plan(paddle.zeros([8], "int64"), (1,), SeqLayout(8), True, -1, False)
 
 
-def test_replace_rows_of_a_plan_traced_with_its_indices():
-    inputs = drawn(2, 6)
+class PublicRows(paddle.nn.Layer):
+    """What a user's model calls, with a plan that travelled as arrays; -1 stands for sizes that are not known yet."""
 
-    @paddle.jit.to_static(full_graph=False)
-    def traced(hidden, features, update, gather):
-        return replace_rows(hidden, features, VisualPlan.from_indices(update, gather, hidden.shape[:2], -1))
+    def forward(self, hidden, features, update, gather):
+        plan = VisualPlan.from_indices(update, gather, (-1, -1), -1)
+        return add_rows(replace_rows(hidden, features, plan), features, plan, inplace=True)
 
-    eager = replace_rows(inputs[0], inputs[1], VisualPlan.from_indices(*inputs[2:], (2, 6), -1))
-    assert np.array_equal(traced(*inputs).numpy(), eager.numpy())
+
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_the_public_functions_inside_a_traced_model(full_graph):
+    graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
+    for batch, seq_len in SHAPES:
+        inputs = drawn(batch, seq_len)
+        assert np.array_equal(graph(*inputs).numpy(), PublicRows()(*inputs).numpy())
 
 
 @pytest.mark.parametrize(
