@@ -103,7 +103,7 @@ def build_plan(
     if padded:
         update, gather, counts = serving.build_plan(tokens, ids, layout, sequence_first, num_features, True)
         return update, gather, counts
-    if tokens.place.is_cpu_place():
+    if serving is not reference and tokens.place.is_cpu_place():
         update, gather, counts = serving.build_plan(tokens, ids, layout, sequence_first, -1, False)
         return update, gather, counts.numpy()
     update, gather, counts = serving.build_plan(tokens, ids, layout, sequence_first, -1, True)

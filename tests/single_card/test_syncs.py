@@ -1,0 +1,62 @@
+"""How often the host asks for a value: exact counts, as the CPU can count them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, joint_features, plan_visual, replace_rows
+from strategies import IMAGE, VIDEO
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
+from timing import counted_syncs
+
+LAYOUT = SeqLayout(16, sp_size=2, sp_rank=1)
+IDS = np.random.default_rng(0).choice([1, IMAGE, VIDEO], (3, 16))
+COUNTS = [int((kind == IDS).sum()) for kind in (IMAGE, VIDEO)]
+
+
+def syncs(run):
+    with counted_syncs() as counts:
+        run()
+    return counts[0]
+
+
+@pytest.mark.usefixtures("implementation")
+def test_an_exact_plan_costs_one_and_a_padded_one_none():
+    ids = paddle.to_tensor(IDS)
+    for num_features in (None, sum(COUNTS)):
+        options = {"sequence_first": True, "num_features": num_features}
+        assert syncs(lambda options=options: plan_visual(ids, (IMAGE, VIDEO), LAYOUT, **options)) == 1
+        assert syncs(lambda options=options: plan_visual(ids, (IMAGE, VIDEO), LAYOUT, padded=True, **options)) == 0
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_cost_none_forward_and_backward(padded):
+    plan = plan_visual(paddle.to_tensor(IDS), (IMAGE, VIDEO), LAYOUT, sequence_first=True, padded=padded)
+    source = paddle.randn([*plan.row_shape, 4])
+    features = paddle.randn([sum(COUNTS), 4])
+    source.stop_gradient = features.stop_gradient = False
+
+    def step():
+        travelled = VisualPlan.from_indices(plan.update_indices, plan.gather_indices, plan.row_shape, sum(COUNTS))
+        hidden = add_rows(replace_rows(source * 2, features, travelled), features, travelled, inplace=True)
+        (hidden * hidden).sum().backward()
+
+    assert syncs(step) == 0
+
+
+def test_a_plan_from_the_host_costs_none():
+    plan = plan_visual(IDS, (IMAGE, VIDEO), LAYOUT, sequence_first=True)
+    hidden, features = paddle.randn([*plan.row_shape, 4]), paddle.randn([sum(COUNTS), 4])
+    assert syncs(lambda: add_rows(hidden, features, plan.to(hidden.place))) == 0
+
+
+def test_joining_image_and_video_costs_one_and_none_with_ids_on_the_host():
+    image, video = (paddle.randn([count, 4]) for count in COUNTS)
+    ids = paddle.to_tensor(IDS)
+    assert syncs(lambda: joint_features([image] * 3, [video] * 3, ids, (IMAGE, VIDEO))) == 1
+    assert syncs(lambda: joint_features([image] * 3, [video] * 3, IDS, (IMAGE, VIDEO))) == 0
