@@ -37,6 +37,8 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Any) -> l
     The sum is taken in the levels' own dtype: a feature row has one owner, so at most one rank brings a value and the
     others bring zero, and such a sum is exact in every dtype. Levels of different dtypes travel in the widest.
     """
+    if isinstance(features, Tensor):
+        raise ValueError("complete_grad takes a list of levels and returns one, got a tensor: pass [features]")
     _check_feature_rows(features, plan)
     needing = [level for level in features if not level.stop_gradient]
     if collectives.is_alone(group) or not needing or not paddle.is_grad_enabled():

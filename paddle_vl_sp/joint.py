@@ -67,7 +67,7 @@ def _num_rows(levels: list[Any]) -> int:
 def _checked_order(tokens: Any, ids: tuple[int, ...], num_image: int, num_video: int) -> Any:
     """For every feature row of the result its row in [image; video], after holding both counts against the tokens."""
     if isinstance(tokens, np.ndarray):
-        order, counts = _order_on_host(tokens, ids)
+        order, counts = order_on_host(tokens, ids)
     else:
         from paddle_vl_sp import ops
 
@@ -78,9 +78,7 @@ def _checked_order(tokens: Any, ids: tuple[int, ...], num_image: int, num_video:
     return order
 
 
-def _order_on_host(
-    tokens: npt.NDArray[Any], ids: tuple[int, ...]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def order_on_host(tokens: npt.NDArray[Any], ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """order [N] and counts [2] of image and video tokens.
 
     tokens  t i i v v t i  ->  order 0 1 3 4 2, counts 3 2

@@ -21,7 +21,11 @@ from paddle_vl_sp.layout import SeqLayout
 
 BACKENDS = ("auto", "op", "python")
 SWITCH = "PADDLE_VL_SP_BACKEND"
-REBUILD = "build it with `pip install --no-build-isolation paddle-vl-sp` against the Paddle you run"
+CHECK = "PADDLE_VL_SP_CHECK"
+REBUILD = (
+    "build them where the package's source is, with a C++ compiler and the Paddle you run: "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 
 logger = logging.getLogger("paddle_vl_sp")
 
@@ -60,6 +64,14 @@ def backend() -> Backend:
         return Backend("python", (), str(why))
     devices = ("cpu",) if info["cuda"] == "0" else ("cpu", "gpu")
     return Backend("op", devices, f"operators built for Paddle {info['paddle']}")
+
+
+def checking() -> bool:
+    """Whether PADDLE_VL_SP_CHECK=1 asks for comparisons with the usual ways, asked anew every time."""
+    value = os.environ.get(CHECK, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{CHECK} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 class OperatorsUnavailable(ImportError):

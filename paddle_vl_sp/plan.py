@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -134,6 +134,8 @@ def plan_visual(
 
 def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
     """The placeholder ids as a tuple, or None for a bool mask, after holding the kind of tokens against them."""
+    if not hasattr(tokens, "dtype"):
+        raise ValueError(f"tokens must be a numpy array or a Paddle tensor [B, S], got {type(tokens).__name__}")
     kind = str(tokens.dtype).removeprefix("paddle.")
     if len(tokens.shape) != 2:
         raise ValueError(f"tokens must be [B, S], got shape {list(tokens.shape)}")
@@ -145,9 +147,11 @@ def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int
         return None
     if kind not in ("int32", "int64"):
         raise ValueError(f"with placeholder_ids, tokens must be int32 or int64 ids, got {kind}")
-    ids = tuple(placeholder_ids)
+    ids = tuple(placeholder_ids) if isinstance(placeholder_ids, Iterable) else (placeholder_ids, None)
     if not ids or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"placeholder_ids must be one or more integers, such as (image_id, video_id), got {ids}")
+        raise ValueError(
+            f"placeholder_ids must be one or more integers, such as (image_id, video_id), got {placeholder_ids!r}"
+        )
     return tuple(int(i) for i in ids)
 
 

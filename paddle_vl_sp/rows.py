@@ -43,6 +43,8 @@ def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
     if plan.on_host:
         raise ValueError("the plan holds numpy arrays: bring it to the hidden states first, plan.to(hidden.place)")
     for name, x in (("hidden", hidden), ("features", features)):
+        if not hasattr(x, "place"):
+            raise ValueError(f"{name} must be a Paddle tensor, got {type(x).__name__}: paddle.to_tensor(...) makes one")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
     leading, width = list(hidden.shape[:-1]), hidden.shape[-1]

@@ -81,6 +81,13 @@ def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 
 
     A launch costs some seconds: let one run many cases.
     """
+    if fn.__module__ == "__main__" or "<" in fn.__qualname__:
+        raise ValueError(
+            f"run_ranks needs a function that other processes can import, got {fn.__module__}.{fn.__qualname__}: "
+            "put it into a module, at its top level"
+        )
+    if nranks < 1:
+        raise ValueError(f"nranks must be at least 1, got {nranks}")
     for attempt in range(1, GROUP_ATTEMPTS + 1):
         with tempfile.TemporaryDirectory(prefix="vlsp-ranks-") as folder:
             reports = _Launch(Path(folder), fn, nranks, args).run(timeout)

@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from paddle_vl_sp.cli.quiet import quiet
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -26,6 +28,7 @@ def main() -> int:
     parser.add_argument("--picture", default="demo.png", help="where the picture goes")
     given = parser.parse_args()
     os.environ.setdefault("GLOG_minloglevel", "3")
+    warnings.simplefilter("ignore")
     begin = time.monotonic()
     equal, found = run(given.steps, given.ranks)
     print(table(equal, found))
@@ -36,13 +39,16 @@ def main() -> int:
 
 def run(steps: int, nranks: int) -> tuple[list[bool], list[dict[str, Any]]]:
     """Whether one-rank steps were equal, and what each of the ranks found."""
-    import paddle
+    with quiet():  # start-up notes of other packages
+        import paddle
 
-    from demo_parts import training
+        from demo_parts import training
+
+        quiet_paddleformers()
+
     from demo_parts.progress import Progress
 
     paddle.set_device("cpu")
-    quiet_paddleformers()
     with Progress((1 + len(training.RUNS)) * steps) as progress:
         equal = []
         for same in training.on_one_rank(steps):
@@ -126,7 +132,6 @@ def picture(found: list[dict[str, Any]], path: str) -> str:
 
 def quiet_paddleformers() -> None:
     """Its notes would break the progress bar."""
-    warnings.simplefilter("ignore")
     from paddleformers.utils.log import logger
 
     logger.set_level("ERROR")

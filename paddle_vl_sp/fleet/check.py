@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import paddle
 
 from paddle_vl_sp.fleet.inputs import GATHER, UPDATE
+from paddle_vl_sp.ops import CHECK
 from paddle_vl_sp.plan import VisualPlan
-
-CHECK = "PADDLE_VL_SP_CHECK"
-
-
-def checking() -> bool:
-    """Whether the switch is on, asked anew every time."""
-    return os.environ.get(CHECK) == "1"
 
 
 def check_same_plan(loaded: VisualPlan, fresh: VisualPlan) -> None:

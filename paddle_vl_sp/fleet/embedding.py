@@ -7,10 +7,11 @@ from typing import Any
 import paddle
 
 from paddle_vl_sp.comm import complete_grad
-from paddle_vl_sp.fleet.check import check_same_output, check_same_plan, checking
+from paddle_vl_sp.fleet.check import check_same_output, check_same_plan
 from paddle_vl_sp.fleet.inputs import FEATURES, LEVELS, MASK, VisualInputs, indices_to_carry, loaded_plan, visual_inputs
 from paddle_vl_sp.fleet.topology import context_parallel_size, embedding_share, pipeline_size
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.ops import checking
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.rows import replace_rows
 

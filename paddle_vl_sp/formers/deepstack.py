@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import paddle
 
 from paddle_vl_sp.formers.fingerprint import OURS
+from paddle_vl_sp.ops import CHECK, checking
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.rows import add_rows
-
-CHECK = "PADDLE_VL_SP_CHECK"
 
 
 class DiffersFromUpstream(RuntimeError):
@@ -53,10 +51,6 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
 def adds_by_plan(instance: Any) -> bool:
     """Whether the instance's class takes Rows, or a subclass has put its own method in front of ours."""
     return hasattr(type(instance)._deepstack_process, OURS)
-
-
-def checking() -> bool:
-    return os.environ.get(CHECK) == "1"
 
 
 def topology() -> Any:

@@ -46,7 +46,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = LoadedPlans.taken_from(kwargs)
+        loaded = LoadedPlans.taken_from(kwargs, "sequence")
         if loaded is None:
             return original(self, *args, **kwargs)
         own = {UPDATE: _own(loaded.update), GATHER: _own(loaded.gather)}

@@ -4,7 +4,8 @@ A batch with images or videos gets
 
     visual_update_indices   int64 [ranks, n]  row r: the rows of rank r's flattened hidden states; -1 where it has fewer
     visual_gather_indices   int64 [ranks, n]  the feature row of each, increasing; -1 where it has fewer
-    visual_positions        int64 [N]         the place of every visual token among the B * S tokens
+    visual_positions        int64 [N]         the place of every visual token among the B * S tokens; [1, N] where the
+                                              plans are for the flattened batch, so that a model can tell
     visual_feature_order    int64 [N]         with images and videos: the row of [image; video] each token takes
 
 The plans of *all* ranks travel in every batch, and a rank takes its own row when it uses them: Paddle's tensor-parallel
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paddle_vl_sp.joint import order_on_host
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
 
@@ -77,8 +79,10 @@ def plans_of_all_ranks(
                                 [ 0  1  2]]         rank 1 has rows 4 .. 7
         visual_gather_indices  [[ 0  1 -1]
                                 [ 2  3  4]]
-        visual_positions       [1 2 4 5 6]
+        visual_positions       [[1 2 4 5 6]]
     """
+    if len(placeholder_ids) != 2:
+        raise ValueError(f"placeholder_ids must be (image_token_id, video_token_id), got {placeholder_ids!r}")
     if cut not in CUTS:
         raise ValueError(f"cut must be one of {', '.join(map(repr, CUTS))}, got {cut!r}")
     visual = np.isin(ids, placeholder_ids)  # [B, S]
@@ -93,13 +97,10 @@ def plans_of_all_ranks(
     arrays = {
         UPDATE: _stacked([plan.update_indices for plan in plans]),
         GATHER: _stacked([plan.gather_indices for plan in plans]),
-        POSITIONS: np.flatnonzero(visual),
+        POSITIONS: np.flatnonzero(tokens)[None] if flattened else np.flatnonzero(visual),
     }
-    is_video = ids[visual] == placeholder_ids[1]  # [N]
-    if is_video.any() and not is_video.all():
-        num_image = int((~is_video).sum())
-        arrays[ORDER] = np.where(is_video, num_image + np.cumsum(is_video) - 1, np.cumsum(~is_video) - 1)
-    return arrays
+    order, counts = order_on_host(ids, placeholder_ids)
+    return arrays | {ORDER: order} if counts.all() else arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +113,8 @@ class LoadedPlans:
     order: Any  # [N] or None
 
     @classmethod
-    def taken_from(cls, arguments: dict[str, Any]) -> LoadedPlans | None:
-        """Takes the keys out of the arguments of a forward, which does not know them."""
+    def taken_from(cls, arguments: dict[str, Any], cut: str) -> LoadedPlans | None:
+        """Takes the keys out of the arguments of a forward, which does not know them; the model cuts in this way."""
         taken = {key: arguments.pop(key, None) for key in KEYS}
         missing = [key for key in (UPDATE, GATHER, POSITIONS) if taken[key] is None]
         if len(missing) == 3:
@@ -122,7 +123,13 @@ class LoadedPlans:
             raise ValueError(
                 f"the batch has part of a plan but no {', '.join(missing)}: hand on all that the loader adds"
             )
-        return cls(taken[UPDATE], taken[GATHER], taken[POSITIONS], taken[ORDER])
+        planned = "flattened" if taken[POSITIONS].ndim == 2 else "sequence"
+        if planned != cut and taken[UPDATE].shape[0] > 1:
+            raise ValueError(
+                f"the batch was planned with cut={planned!r}, but this model cuts by {cut!r}: PlanningCollate(..., "
+                f"cut={cut!r})"
+            )
+        return cls(taken[UPDATE], taken[GATHER], taken[POSITIONS].reshape([-1]), taken[ORDER])
 
     def whole(self, shape: Sequence[int], num_features: int) -> VisualPlan:
         """The plan of the uncut [B, S]."""
@@ -144,8 +151,15 @@ class LoadedPlans:
         check_feature_count(self.order.shape[0], image.shape[0] + video.shape[0])
         return ops.joint_rows(image, video, self.order.to(image.place))
 
-    def check(self, fresh: VisualPlan) -> None:
-        """Holds the places against those of a plan made from the ids that the model sees."""
+    def check(self, fresh: VisualPlan, ids: Any, wanted: tuple[int, ...]) -> None:
+        """Holds places and order against those made from the ids that the model sees."""
+        if self.order is not None and len(wanted) == 2:
+            order, _ = order_on_host(ids.numpy(), wanted)
+            if not np.array_equal(self.order.numpy(), order):
+                raise ValueError(
+                    f"{ORDER} of the batch is not that of its ids: give PlanningCollate (image_token_id, "
+                    f"video_token_id), here {wanted}, in this order"
+                )
         if not np.array_equal(self.positions.numpy(), fresh.update_indices.numpy()):
             raise ValueError(
                 f"{POSITIONS} of the batch are not those of its ids: got {_told(self.positions)}, expected "

@@ -9,6 +9,14 @@ from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, Line
 NAMES = ("q_norm", "k_norm")
 
 
+def head_norms_without_model() -> list[Line]:
+    """Where classes alone are changed, as by the plugin."""
+    why = (
+        "not marked: for plain classes under sequence parallelism, hand over the built model before the trainer is made"
+    )
+    return [Line("model", "q_norm, k_norm", LEFT_ALONE, why)]
+
+
 def mark_head_norms(model: Any) -> list[Line]:
     """Marks them as sequence-parallel parameters, so that PaddleFormers' trainer sums their gradients.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from paddle_vl_sp.formers import deepstack, fleet_layer, plain
 from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, SIGNATURES, formers_version, unknown
-from paddle_vl_sp.formers.norms import mark_head_norms
+from paddle_vl_sp.formers.norms import head_norms_without_model, mark_head_norms
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.formers.standing import Change, Make, replace, share, take_back
 
@@ -74,6 +75,11 @@ def apply_to_qwen3_vl(
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
     """
+    if importlib.util.find_spec("paddleformers") is None:
+        raise ImportError(
+            "apply_to_qwen3_vl changes PaddleFormers' classes, and paddleformers is not installed: "
+            'pip install "paddleformers==1.2.0" "pyarrow<26"'
+        )
     _check_backend(backend)
     if vision_dp and model is None:
         raise ValueError("vision_dp=True needs the built model, whose tower it marks: apply_to_qwen3_vl(model, ...)")
@@ -91,8 +97,7 @@ def apply_to_qwen3_vl(
         logger.warning("%s; these classes are left alone", _told(changed))
     if vision_dp:
         lines.append(_share(model, made))
-    if model is not None:
-        lines += mark_head_norms(model)
+    lines += head_norms_without_model() if model is None else mark_head_norms(model)
     return PatchReport(tuple(lines), functools.partial(take_back, made))
 
 

@@ -12,10 +12,11 @@ import paddle
 
 from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.formers import shared_tower
-from paddle_vl_sp.formers.deepstack import Rows, adds_by_plan, checking, tensor_parallel_group
+from paddle_vl_sp.formers.deepstack import Rows, adds_by_plan, tensor_parallel_group
 from paddle_vl_sp.formers.loader import LoadedPlans
 from paddle_vl_sp.joint import joint_features
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.ops import checking
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.rows import replace_rows
 
@@ -41,7 +42,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = LoadedPlans.taken_from(kwargs)
+        loaded = LoadedPlans.taken_from(kwargs, "flattened")
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
         kinds = [kind for kind, (pixels, _, _) in KINDS.items() if given.get(pixels) is not None]
@@ -101,7 +102,7 @@ def _inserted(
     if plan is None or checking():
         fresh = plan_visual(mask, None, SeqLayout(ids.shape[1]), sequence_first=False, num_features=num_features)
         if loaded:
-            loaded.check(fresh)
+            loaded.check(fresh, ids, tuple(wanted.values()))
         plan = plan or fresh
     plan = plan.to(embeds.place)
     main, *levels = _joined(features, ids, tuple(wanted.values()), loaded)

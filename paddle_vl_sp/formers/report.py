@@ -39,6 +39,8 @@ class PatchReport:
         rows = [(line.family, line.name, line.state, line.why) for line in self.lines]
         family, name, state = (max((len(row[i]) for row in rows), default=0) for i in range(3))
         told = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
+        states = {state: len(self.names(state)) for state in (REPLACED, LEFT_ALONE, ABSENT)}
+        told.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
         return "\n".join(["paddle_vl_sp and Qwen3-VL", *told])
 
     def __enter__(self) -> PatchReport:

@@ -23,6 +23,11 @@ def share_tower(model: Any) -> Any:
     from paddle_vl_sp.vision.gradients import mark_for_sum
 
     inner = plain_model_of(model)
+    if not inner.language_model.config.sequence_parallel:
+        raise ValueError(
+            "vision_dp=True with sequence_parallel off: no trainer would sum the tower's gradients, of which every "
+            "rank has its own images' only; turn sequence_parallel on, or call encode_shared and sum_parameter_grads"
+        )
     _sharing.add(inner)
     mark_for_sum(inner.visual)
     return inner

@@ -9,7 +9,8 @@ from training import SAMPLES, loss_of, same_bits
 
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, plans_of_all_ranks, tiny
-from paddle_vl_sp.joint import _order_on_host
+from paddle_vl_sp.formers.loader import LoadedPlans
+from paddle_vl_sp.joint import order_on_host
 
 IDS = (tiny.IMAGE, tiny.VIDEO)
 UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
@@ -23,7 +24,7 @@ def test_worked_example():
     plans = plans_of_all_ranks(ids, IDS, sp_size=2, cut="flattened")
     assert plans["visual_update_indices"].tolist() == [[1, 2, -1], [0, 1, 2]]
     assert plans["visual_gather_indices"].tolist() == [[0, 1, -1], [2, 3, 4]]
-    assert plans["visual_positions"].tolist() == [1, 2, 4, 5, 6]
+    assert plans["visual_positions"].tolist() == [[1, 2, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("sp_size", [1, 2, 4])
@@ -41,9 +42,10 @@ def test_each_row_is_the_plan_of_that_rank(sp_size, cut, kind):
             row = plans[key][rank]
             assert row[: wanted.size].tolist() == wanted.tolist()
             assert (row[wanted.size :] == -1).all()
-    assert plans["visual_positions"].tolist() == np.flatnonzero(np.isin(ids, IDS)).tolist()
+    places = np.flatnonzero(np.isin(ids, IDS)).tolist()
+    assert plans["visual_positions"].tolist() == ([places] if cut == "flattened" else places)
     if kind == "both":
-        assert same_bits(plans["visual_feature_order"], _order_on_host(ids, IDS)[0])
+        assert same_bits(plans["visual_feature_order"], order_on_host(ids, IDS)[0])
     else:
         assert set(plans) == KEYS
 
@@ -104,7 +106,7 @@ def test_wrong_plans_are_refused(monkeypatch):
     model = tiny.tiny_qwen3_vl()
     batch = PlanningCollate(dict, IDS, cut="flattened")(tiny.draw_batch(SAMPLES["image"], seed=3))
     with apply_to_qwen3_vl():
-        fewer = {**batch, "visual_positions": batch["visual_positions"][:-1]}
+        fewer = {**batch, "visual_positions": batch["visual_positions"][:, :-1]}
         with pytest.raises(ValueError, match=r"has \d+ visual tokens but \d+ feature rows"):
             loss_of(model, fewer)
         with pytest.raises(ValueError, match="no visual_positions"):
@@ -113,6 +115,25 @@ def test_wrong_plans_are_refused(monkeypatch):
         loss_of(model, batch)
         with pytest.raises(ValueError, match="visual_positions of the batch are not those of its ids"):
             loss_of(model, {**batch, "visual_positions": batch["visual_positions"] + 1})
+
+
+@pytest.mark.parametrize(("planned", "wanted"), [("sequence", "flattened"), ("flattened", "sequence")])
+def test_plans_for_another_cut_are_refused(planned, wanted):
+    """The plain classes cut the flattened batch, those on PaddleFleet every sequence: the wrong rows, silently."""
+    ids = tiny.draw_batch(SAMPLES["several"], 96, seed=2)["input_ids"].numpy()
+    with pytest.raises(ValueError, match=f"planned with cut='{planned}', but this model cuts by '{wanted}'"):
+        LoadedPlans.taken_from(plans_of_all_ranks(ids, IDS, 2, planned), wanted)
+    assert LoadedPlans.taken_from(plans_of_all_ranks(ids, IDS, 2, wanted), wanted).positions.ndim == 1
+
+
+def test_swapped_placeholder_ids_are_found_by_the_check(monkeypatch):
+    model = tiny.tiny_qwen3_vl()
+    batch = PlanningCollate(dict, IDS[::-1], cut="flattened")(tiny.draw_batch(SAMPLES["both"], 96, seed=3))
+    monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=r"give PlanningCollate \(image_token_id"):
+        loss_of(model, batch)
+    with pytest.raises(ValueError, match=r"must be \(image_token_id, video_token_id\), got \(5,\)"):
+        plans_of_all_ranks(np.zeros((1, 4), dtype=np.int64), (5,))
 
 
 READS = ("item", "numpy", "tolist", "__int__", "__bool__", "__float__", "__index__")

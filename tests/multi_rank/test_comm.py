@@ -333,6 +333,8 @@ def completion_is_left_out_where_it_can_be():
     plan = VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 2)
     x, constant = leaf(paddle.ones([2, 3])) * 1, paddle.ones([2, 3])
     assert complete_grad([x], plan, None)[0] is x
+    with pytest.raises(ValueError, match="takes a list of levels"):
+        complete_grad(x, plan, None)
     assert complete_grad([constant], plan, group)[0] is constant
     with paddle.no_grad():
         assert complete_grad([x], plan, group)[0] is x

@@ -43,6 +43,13 @@ def test_an_error_is_told_with_its_rank_and_ends_the_others():
         run_ranks(fail_on_one, 2)
 
 
+def test_a_function_that_other_processes_cannot_import_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"can import, got .*lambda.*put it into a module"):
+        run_ranks(lambda: None, 2)
+    with pytest.raises(ValueError, match="nranks must be at least 1, got 0"):
+        run_ranks(die_silently, 0)
+
+
 def test_a_hang_is_ended_and_its_line_is_told():
     begin = time.monotonic()
     with pytest.raises(RanksFailed, match=r"(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):

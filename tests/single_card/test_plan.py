@@ -148,6 +148,11 @@ def test_a_plan_that_travelled_as_arrays(make):
         VisualPlan.from_indices(make([[1], [3]]), make([[0], [2]]), [2, 3], 4)
 
 
+def test_a_list_is_no_array():
+    with pytest.raises(ValueError, match=r"numpy array or a Paddle tensor .* got list"):
+        plan_visual([[0, IMAGE]], KINDS, SeqLayout(2), sequence_first=False)
+
+
 def test_plans_compare_by_identity():
     plans = [plan_visual(np.ones((1, 4), dtype=bool), None, SeqLayout(4), sequence_first=False) for _ in range(2)]
     assert plans[0] != plans[1]
@@ -161,6 +166,7 @@ IDS = np.array([[0, IMAGE, IMAGE, 0]])
 @pytest.mark.parametrize(
     ("tokens", "placeholders", "layout", "num_features", "message"),
     [
+        (IDS, IMAGE, SeqLayout(4), None, "one or more integers, .* got 151655"),
         (IDS[0], KINDS, SeqLayout(4), None, r"tokens must be \[B, S\], got shape \[4\]"),
         (IDS.astype(np.float32), KINDS, SeqLayout(4), None, "must be int32 or int64 ids, got float32"),
         (IDS, None, SeqLayout(4), None, "without placeholder_ids, tokens must be a bool mask, got int64"),

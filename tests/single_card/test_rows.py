@@ -336,6 +336,10 @@ class TestRefusals:
         plan = plan_visual(np.ones((2, 6), dtype=bool), None, SeqLayout(6), sequence_first=False)
         self.refused(name, hidden, features, plan, r"plan\.to\(hidden\.place\)")
 
+    def test_arrays_that_are_no_tensors(self, name, case):
+        plan, hidden, features = case
+        self.refused(name, hidden, features.numpy(), plan, "features must be a Paddle tensor, got ndarray")
+
     def test_integers(self, name, case):
         plan, hidden, features = case
         self.refused(name, hidden.astype("int64"), features, plan, "hidden must be floating point, got paddle.int64")

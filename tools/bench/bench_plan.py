@@ -1,17 +1,18 @@
 """Building the indices of one rank: ours beside the ways it is done elsewhere. Checks that all agree, then times.
 
-python tools/bench/bench_plan.py [--batch 8] [--seq 131072] [--sp 8] [--rounds 30]
+python tools/bench/bench_plan.py [--batch 8] [--seq 131072] [--sp 8] [--rounds 30] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import paddle
 
 from paddle_vl_sp import SeqLayout, backend, plan_visual, reference
-from timing import Contender, keep_memory, machine, race, runs_of_visual, show
+from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
 
 RUN = (256, 4096)  # visual tokens of an image or a few frames
 IMAGE = 151655
@@ -60,6 +61,7 @@ def main() -> None:
     options.add_argument("--seq", type=int, default=131072)
     options.add_argument("--sp", type=int, default=8)
     options.add_argument("--rounds", type=int, default=30)
+    options.add_argument("--json", type=Path, help="a file for the numbers")
     args = options.parse_args()
     keep_memory()
     print(f"{machine()}\npaddle_vl_sp: {backend()}")
@@ -97,6 +99,7 @@ def main() -> None:
         race(best, others, floor, args.rounds),
         note,
     )
+    write_json(args.json)
 
 
 def _padded(mask: paddle.Tensor, layout: SeqLayout) -> tuple[paddle.Tensor, paddle.Tensor]:

@@ -3,7 +3,7 @@
 Takes `_deepstack_process` from the installed PaddleFormers (paddlefleet's names are stubbed for the import), checks
 that every way gives the same hidden states and gradients, then times forward, and forward with backward.
 
-    python tools/bench/bench_rows.py [--batch 4] [--seq 32768] [--sp 4] [--hidden 1024] [--rounds 15]
+    python tools/bench/bench_rows.py [--batch 4] [--seq 32768] [--sp 4] [--hidden 1024] [--rounds 15] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, backend, plan_visual
-from timing import Contender, keep_memory, machine, race, runs_of_visual, show
+from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 Way = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
@@ -110,6 +110,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"batch": 4, "seq": 32768, "sp": 4, "hidden": 1024, "rounds": 15}.items():
         options.add_argument(f"--{name}", type=int, default=value)
+    options.add_argument("--json", type=Path, help="a file for the numbers")
     args = options.parse_args()
     keep_memory()
     print(f"{machine()}\npaddle_vl_sp: {backend()}")
@@ -137,6 +138,7 @@ def main() -> None:
     moved = (3 * own + own + everywhere) * row
     lines = race(both[-1], both[:-1], copied(moved), args.rounds)
     show(f"deepstack add, forward and backward: {shape}", lines, f"must move {moved >> 20} MiB")
+    write_json(args.json)
 
 
 if __name__ == "__main__":

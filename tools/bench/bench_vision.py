@@ -1,6 +1,6 @@
 """Vision DP in numbers: balance of the sharing rules, and bytes and time of the gather modes on gloo.
 
-    python tools/bench/bench_vision.py [balance] [batches] [gather] [--batches 1000] [--ranks 4]
+    python tools/bench/bench_vision.py [balance] [batches] [gather] [--batches 1000] [--ranks 4] [--json FILE]
 
 balance   largest load over the least possible (the mean load, or the largest item), averaged over drawn batches
 batches   what is shared, and what moves, for some realistic batches
@@ -10,9 +10,12 @@ gather    each mode over real processes; every result is compared with the expec
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
 
 Costs = npt.NDArray[np.int64]
 
+TABLES: list[dict[str, Any]] = []  # what --json writes: a title, a note, and lines of a name and numbers
 ALPHA = tower_alpha(1152, 4304)
 LEVELS, HIDDEN, BYTES = 4, 4096, 2  # features and three deepstack levels in bf16
 DRAWS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.float64]]] = {
@@ -64,6 +68,12 @@ RULES = {
 
 
 def balance(batches: int) -> None:
+    table: dict[str, Any] = {
+        "title": "vision DP: load over the least",
+        "note": f"{batches} draws",
+        "lines": [],
+    }
+    TABLES.append(table)
     print("| drawn | images | ranks | " + " | ".join(RULES) + " | contiguous worse than greedy |")
     print("|---" * (len(RULES) + 4) + "|")
     for name, draw in DRAWS.items():
@@ -74,6 +84,8 @@ def balance(batches: int) -> None:
             bound = np.array([max(costs.sum() / ranks, costs.max()) for costs in drawn])
             loads = {rule: np.array([share(costs, ranks) for costs in drawn]) for rule, share in RULES.items()}
             worse = int((loads["contiguous"] > loads["greedy, mean of the rest"]).sum())
+            line = {rule: float((load / bound).mean()) for rule, load in loads.items()}
+            table["lines"].append({"name": f"{name}, {images} images, {ranks} ranks"} | line)
             told = " | ".join(f"{(load / bound).mean():.3f}" for load in loads.values())
             print(f"| {name} | {images} | {ranks} | {told} | {worse} of {batches} |", flush=True)
 
@@ -144,7 +156,10 @@ def gather(ranks: int) -> None:
     print(f"\n{ranks} gloo processes, {total} rows of {width} float32 together; MiB that each rank sends, forward ms")
     print("| counts | " + " | ".join(MODES) + " | auto |")
     print("|---" * (len(MODES) + 2) + "|")
+    table: dict[str, Any] = {"title": "gather modes, forward ms", "note": f"{ranks} gloo processes", "lines": []}
+    TABLES.append(table)
     for name, counts in count_sets(ranks, total):
+        table["lines"].append({"name": name} | {mode: slowest[name, mode] * 1e3 for mode in ("auto", *MODES)})
         rows = UnevenRows(tuple(counts))
         scale = width * 4 * (ranks - 1) / ranks / 2**20
         cells = [f"{rows.wire_rows(mode) * scale:.0f} MiB, {slowest[name, mode] * 1e3:.0f} ms" for mode in MODES]
@@ -156,6 +171,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=["balance", "batches", "gather", []], default=[])
     parser.add_argument("--batches", type=int, default=1000, help="drawn batches for each line of the balance table")
     parser.add_argument("--ranks", type=int, default=4, help="ranks of batches and gather")
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
     options = parser.parse_args()
     parts = options.parts or ["balance", "batches", "gather"]
     if "balance" in parts:
@@ -164,6 +180,10 @@ def main() -> None:
         batches(options.ranks)
     if "gather" in parts:
         gather(options.ranks)
+    if options.json is not None:
+        from timing import machine
+
+        options.json.write_text(json.dumps({"machine": machine(), "tables": TABLES}))
 
 
 if __name__ == "__main__":

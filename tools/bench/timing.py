@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -24,6 +26,9 @@ def keep_memory() -> None:
     """Starts this program again with an allocator that keeps its memory, unless it has."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+
+SHOWN: list[dict[str, object]] = []  # tables: a title, a note, and lines of a name and numbers
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int
 
 
 def show(title: str, lines: list[Line], note: str) -> None:
+    SHOWN.append({"title": title, "note": note, "lines": [asdict(line) for line in lines]})
     print(f"\n{title}\n  {note}")
     print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11}")
     for line in lines:
@@ -73,6 +79,12 @@ def show(title: str, lines: list[Line], note: str) -> None:
             f"  {line.name:44} {line.milliseconds:10.3f} {line.times_ours:8.2f} {line.times_floor:8.2f}"
             f" {line.syncs:11d}"
         )
+
+
+def write_json(path: Path | None) -> None:
+    """Everything shown so far and the machine, where a path is given."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), "tables": SHOWN}))
 
 
 def count_syncs(contender: Contender) -> int:

@@ -1,0 +1,166 @@
+"""A batch and a layout, from the flags that inspect and plot share. Numpy only."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp.cli.answer import WrongUse
+from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout
+
+PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
+QWEN3_VL_IDS = (151655, 151656)
+MASKS = ("mask", "visual_pos_masks")
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    mask: npt.NDArray[np.bool_]  # [B, S]
+    grids: list[Grid]  # (t, h, w) in patches, of all images and videos; empty where they are not known
+    layouts: list[SeqLayout]  # of every rank, cp after cp, sp within
+
+    @property
+    def num_visual(self) -> int:
+        return int(self.mask.sum())
+
+    def told(self) -> str:
+        batch, seq_len = self.mask.shape
+        one = self.layouts[0]
+        share = self.num_visual / max(self.mask.size, 1)
+        packed = "" if one.cu_seqlens is None else f", {len(one.cu_seqlens) - 1} packed sequences"
+        cut = f"cp {one.cp_size}" + (f" ({one.cp_mode})" if one.cp_size > 1 else "") + f" x sp {one.sp_size}"
+        return f"B {batch}, S {seq_len}{packed}, {self.num_visual} visual tokens ({share:.0%}), {cut}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_argument_group("the batch", "from a file, or made up: text around images and videos")
+    given.add_argument(
+        "--npz",
+        type=Path,
+        metavar="FILE",
+        help=f"input_ids [B, S] or a bool {' or '.join(MASKS)} [B, S]; {' and '.join(GRIDS)} [I, 3] and cu_seqlens "
+        "where they are there",
+    )
+    given.add_argument("--ids", default=",".join(map(str, QWEN3_VL_IDS)), help="placeholder ids (default %(default)s)")
+    given.add_argument("--seq", type=int, metavar="S", help="length of every sample")
+    given.add_argument("--batch", type=int, metavar="B", help="number of samples (default 1)")
+    for kind, size in (("images", "HxW"), ("video", "FxHxW")):
+        given.add_argument(
+            f"--{kind}",
+            action="append",
+            metavar=f"{size},...",
+            help="in pixels; given once for every sample, or once for each",
+        )
+    cut = parser.add_argument_group("the layout")
+    cut.add_argument("--cp", type=int, default=1, help="context-parallel size (default 1)")
+    cut.add_argument("--sp", type=int, default=1, help="sequence-parallel (tensor-parallel) size (default 1)")
+    cut.add_argument("--mode", choices=CP_MODES, default="zigzag", help="the context-parallel cut (default zigzag)")
+    cut.add_argument("--remainder", choices=REMAINDERS, default="error", help="for lengths that do not divide")
+
+
+def batch_of(arguments: argparse.Namespace) -> Batch:
+    made_up = [name for name in ("seq", "batch", "images", "video") if getattr(arguments, name) is not None]
+    if arguments.npz is not None and made_up:
+        raise WrongUse(f"--npz brings the whole batch: leave out --{', --'.join(made_up)}")
+    if arguments.npz is not None:
+        mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids))
+    else:
+        mask, grids, cu_seqlens = *_made_up(arguments), None
+    return Batch(mask, grids, layouts_of(arguments, mask.shape[1], cu_seqlens))
+
+
+def layouts_of(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[int] | None) -> list[SeqLayout]:
+    if arguments.cp < 1 or arguments.sp < 1:
+        raise WrongUse(f"--cp and --sp must be at least 1, got {arguments.cp} and {arguments.sp}")
+    cut: dict[str, Any] = {"cp_mode": arguments.mode, "remainder": arguments.remainder, "cu_seqlens": cu_seqlens}
+    sizes = {"cp_size": arguments.cp, "sp_size": arguments.sp}
+    try:
+        return [
+            SeqLayout(seq_len, cp_rank=cp, sp_rank=sp, **sizes, **cut)
+            for cp in range(arguments.cp)
+            for sp in range(arguments.sp)
+        ]
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
+
+
+def _from_file(path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.bool_], list[Grid], list[int] | None]:
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise WrongUse(f"--npz {path} cannot be read: {error}") from error
+    mask = _mask_in(arrays, path, ids)
+    grids = [(int(t), int(h), int(w)) for name in GRIDS for t, h, w in arrays.get(name, np.zeros((0, 3))).tolist()]
+    packed = arrays.get("cu_seqlens")
+    return mask, grids, None if packed is None else packed.tolist()
+
+
+def _mask_in(arrays: dict[str, npt.NDArray[Any]], path: Path, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    found = next((arrays[name].astype(bool) for name in MASKS if name in arrays), None)
+    if found is None and "input_ids" in arrays:
+        found = np.isin(arrays["input_ids"], ids)
+    if found is None:
+        raise WrongUse(f"--npz {path} has {', '.join(arrays) or 'nothing'}: it needs input_ids or {' or '.join(MASKS)}")
+    if found.ndim != 2:
+        raise WrongUse(f"--npz {path}: ids and masks are [B, S], got shape {list(found.shape)}")
+    return found
+
+
+def _ids(told: str) -> list[int]:
+    try:
+        return [int(number) for number in told.split(",")]
+    except ValueError:
+        raise WrongUse(f"--ids must be numbers with commas between, got {told!r}") from None
+
+
+def _made_up(arguments: argparse.Namespace) -> tuple[npt.NDArray[np.bool_], list[Grid]]:
+    if arguments.seq is None:
+        raise WrongUse("which batch? Give --npz FILE, or --seq with --images or --video, such as --images 448x448")
+    batch = 1 if arguments.batch is None else arguments.batch
+    if batch < 1 or arguments.seq < 1:
+        raise WrongUse(f"--batch and --seq must be at least 1, got {batch} and {arguments.seq}")
+    per_sample: list[list[Grid]] = [[] for _ in range(batch)]
+    for name, dimensions in (("images", 2), ("video", 3)):
+        given = getattr(arguments, name) or [""]
+        if len(given) not in (1, batch):
+            raise WrongUse(f"--{name} is given {len(given)} times for {batch} samples: once, or once for each")
+        for sample, told in zip(per_sample, given * batch if len(given) == 1 else given, strict=False):
+            sample += [_grid(size, name, dimensions) for size in told.split(",") if size]
+    mask = np.stack([_placed(arguments.seq, grids, sample) for sample, grids in enumerate(per_sample)])
+    return mask, [grid for grids in per_sample for grid in grids]
+
+
+def _grid(told: str, name: str, dimensions: int) -> Grid:
+    """A size in pixels as patches, to the nearest whole token.  448x720  ->  (1, 28, 44)"""
+    try:
+        sizes = [int(number) for number in told.lower().split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != dimensions or min(sizes) < 1:
+        raise WrongUse(f"--{name} takes {'FxHxW' if dimensions == 3 else 'HxW'} in pixels, got {told!r}")
+    frames = sizes[0] if dimensions == 3 else 1
+    height, width = (max(1, round(size / (PATCH * MERGE))) * MERGE for size in sizes[-2:])
+    return (-(-frames // FRAMES), height, width)
+
+
+def _placed(seq_len: int, grids: list[Grid], sample: int) -> npt.NDArray[np.bool_]:
+    """Images in a row with equally much text before, between and after:  . v v . v v .  [S]"""
+    lengths = [t * h * w // MERGE**2 for t, h, w in grids]
+    text = seq_len - sum(lengths)
+    if text < 0:
+        raise WrongUse(f"sample {sample} has {sum(lengths)} visual tokens, more than --seq {seq_len}: make it longer")
+    mask = np.zeros(seq_len, dtype=bool)
+    for i, length in enumerate(lengths):
+        begin = text * (i + 1) // (len(lengths) + 1) + sum(lengths[:i])
+        mask[begin : begin + length] = True
+    return mask

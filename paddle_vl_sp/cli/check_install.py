@@ -1,0 +1,129 @@
+"""The doctor on what is installed: versions, packages that do not go together, compilers. Imports no Paddle."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import paddle_vl_sp
+from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
+
+PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
+FORMERS = 'pip install "paddle-vl-sp[formers]", or pip install paddleformers==1.2.0 "pyarrow<26"'
+SWITCHES = ("PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK")
+
+
+def installed(package: str) -> str:
+    """Its version; empty where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def check_versions() -> Iterator[Check]:
+    yield Check(PASS, "system", f"Python {platform.python_version()}, {platform.platform()}")
+    yield Check(PASS, "paddle_vl_sp", f"{paddle_vl_sp.__version__} at {Path(__file__).parents[1]}")
+    switches = [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]
+    yield Check(PASS, "switches", " ".join(switches) or "none set")
+    yield from _packages()
+
+
+def check_clashes() -> Iterator[Check]:
+    """What is known to break each other."""
+    both = [f"{name} {installed(name)}" for name in PADDLES if installed(name)]
+    if len(both) > 1:
+        yield Check(FAIL, "two Paddles", " and ".join(both), f"pip uninstall {' '.join(PADDLES)}, then install one")
+    yield _numpy_and_pyarrow()
+
+
+def check_compilers(paddle_has_cuda: bool) -> Iterator[Check]:
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "")
+    if shutil.which(compiler):
+        yield Check(PASS, "compiler", first_line(compiler, "--version"))
+    else:
+        missing = f"CXX={compiler}, which is not there" if compiler else "none: operators cannot be built here"
+        yield Check(
+            WARN, "compiler", missing, "apt install g++, then install paddle-vl-sp again; until then plain Paddle"
+        )
+    yield from _check_cuda(paddle_has_cuda)
+
+
+def first_line(*command: str) -> str:
+    """What the program says first; or that it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]} does not run: {error}"
+    return next(iter(done.stdout.splitlines()), f"{command[0]} says nothing")
+
+
+def _packages() -> Iterator[Check]:
+    yield Check(PASS, "numpy", installed("numpy"))
+    formers = installed("paddleformers")
+    if formers:
+        yield Check(PASS, "paddleformers", formers)
+    else:
+        yield Check(WARN, "paddleformers", "not installed: nothing to replace; everything else works", FORMERS)
+    fleet = installed("paddlefleet")
+    if fleet:
+        yield Check(PASS, "paddlefleet", fleet)
+    else:
+        told = "not installed: paddle_vl_sp.fleet, and PaddleFormers' classes on it, cannot be used"
+        yield Check(WARN, "paddlefleet", told, 'pip install "paddleformers[paddlefleet]", if you train on it')
+
+
+def _numpy_and_pyarrow() -> Check:
+    """pyarrow 26 refuses the numpy 1.26 that PaddleFormers' fast_dataindex pins: then its command line dies."""
+    numpy, pyarrow = installed("numpy"), installed("pyarrow")
+    if not pyarrow:
+        return Check(PASS, "numpy and pyarrow", "no pyarrow")
+    told = f"numpy {numpy}, pyarrow {pyarrow}"
+    mend = 'pip install "pyarrow<26"'
+    if major(pyarrow) >= 26 and major(numpy) < 2:
+        return Check(FAIL, "numpy and pyarrow", f"{told}: pyarrow 26 refuses numpy 1; paddleformers-cli dies", mend)
+    try:
+        importlib.import_module("pyarrow")
+    except ImportError as error:
+        return Check(FAIL, "numpy and pyarrow", f"{told}: {error}", mend)
+    return Check(PASS, "numpy and pyarrow", told)
+
+
+def major(told: str) -> int:
+    number = told.split(".")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def _check_cuda(paddle_has_cuda: bool) -> Iterator[Check]:
+    bad, home = (FAIL if paddle_has_cuda else WARN), os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    if home is None:
+        yield Check(PASS, "CUDA_HOME", "not set")
+    elif (Path(home) / "bin" / "nvcc").exists():
+        on_path = str(Path(home) / "bin" / "nvcc")
+        yield Check(PASS, "CUDA_HOME", home)
+    else:
+        mend = "unset CUDA_HOME" if on_path else "install the CUDA toolkit and export CUDA_HOME=/usr/local/cuda"
+        what = "there is no such folder" if not Path(home).is_dir() else "it has no bin/nvcc"
+        yield Check(bad, "CUDA_HOME", f"{home}: {what}, so CUDA operators cannot be built from it", mend)
+    if on_path:
+        yield Check(PASS, "nvcc", f"{on_path}: {_nvcc_release(on_path)}")
+    elif paddle_has_cuda:
+        mend = "install the CUDA toolkit, export CUDA_HOME, then install paddle-vl-sp again"
+        yield Check(WARN, "nvcc", "none: operators for the GPU cannot be built here", mend)
+    else:
+        yield Check(PASS, "nvcc", "none, and Paddle for the CPU needs none")
+
+
+def _nvcc_release(nvcc: str) -> str:
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run: {error}"
+    return next((line for line in done.stdout.splitlines() if "release" in line), "says no release")

@@ -1,0 +1,67 @@
+"""The doctor on PaddleFormers' methods: which would be replaced, and whether they are the ones that are known."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
+from paddle_vl_sp.formers import apply_to_qwen3_vl
+from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, OURS, SIGNATURES, fingerprint, formers_version, unknown
+from paddle_vl_sp.formers.patch import FAMILIES, SWITCH, Family, switched_off
+from paddle_vl_sp.formers.report import ABSENT
+
+MEND = (
+    f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
+    "apply_to_qwen3_vl(strict=False) leaves these classes as they are"
+)
+
+
+def check_upstream() -> Iterator[Check]:
+    """A line for every method that would be replaced or is leant on; applies for a moment, to import the classes."""
+    try:
+        is_off = switched_off()
+    except ValueError as error:
+        yield Check(FAIL, "upstream", str(error), f"unset {SWITCH}")
+        return
+    if is_off:
+        yield Check(WARN, "upstream", f"{SWITCH}=0: nothing would be replaced", f"unset {SWITCH}")
+        return
+    with apply_to_qwen3_vl(strict=False) as report:
+        absent = {line.family: line.why for line in report.lines if line.state == ABSENT}
+    for family in FAMILIES:
+        if family.name in absent:
+            yield _absent(family, absent[family.name])
+        else:
+            yield from _methods(family, sys.modules[family.module])
+
+
+def _absent(family: Family, why: str) -> Check:
+    missing = '"paddleformers[paddlefleet]"' if "paddlefleet" in why else "paddleformers"
+    told = f"{family.module} cannot be imported: {why}"
+    return Check(WARN, f"upstream, {family.name}", told, f"pip install {missing}, if you train these classes")
+
+
+def _methods(family: Family, module: Any) -> Iterator[Check]:
+    for owner_name, methods in family.methods.items():
+        owner = getattr(module, owner_name, None)
+        if owner is None:
+            yield Check(FAIL, owner_name, f"not in {family.module} of paddleformers {formers_version()}", MEND)
+            continue
+        leant_on = [name.partition(".")[2] for name in SIGNATURES if name.startswith(f"{owner_name}.")]
+        for method in [*methods, *leant_on]:
+            yield _verdict(owner, method, "would be replaced" if method in methods else "is leant on")
+
+
+def _verdict(owner: type, method: str, role: str) -> Check:
+    name, why = f"{owner.__name__}.{method}", unknown(owner, method)
+    if why:
+        return Check(FAIL, name, why, MEND)
+    function: Any = owner.__dict__[method]
+    function = getattr(function, OURS, function)
+    parameters = ", ".join(inspect.signature(function).parameters)
+    if len(parameters) > 60:
+        parameters = f"{parameters[:57]}..."
+    return Check(PASS, name, f"known ({fingerprint(function)}), {role}; takes ({parameters})")

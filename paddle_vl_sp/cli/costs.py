@@ -1,0 +1,127 @@
+"""What a batch costs under a layout, rank by rank: numbers that need no device. Numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paddle_vl_sp.cli.batch import MERGE, Batch
+from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.vision.share import POLICIES, share_images, tower_alpha, vision_items
+
+ALPHA = tower_alpha(1152, 4304)  # of Qwen3-VL's tower
+HEAD = 6
+
+
+@dataclass(frozen=True)
+class Model:
+    """hidden: the width of a row; row_bytes: of one row of one level; levels: deepstack layers."""
+
+    hidden: int
+    bytes_each: int
+    levels: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * self.bytes_each
+
+
+def plans_of(batch: Batch) -> list[VisualPlan]:
+    return [plan_visual(batch.mask, None, layout, sequence_first=True) for layout in batch.layouts]
+
+
+def costs_of(batch: Batch, model: Model) -> dict[str, Any]:
+    """Everything `inspect` tells."""
+    plans = plans_of(batch)
+    counts = [len(plan.update_indices) for plan in plans]
+    busiest = max(range(len(counts)), key=counts.__getitem__)
+    return {
+        "batch": {"samples": batch.mask.shape[0], "seq_len": batch.mask.shape[1], "visual_tokens": batch.num_visual},
+        "layout": layout_of(batch),
+        "ranks": [_rank(r, plan, batch) for r, plan in enumerate(plans)],
+        "imbalance": imbalance(counts),
+        "empty_ranks": [r for r, count in enumerate(counts) if not count],
+        "deepstack_layer": _deepstack(plans[busiest], batch, model),
+        "syncs": _syncs(batch, model.levels),
+        "vision_dp": vision_of(batch, model),
+    }
+
+
+def layout_of(batch: Batch) -> dict[str, Any]:
+    one = batch.layouts[0]
+    return {"cp_size": one.cp_size, "cp_mode": one.cp_mode, "sp_size": one.sp_size, "remainder": one.remainder}
+
+
+def imbalance(loads: list[int] | list[float]) -> float:
+    """The largest over the mean: 1.0 is perfect; of nothing, 1.0."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0
+
+
+def vision_of(batch: Batch, model: Model) -> list[dict[str, Any]]:
+    """For every policy the loads of the ranks and how their rows come together; empty where no grids are known."""
+    if not batch.grids:
+        return []
+    grid = np.array(batch.grids, dtype=np.int64)
+    costs, tokens, _ = vision_items(grid, MERGE, ALPHA, split_frames=False)
+    shares = [share_images(costs.tolist(), tokens.tolist(), len(batch.layouts), policy) for policy in POLICIES]
+    mean = costs.sum() / len(batch.layouts)
+    return [
+        {
+            "policy": share.policy,
+            "loads": [float(load / mean) for load in share.loads],  # 1.0 is the mean
+            "items": [list(items) for items in share.items],
+            "rows": list(share.counts),
+            "imbalance": share.imbalance,
+            "gather_mode": share.rows.best_mode((model.levels + 1) * model.row_bytes),
+        }
+        for share in shares
+    ]
+
+
+def _rank(rank: int, plan: VisualPlan, batch: Batch) -> dict[str, Any]:
+    layout = batch.layouts[rank]
+    return {
+        "rank": rank,
+        "cp_rank": layout.cp_rank,
+        "sp_rank": layout.sp_rank,
+        "positions": layout.local_len,
+        "visual_tokens": len(plan.update_indices),
+        "update_head": plan.update_indices[:HEAD].tolist(),
+        "gather_head": plan.gather_indices[:HEAD].tolist(),
+    }
+
+
+def _deepstack(plan: VisualPlan, batch: Batch, model: Model) -> dict[str, Any]:
+    """Bytes that the busiest rank moves in the forward of one layer.
+
+    Ours reads two rows and writes one for every visual token. PaddleFormers 1.2.0, counted from its source, copies all
+    rows of the rank for a clone and for scatter_nd_add, and under sequence parallelism for two transposes, too.
+    """
+    rows, visual = plan.num_rows, len(plan.update_indices)
+    upstream = 8 * rows + 5 * visual if is_cut_by_sp(batch) else 4 * rows + 3 * visual
+    return {
+        "bytes_here": 3 * visual * model.row_bytes,
+        "bytes_upstream": None if is_cut_by_cp(batch) else upstream * model.row_bytes,
+    }
+
+
+def _syncs(batch: Batch, levels: int) -> dict[str, Any]:
+    """Waits for the device in one forward: ours plans once, or in the data loader; upstream searches in every layer."""
+    per_layer = 3 * batch.mask.shape[0] + 1 if is_cut_by_sp(batch) else 1
+    return {
+        "here": 1,
+        "here_planned_by_loader_or_padded": 0,
+        "upstream": None if is_cut_by_cp(batch) else per_layer * levels,
+    }
+
+
+def is_cut_by_sp(batch: Batch) -> bool:
+    return batch.layouts[0].sp_size > 1
+
+
+def is_cut_by_cp(batch: Batch) -> bool:
+    """Upstream has no vision-language training under context parallelism to compare with."""
+    return batch.layouts[0].cp_size > 1

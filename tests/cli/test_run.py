@@ -1,0 +1,90 @@
+"""run: PaddleFormers' launcher gets the YAML, the plugin and the settings, and the plugin takes effect."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from paddle_vl_sp.cli import main, run
+from paddle_vl_sp.cli.plugin_path import PLUGIN
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("stage: VL-SFT\n")
+    return path
+
+
+def test_the_command(config, capsys):
+    """Word for word; --json gives it as a list."""
+    assert main(["run", "--dry-run", "train", str(config), "max_steps=3"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    expected = ["-m", "paddleformers.cli.cli", "train", str(config), f"custom_register_path={PLUGIN}", "max_steps=3"]
+    assert words == [sys.executable, *expected]
+    assert main(["run", "--dry-run", "--alone", "--json", "train", str(config)]) == 0
+    assert json.loads(capsys.readouterr().out)["command"][1:3] == ["-m", "paddleformers.cli.launcher"]
+
+
+def test_paddleformers_applies_before_it_reads_the_rest(config):
+    """The real launcher on a YAML without a model: the report of the plugin is printed, then it stops at the YAML."""
+    config.write_text(f"stage: VL-SFT\noutput_dir: {config.parent}\nno_such_key: 1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "paddle_vl_sp", "run", "--alone", "train", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert re.search(r"Qwen3VLTextModel._deepstack_process +replaced", done.stdout)
+    assert "no_such_key" in done.stderr
+    assert done.returncode == 1
+
+
+def test_json_stays_alone_on_stdout(config, monkeypatch, capfd):
+    """What the launcher prints goes to stderr; its exit code is told."""
+    monkeypatch.setattr(run, "command_of", lambda _: [sys.executable, "-c", "print('noise'); raise SystemExit(3)"])
+    assert main(["run", "--json", "train", str(config)]) == 1
+    told = capfd.readouterr()
+    assert json.loads(told.out)["exit_code"] == 3
+
+
+@pytest.mark.parametrize("where", ["yaml", "setting"])
+def test_another_registered_file_is_not_dropped(config, where, capsys):
+    """PaddleFormers takes one: exit code 2, with what to write into that file."""
+    arguments = ["run", "--dry-run", "train", str(config)]
+    if where == "yaml":
+        config.write_text("stage: VL-SFT\ncustom_register_path: /mine.py\n")
+    else:
+        arguments.append("custom_register_path=/mine.py")
+    assert main(arguments) == 2
+    assert "apply_to_qwen3_vl()" in capsys.readouterr().err
+
+
+def test_our_own_registered_file_may_stand_there(config):
+    """Nothing is asked for twice over."""
+    config.write_text(f"custom_register_path: {PLUGIN}\n")
+    assert main(["run", "--dry-run", "train", str(config)]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["train", "gone.yaml"], ["train", __file__]])
+def test_what_is_no_config_is_refused(arguments, capsys):
+    """Exit code 2."""
+    assert main(["run", *arguments]) == 2
+    assert "there is no such file, or it is not one of .yaml" in capsys.readouterr().err
+
+
+def test_settings_are_key_and_value(config, capsys):
+    """Exit code 2."""
+    assert main(["run", "train", str(config), "max_steps"]) == 2
+    assert "settings are key=value, got max_steps" in capsys.readouterr().err
+
+
+def test_without_paddleformers_the_mend_is_named(config, monkeypatch, capsys):
+    """Exit code 1."""
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    assert main(["run", "train", str(config)]) == 1
+    assert "paddle-vl-sp[formers]" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""What blocks of the pages are given: the names that a reader's own program has. Named by `<!-- given NAME -->`."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+from paddle import nn
+
+import tiny_tower
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.attention import padded_layout
+from paddle_vl_sp.testing import FakeGroup
+
+IMAGE, VIDEO = 90, 91
+GRID = [[1, 4, 4], [1, 2, 4], [1, 4, 6]]  # 4, 2 and 6 feature rows
+IDS = [[1, *[IMAGE] * 4, 2, 3, 4], [*[IMAGE] * 2, 5, *[IMAGE] * 5], [IMAGE, *range(1, 8)], [7] * 8]
+
+
+class Decoder(nn.Layer):
+    """Layers that see one position each, so that a cut changes nothing but sums."""
+
+    def __init__(self, vocabulary=100, width=tiny_tower.HIDDEN):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.LayerList([nn.Linear(width, width) for _ in range(3)])
+        self.head = nn.Linear(width, vocabulary)
+
+
+def a_shared_tower():
+    paddle.seed(0)
+    group = paddle.distributed.get_group(0)
+    return {
+        "tower": tiny_tower.tower(),
+        "pixel_values": tiny_tower.pixels(GRID),
+        "grid_thw": paddle.to_tensor(GRID),
+        "input_ids": paddle.to_tensor(IDS),
+        "image_id": IMAGE,
+        "video_id": VIDEO,
+        "sp_group": group,
+        "layout": SeqLayout(8, sp_size=group.nranks, sp_rank=group.rank),
+        "hidden": paddle.ones([4, 4, tiny_tower.HIDDEN]),
+        "loss_of": lambda hidden: (hidden * hidden).mean(),
+    }
+
+
+def own_loop():
+    paddle.seed(0)
+    model, tower = Decoder(), tiny_tower.tower()
+    ids = paddle.to_tensor(IDS)
+    batch = {
+        "input_ids": ids,
+        "labels": ids.roll(-1, axis=1),
+        "pixel_values": tiny_tower.pixels(GRID),
+        "image_grid_thw": paddle.to_tensor(GRID),
+    }
+    parameters = [*model.parameters(), *tower.parameters()]
+    return {
+        "tower": tower,
+        "model": model,
+        "batch": batch,
+        "group": paddle.distributed.get_group(0),
+        "optimizer": paddle.optimizer.AdamW(parameters=parameters),
+        "image_id": IMAGE,
+        "video_id": VIDEO,
+    }
+
+
+def a_packed_batch():
+    group = paddle.distributed.get_group(0)
+    ids = paddle.arange(12).reshape([1, 12])
+    logits = paddle.ones([1, 8, 20])
+    logits.stop_gradient = False
+    return {"group": group, "batch": {"input_ids": ids, "labels": ids}, "logits": logits}
+
+
+def two_groups():
+    layout = padded_layout(16, cp_size=2, cp_rank=0, sp_size=2, sp_rank=0)
+    return {"layout": layout, "groups": SimpleNamespace(ring=FakeGroup(0, 2), ulysses=FakeGroup(0, 2))}
+
+
+def an_error_or_none():
+    group = paddle.distributed.get_group(0)
+    return {"error_or_none": None, "group": group, "input_ids": np.array(IDS)}
+
+
+def replicas():
+    paddle.seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.visual = model[0]
+    group = paddle.distributed.get_group(0)
+    optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
+    return {"model": model, "group": group, "tp_group": group, "optimizer": optimizer}
+
+
+def a_plain_model():
+    from paddle_vl_sp.formers.tiny import tiny_qwen3_vl
+
+    return {"model": tiny_qwen3_vl()}
+
+
+def a_collate():
+    return {"collate": lambda samples: {"input_ids": samples}, "image_token_id": IMAGE, "video_token_id": VIDEO}
+
+
+def ids_of_a_model():
+    return {"image_id": IMAGE, "video_id": VIDEO}
