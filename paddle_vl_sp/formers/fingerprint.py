@@ -11,9 +11,11 @@ from typing import Any
 # "Class.method": the first 16 digits of the sha256 of its source, for every text of it that is known.
 SOURCES: dict[str, tuple[str, ...]] = {
     "Qwen3VLModelDeprecated.forward": ("745af1ed87fe646b",),
+    "Qwen3VLTextModel.__init__": ("fb4a505451b444d2",),
     "Qwen3VLTextModel.forward": ("6eebd96dd42e01e6",),
     "Qwen3VLTextModel._deepstack_process": ("5d2f3c34ae40ba01",),
     "Qwen3VLMoeModelDeprecated.forward": ("84de824353cee7f6",),
+    "Qwen3VLMoeTextModel.__init__": ("f2b1b38e665bb7f3",),
     "Qwen3VLMoeTextModel.forward": ("8f1ed8c9f0439b4a",),
     "Qwen3VLMoeTextModel._deepstack_process": ("5d2f3c34ae40ba01",),
     "Qwen3VLTextTransformerLayer.forward": ("e38f015741320629",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, Line
@@ -9,24 +11,25 @@ from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, Line
 NAMES = ("q_norm", "k_norm")
 
 
-def head_norms_without_model() -> list[Line]:
-    """Where classes alone are changed, as by the plugin."""
-    why = (
-        "not marked: for plain classes under sequence parallelism, hand over the built model before the trainer is made"
-    )
-    return [Line("model", "q_norm, k_norm", LEFT_ALONE, why)]
+def text_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks q_norm and k_norm under sequence parallelism, so that the trainer sums their gradients."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        if self.config.sequence_parallel:
+            for norm in _head_norms(self):
+                norm.enable_sequence_parallel()
+
+    return __init__
 
 
 def mark_head_norms(model: Any) -> list[Line]:
-    """Marks them as sequence-parallel parameters, so that PaddleFormers' trainer sums their gradients.
+    """Marks them in a model that was built before its class was changed, so that PaddleFormers' trainer sums them.
 
     Every rank's gradient covers its own heads only. The marks must be there before the trainer wraps the model.
     """
-    norms = [
-        (name, layer)
-        for name, layer in model.named_sublayers()
-        if name.rpartition(".")[2] in NAMES and hasattr(layer, "enable_sequence_parallel")
-    ]
+    norms = _head_norms(model)
     if not norms:
         return [Line("model", "q_norm, k_norm", LEFT_ALONE, f"{type(model).__name__} has none of the plain classes'")]
     text_config = getattr(model.config, "text_config", model.config)
@@ -34,6 +37,14 @@ def mark_head_norms(model: Any) -> list[Line]:
         return [
             Line("model", "q_norm, k_norm", LEFT_ALONE, "sequence_parallel is off: no trainer sums marked gradients")
         ]
-    for _, norm in norms:
+    for norm in norms:
         norm.enable_sequence_parallel()
     return [Line("model", "q_norm, k_norm", REPLACED, f"{len(norms)} marked, the trainer sums their gradients")]
+
+
+def _head_norms(model: Any) -> list[Any]:
+    return [
+        layer
+        for name, layer in model.named_sublayers()
+        if name.rpartition(".")[2] in NAMES and hasattr(layer, "enable_sequence_parallel")
+    ]

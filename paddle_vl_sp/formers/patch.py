@@ -12,7 +12,7 @@ from typing import Any
 
 from paddle_vl_sp.formers import deepstack, fleet_layer, plain
 from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, SIGNATURES, formers_version, unknown
-from paddle_vl_sp.formers.norms import head_norms_without_model, mark_head_norms
+from paddle_vl_sp.formers.norms import mark_head_norms, text_init
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.formers.standing import Change, Make, replace, share, take_back
 
@@ -38,7 +38,7 @@ class Family:
 def _plain(model: str, text_model: str) -> dict[str, dict[str, Make]]:
     return {
         model: {"forward": plain.model_forward},
-        text_model: {"forward": plain.text_forward, "_deepstack_process": deepstack.deepstack},
+        text_model: {"__init__": text_init, "forward": plain.text_forward, "_deepstack_process": deepstack.deepstack},
     }
 
 
@@ -67,8 +67,8 @@ def apply_to_qwen3_vl(
     Classes are changed, so it holds for models built before and after. Calling it again changes nothing. What it did
     is in the report, which is also a context manager: ``with apply_to_qwen3_vl(): ...``.
 
-    model      a built plain model, whose q_norm and k_norm are then marked for the trainer's gradient sum under
-               sequence parallelism; before the trainer is made
+    model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
+               under sequence parallelism, as those of models built from now on are; before the trainer is made
     backend    "op" or "python" where the row functions must be served by these; "auto" takes what there is
     strict     code of PaddleFormers that is not known is an UpstreamChanged error, else it is left alone with a warning
     vision_dp  the tensor-parallel ranks share the vision tower's work
@@ -97,7 +97,8 @@ def apply_to_qwen3_vl(
         logger.warning("%s; these classes are left alone", _told(changed))
     if vision_dp:
         lines.append(_share(model, made))
-    lines += head_norms_without_model() if model is None else mark_head_norms(model)
+    if model is not None:
+        lines += mark_head_norms(model)
     return PatchReport(tuple(lines), functools.partial(take_back, made))
 
 

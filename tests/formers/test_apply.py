@@ -13,7 +13,7 @@ import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
 
-from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, patch, revert, tiny
+from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, norms, patch, revert, tiny
 from paddle_vl_sp.formers.fingerprint import OURS, SIGNATURES, SOURCES, fingerprint, formers_version, unknown
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +34,13 @@ def standing():
 
 
 def test_revert_restores_the_very_same_functions():
-    """Identity, of all nine methods."""
+    """Identity, of all methods."""
     before = standing()
     apply_to_qwen3_vl()
     assert all(hasattr(function, OURS) for function in standing())
     revert()
     assert all(a is b for a, b in zip(before, standing(), strict=True))
-    assert len(before) == 9
+    assert len(before) == 11
 
 
 def test_applying_twice_changes_nothing_more():
@@ -50,7 +50,7 @@ def test_applying_twice_changes_nothing_more():
     with apply_to_qwen3_vl() as second:
         assert all(a is b for a, b in zip(once, standing(), strict=True))
         assert first.replaced == second.replaced
-        assert all(line.why == "was already" for line in second.lines if line.family != "model")
+        assert all(line.why == "was already" for line in second.lines)
     assert all(a is b for a, b in zip(once, standing(), strict=True))
 
 
@@ -136,11 +136,11 @@ def test_changed_code_is_left_alone_when_not_strict(caplog):
     assert modeling.Qwen3VLTextModel.__dict__["_deepstack_process"] is changed_deepstack
     assert set(report.names("left alone")) == {
         "Qwen3VLModelDeprecated.forward",
+        "Qwen3VLTextModel.__init__",
         "Qwen3VLTextModel.forward",
         "Qwen3VLTextModel._deepstack_process",
-        "q_norm, k_norm",
     }
-    assert len(report.replaced) == 6
+    assert len(report.replaced) == 7
     warnings = [record for record in caplog.records if record.name == "paddle_vl_sp"]
     assert len(warnings) == 1
     assert "left alone" in warnings[0].getMessage()
@@ -208,6 +208,19 @@ def test_backend_is_held_against_what_serves():
         apply_to_qwen3_vl(backend=other)
     with pytest.raises(ValueError, match="must be one of 'auto', 'op', 'python', got 'cuda'"):
         apply_to_qwen3_vl(backend="cuda")
+
+
+def test_head_norms_of_models_built_from_now_on():
+    """The one line is enough where it comes first; without sequence parallelism nothing is marked."""
+    with apply_to_qwen3_vl():
+        model = tiny.tiny_qwen3_vl()
+    text = model.language_model
+    attention = text.layers[1].self_attn
+    for sequence_parallel in (False, True):  # True wants ranks to be built on: there the real run has it
+        text.config.sequence_parallel = sequence_parallel
+        norms.text_init(lambda self: None)(text)
+        for norm in (attention.q_norm, attention.k_norm):
+            assert getattr(norm.weight, "sequence_parallel", False) is sequence_parallel
 
 
 def test_head_norms_of_a_given_model():
@@ -281,4 +294,4 @@ def test_plugin_as_paddleformers_loads_it(switch, replaced):
     assert f"OURS {replaced}" in told
     if replaced:
         assert re.search(r"modeling_fleet +absent +No module named 'paddlefleet'", told)
-        assert "3 replaced, 1 left alone, 2 absent" in told
+        assert "4 replaced, 0 left alone, 2 absent" in told

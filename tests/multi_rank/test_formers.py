@@ -242,6 +242,7 @@ def measure(nranks):
     told["drift upstream"] = replicas(ranks, on_one)
     with apply_to_qwen3_vl():
         told["patched"] = ranks.errors(ranks.model())
+        told["patched, built after"] = ranks.errors(ranks.model(mark=False), ["text", "several"])
         told["full recompute"] = ranks.errors(recomputed(ranks.model()), SOME)
         told["frozen language model"] = of_frozen(ranks, "language_model")
         told["frozen tower"] = of_frozen(ranks, "visual")
@@ -353,6 +354,8 @@ def test_unmarked_head_norms_are_wrong(told):
     """The other finding: q_norm and k_norm, on text too, unless they are marked."""
     assert worst(told, "unmarked norms", "text", "language") > WRONG
     assert worst(told, "upstream", "text", "language") < RIGHT
+    for kind in ("text", "several"):  # a model that is built with its class changed marks them itself
+        assert worst(told, "patched, built after", kind, "language") < RIGHT
 
 
 def test_revert_makes_it_upstream_again(told):
