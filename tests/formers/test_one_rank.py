@@ -208,16 +208,36 @@ def test_sequence_parallel_without_a_group():
         loss_of(model, tiny.draw_batch(SAMPLES["image"]))
 
 
-def test_amp_on_a_gpu():
-    """AMP O1 and bfloat16, where there is a device for them: bit-exact."""
+def under_amp_o1():
+    model = tiny.tiny_qwen3_vl()
+    with paddle.amp.auto_cast(level="O1", dtype="bfloat16"):
+        return model, loss_of(model, batches(1)[0])
+
+
+def under_amp_o2():
+    model = paddle.amp.decorate(tiny.tiny_qwen3_vl(), level="O2", dtype="bfloat16")
+    with paddle.amp.auto_cast(level="O2", dtype="bfloat16"):
+        return model, loss_of(model, batches(1)[0])
+
+
+def with_a_float32_tower_under_a_bfloat16_model():
+    model = tiny.tiny_qwen3_vl()
+    model.bfloat16()
+    model.visual.float()
+    return model, loss_of(model, batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    "forward", [under_amp_o1, under_amp_o2, with_a_float32_tower_under_a_bfloat16_model], ids=lambda f: f.__name__
+)
+def test_mixed_precision_on_a_gpu(forward):
+    """Bit-exact, where there is a device for it."""
     if not paddle.is_compiled_with_cuda() or not paddle.device.cuda.device_count():
         pytest.skip("no CUDA device: on the CPU AMP does nothing and bfloat16 has no kernels for this model")
     paddle.set_device("gpu")
 
     def run():
-        model = tiny.tiny_qwen3_vl()
-        with paddle.amp.auto_cast(level="O1", dtype="bfloat16"):
-            loss = loss_of(model, batches(1)[0])
+        model, loss = forward()
         loss.backward()
         return float(loss), tiny.gradients_of(model)
 
