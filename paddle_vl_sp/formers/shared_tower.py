@@ -59,8 +59,17 @@ def encoded(inner: Any, encode: Encode, pixels: Any, grid: Any) -> tuple[Any, li
     if not is_shared(inner):
         return encode(pixels, grid)
     from paddle_vl_sp.vision.parallel import encode_shared
+    from paddle_vl_sp.vision.share import tower_alpha
 
-    group, merge_size = tensor_parallel_group(), inner.visual.spatial_merge_size
-    # whole: the cut's own backward makes the main features' gradient whole, complete_grad that of the levels
-    features, levels = encode_shared(encode, pixels, grid, group=group, merge_size=merge_size, grad="whole")
+    tower = inner.visual
+    features, levels = encode_shared(
+        encode,
+        pixels,
+        grid,
+        group=tensor_parallel_group(),
+        merge_size=tower.spatial_merge_size,
+        grad="whole",  # made so by the cut's own backward for the main features, by complete_grad for the levels
+        split_frames=True,  # the tower attends within a frame
+        alpha=tower_alpha(tower.config.hidden_size, tower.config.intermediate_size),
+    )
     return features, levels
