@@ -51,10 +51,8 @@ def test_a_function_that_other_processes_cannot_import_is_refused_at_once():
 
 
 def test_a_hang_is_ended_and_its_line_is_told():
-    begin = time.monotonic()
     with pytest.raises(RanksFailed, match=r"(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):
         run_ranks(hang_on_one, 2, timeout=2)
-    assert time.monotonic() - begin < 100
 
 
 def test_a_silent_death_is_told():

@@ -69,7 +69,7 @@ def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
         library.unlink()
     done, lines = python(USE, copy)
     assert lines[0] == "8.0"
-    assert lines[1].startswith("python: no compiled operators are installed; build it with `pip install")
+    assert lines[1].startswith("python: no compiled operators are installed; build them where the package")
     assert done.stderr.count("plain Paddle serves, the custom operators do not") == 1
     done, _ = python(SHOW, copy, PADDLE_VL_SP_BACKEND="op")
     assert "OperatorsUnavailable: no compiled operators are installed" in done.stderr
