@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from paddle_vl_sp.cli.quiet import quiet
+from paddle_vl_sp.cli.terminal import Progress
 
 
 def main() -> int:
@@ -45,8 +46,6 @@ def run(steps: int, nranks: int) -> tuple[list[bool], list[dict[str, Any]]]:
         from demo_parts import training
 
         quiet_paddleformers()
-
-    from demo_parts.progress import Progress
 
     paddle.set_device("cpu")
     with Progress((1 + len(training.RUNS)) * steps) as progress:
