@@ -45,11 +45,9 @@ def of_fitting_length(tokens: Tensor, rule: SeqLayout) -> Tensor:
     An assertion would fetch its condition from the device, and the inference predictor drops it as dead code; an
     error in a custom operator ends the process of a loaded program instead of reaching Python.
     """
-    zigzag = rule.cp_mode == "zigzag" and rule.cp_size > 1
-    if rule.remainder == "front":
-        multiple = 2 * rule.cp_size if zigzag else 1
-    else:
-        multiple = length_multiple(cp_size=rule.cp_size, cp_mode=rule.cp_mode, sp_size=rule.sp_size)
+    multiple = length_multiple(
+        cp_size=rule.cp_size, cp_mode=rule.cp_mode, sp_size=rule.sp_size, remainder=rule.remainder
+    )
     return tokens if multiple == 1 else tokens.reshape([0, multiple, -1]).flatten(1)
 
 

@@ -17,13 +17,15 @@ CP_MODES = ("zigzag", "contiguous")
 REMAINDERS = ("error", "front")
 
 
-def length_multiple(*, cp_size: int = 1, cp_mode: str = "zigzag", sp_size: int = 1) -> int:
-    """The number a sequence's length must be a multiple of, so that every rank owns equally much.
+def length_multiple(*, cp_size: int = 1, cp_mode: str = "zigzag", sp_size: int = 1, remainder: str = "error") -> int:
+    """The number a sequence's length must be a multiple of: for equal shares, or, with "front", to be cut at all.
 
     >>> length_multiple(cp_size=2, sp_size=4)  # zigzag makes 4 chunks; each rank's 2 must divide by 4
     8
     """
     chunks_per_rank = 2 if cp_mode == "zigzag" and cp_size > 1 else 1
+    if remainder == "front":
+        return cp_size * chunks_per_rank if chunks_per_rank > 1 else 1
     return cp_size * math.lcm(chunks_per_rank, sp_size)
 
 
@@ -104,12 +106,9 @@ class SeqLayout:
         return np.stack([bounds[:-1], np.diff(bounds)], axis=1)
 
     def _check_lengths(self) -> None:
-        zigzag = self.cp_mode == "zigzag" and self.cp_size > 1
-        if self.remainder == "front":
-            segment_multiple = total_multiple = 2 * self.cp_size if zigzag else 1
-        else:
-            segment_multiple = length_multiple(cp_size=self.cp_size, cp_mode=self.cp_mode)
-            total_multiple = length_multiple(cp_size=self.cp_size, cp_mode=self.cp_mode, sp_size=self.sp_size)
+        size, mode, remainder = self.cp_size, self.cp_mode, self.remainder
+        segment_multiple = length_multiple(cp_size=size, cp_mode=mode, remainder=remainder)
+        total_multiple = length_multiple(cp_size=size, cp_mode=mode, sp_size=self.sp_size, remainder=remainder)
         if self.cu_seqlens is not None:
             lengths = self.segments()[:, 1]
             for i in np.flatnonzero(lengths % segment_multiple)[:1]:

@@ -31,11 +31,11 @@ def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = Fa
 
     if not ops.is_tracing():
         _check(hidden, features, plan)
-    if inplace and not ops.is_tracing() and hidden.is_leaf and not hidden.stop_gradient:
-        raise ValueError(
-            "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
-            "pass inplace=False, or hidden states that an operation made"
-        )
+        if inplace and hidden.is_leaf and not hidden.stop_gradient:
+            raise ValueError(
+                "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
+                "pass inplace=False, or hidden states that an operation made"
+            )
     return ops.add_rows(hidden, features, plan.update_indices, plan.gather_indices, inplace)
 
 
