@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paddle_vl_sp.plan import VisualPlan, plan_visual
     from paddle_vl_sp.replicas import check_replicas, sync_replicas
     from paddle_vl_sp.rows import add_rows, replace_rows
+    from paddle_vl_sp.run_report import RunReport, note_forward
     from paddle_vl_sp.vision.gradients import mark_for_sum, sum_parameter_grads
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import VisionShare, share_images
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "PatchReport": "formers",
+    "RunReport": "run_report",
     "SeqLayout": "layout",
     "VisionShare": "vision.share",
     "VisualPlan": "plan",
@@ -37,6 +39,7 @@ _HOME = {
     "encode_shared": "vision.parallel",
     "joint_features": "joint",
     "mark_for_sum": "vision.gradients",
+    "note_forward": "run_report",
     "plan_visual": "plan",
     "plan_visual_local": "local",
     "replace_rows": "rows",
@@ -48,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "PatchReport",
+    "RunReport",
     "SeqLayout",
     "VisionShare",
     "VisualPlan",
@@ -62,6 +66,7 @@ __all__ = [
     "encode_shared",
     "joint_features",
     "mark_for_sum",
+    "note_forward",
     "plan_visual",
     "plan_visual_local",
     "replace_rows",

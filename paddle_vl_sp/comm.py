@@ -11,6 +11,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp import collectives
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.consensus import agree, agree_on, fingerprint, hold_same
 from paddle_vl_sp.gather import gather_rows, row_width, view_of
 from paddle_vl_sp.plan import VisualPlan
@@ -70,7 +71,11 @@ def all_gather_rows(
     none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal.
     """
     xs = list(x) if isinstance(x, (list, tuple)) else [x]
-    error = _wrong_rows(xs, counts, group, mode, grad)
+    error: ValueError | None = None
+    try:
+        _check_rows(xs, counts, group, mode, grad)
+    except ValueError as wrong:  # raised on every rank where the ranks compare
+        error = wrong
     if collectives.is_alone(group):
         if error is not None:
             raise error
@@ -156,21 +161,19 @@ def _check_feature_rows(features: Sequence[Tensor], plan: VisualPlan) -> None:
         )
 
 
-def _wrong_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: str, grad: str) -> ValueError | None:
-    """What is wrong with this rank's arguments."""
-    for name, value, choices in (("mode", mode, ("auto", *MODES)), ("grad", grad, GRADS)):
-        if value not in choices:
-            return ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: str, grad: str) -> None:
+    """Of this rank's arguments."""
+    check_choice("mode", mode, ("auto", *MODES))
+    check_choice("grad", grad, GRADS)
     num_ranks, rank = (1, 0) if collectives.is_alone(group) else (group.nranks, group.rank)
     if len(counts) != num_ranks or min(counts) < 0:
-        return ValueError(f"counts must be the rows of each of {num_ranks} ranks, got {list(counts)}")
+        raise ValueError(f"counts must be the rows of each of {num_ranks} ranks, got {list(counts)}")
     dtypes = {name_of(x.dtype) for x in xs}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
-        return ValueError(f"x must have one dtype out of {', '.join(DTYPES)}, got {sorted(dtypes)}: cast it first")
+        raise ValueError(f"x must have one dtype out of {', '.join(DTYPES)}, got {sorted(dtypes)}: cast it first")
     rows = [x.shape[0] if x.shape else None for x in xs]
     if any(number != counts[rank] for number in rows):
-        return ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
-    return None
+        raise ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
 
 
 def name_of(dtype: Any) -> str:

@@ -7,7 +7,6 @@ need nothing of ours.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,14 +15,16 @@ from paddle import Tensor
 from paddle.static import InputSpec
 
 from paddle_vl_sp import by_rule, native, ops
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import SeqLayout, length_multiple
+from paddle_vl_sp.log import logger
 from paddle_vl_sp.native import interval_table
 from paddle_vl_sp.plan import checked_ids
 
 __all__ = ["DeepstackAdd", "IndexBuilder", "interval_table", "save"]
 
 if ops.backend().name != "op":
-    logging.getLogger("paddle_vl_sp").warning(
+    logger.warning(
         "programs saved with the operators cannot run in this process, Paddle may crash on them: %s",
         ops.backend().reason,
     )
@@ -139,8 +140,7 @@ def _build_by_operator(
 
 def _serving(backend: str) -> str:
     """ "op" or "python"."""
-    if backend not in ops.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, ops.BACKENDS)
     available = ops.backend()
     if backend == "op" and available.name != "op":
         raise ValueError(f"backend 'op' needs the operators, but they are not loaded: {available.reason}")

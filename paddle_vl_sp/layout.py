@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paddle_vl_sp.choices import check_choice
+
 CP_MODES = ("zigzag", "contiguous")
 REMAINDERS = ("error", "front")
 
@@ -66,8 +68,8 @@ class SeqLayout:
             raise ValueError(f"seq_len must not be negative, got {self.seq_len}")
         _check_rank("cp", self.cp_rank, self.cp_size)
         _check_rank("sp", self.sp_rank, self.sp_size)
-        _check_choice("cp_mode", self.cp_mode, CP_MODES)
-        _check_choice("remainder", self.remainder, REMAINDERS)
+        check_choice("cp_mode", self.cp_mode, CP_MODES)
+        check_choice("remainder", self.remainder, REMAINDERS)
         if self.cu_seqlens is not None:
             object.__setattr__(self, "cu_seqlens", _checked_cu_seqlens(self.cu_seqlens, self.seq_len))
         self._check_lengths()
@@ -200,11 +202,6 @@ def _check_rank(kind: str, rank: int, size: int) -> None:
             f"{kind}_rank {rank} is out of range for {kind}_size {size}: expected 0 to {size - 1}, "
             f"the rank within the {kind} group (not the global rank)"
         )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _checked_cu_seqlens(cu_seqlens: Sequence[int], seq_len: int) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from paddle import Tensor
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from paddle_vl_sp import reference
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.log import logger
 
 BACKENDS = ("auto", "op", "python")
 SWITCH = "PADDLE_VL_SP_BACKEND"
@@ -26,8 +27,6 @@ REBUILD = (
     "build them where the package's source is, with a C++ compiler and the Paddle you run: "
     "pip install --no-build-isolation --force-reinstall --no-deps ."
 )
-
-logger = logging.getLogger("paddle_vl_sp")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def backend() -> Backend:
     warning; op insists on them; python never loads them.
     """
     wanted = os.environ.get(SWITCH, "auto")
-    if wanted not in BACKENDS:
-        raise ValueError(f"{SWITCH} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
+    check_choice(SWITCH, wanted, BACKENDS)
     if wanted == "python":
         return Backend("python", (), f"{SWITCH}=python")
     try:

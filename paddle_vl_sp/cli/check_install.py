@@ -16,7 +16,7 @@ from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 
 PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
 FORMERS = 'pip install "paddle-vl-sp[formers]", or pip install paddleformers==1.2.0 "pyarrow<26"'
-SWITCHES = ("PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK")
+SWITCHES = ("PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK", "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT")
 
 
 def installed(package: str) -> str:

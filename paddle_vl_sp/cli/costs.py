@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paddle_vl_sp import traffic
 from paddle_vl_sp.cli.batch import MERGE, Batch
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.vision.share import POLICIES, share_images, tower_alpha, vision_items
@@ -95,22 +96,18 @@ def _rank(rank: int, plan: VisualPlan, batch: Batch) -> dict[str, Any]:
 
 
 def _deepstack(plan: VisualPlan, batch: Batch, model: Model) -> dict[str, Any]:
-    """Bytes that the busiest rank moves in the forward of one layer.
-
-    Ours reads two rows and writes one for every visual token. PaddleFormers 1.2.0, counted from its source, copies all
-    rows of the rank for a clone and for scatter_nd_add, and under sequence parallelism for two transposes, too.
-    """
+    """Bytes that the busiest rank moves in the forward of one layer."""
     rows, visual = plan.num_rows, len(plan.update_indices)
-    upstream = 8 * rows + 5 * visual if is_cut_by_sp(batch) else 4 * rows + 3 * visual
+    upstream = traffic.bytes_upstream(rows, visual, model.row_bytes, is_cut_by_sp(batch))
     return {
-        "bytes_here": 3 * visual * model.row_bytes,
-        "bytes_upstream": None if is_cut_by_cp(batch) else upstream * model.row_bytes,
+        "bytes_here": traffic.bytes_here(visual, model.row_bytes),
+        "bytes_upstream": None if is_cut_by_cp(batch) else upstream,
     }
 
 
 def _syncs(batch: Batch, levels: int) -> dict[str, Any]:
     """Waits for the device in one forward: ours plans once, or in the data loader; upstream searches in every layer."""
-    per_layer = 3 * batch.mask.shape[0] + 1 if is_cut_by_sp(batch) else 1
+    per_layer = traffic.syncs_upstream(batch.mask.shape[0], is_cut_by_sp(batch))
     return {
         "here": 1,
         "here_planned_by_loader_or_padded": 0,

@@ -6,14 +6,25 @@ from typing import Any
 
 import paddle
 
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.fleet.check import check_same_output, check_same_plan
-from paddle_vl_sp.fleet.inputs import FEATURES, LEVELS, MASK, VisualInputs, indices_to_carry, loaded_plan, visual_inputs
+from paddle_vl_sp.fleet.inputs import (
+    FEATURES,
+    LEVELS,
+    MASK,
+    UPDATE,
+    VisualInputs,
+    indices_to_carry,
+    loaded_plan,
+    visual_inputs,
+)
 from paddle_vl_sp.fleet.topology import context_parallel_size, embedding_share, pipeline_size
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.ops import checking
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.rows import replace_rows
+from paddle_vl_sp.run_report import note_forward
 
 MERGES = ("rows", "upstream")
 
@@ -58,13 +69,16 @@ class VisualEmbedding:
         return embedding_share(self).layout(seq_len)
 
     def _merged(self, dict_args: dict[str, Any], visual: VisualInputs, packed_seq_params: Any) -> dict[str, Any]:
-        if self.merge not in MERGES:
-            raise ValueError(f"merge must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}")
+        check_choice("merge", self.merge, MERGES)
         plan = self._plan(dict_args, visual)
+        syncs = int(dict_args.get(UPDATE) is None)
         merge = self._upstream_merge if self.merge == "upstream" else self._row_merge
         out = merge(dict_args, visual, plan, packed_seq_params)
         if plan.num_features:
-            out |= indices_to_carry(plan.to(out["hidden_states"].place), pipeline_size(self.config))
+            plan, (batch, _) = plan.to(out["hidden_states"].place), visual.ids.shape
+            group, levels = embedding_share(self).group, visual.num_levels
+            note_forward(plan, out["hidden_states"], batch=batch, num_levels=levels, group=group, syncs=syncs)
+            out |= indices_to_carry(plan, pipeline_size(self.config))
         return out
 
     def _upstream_merge(

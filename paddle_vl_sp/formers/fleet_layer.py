@@ -11,6 +11,7 @@ from paddle_vl_sp.formers.deepstack import Rows, adds_by_plan, tensor_parallel_g
 from paddle_vl_sp.formers.loader import GATHER, ORDER, UPDATE, LoadedPlans, own_row
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.run_report import note_forward
 
 MASK, LEVELS = "visual_pos_masks", "deepstack_visual_emb"
 
@@ -78,15 +79,25 @@ def _planned(layer: Any, dict_args: dict[str, Any]) -> tuple[VisualPlan, list[An
     seq_len, num_features = mask.shape[1], levels[0].shape[0]
     if not cut or hidden.shape[0] == seq_len:
         plan = plan_visual(mask, None, SeqLayout(seq_len), sequence_first=cut, num_features=num_features)
+        _note(layer, plan, hidden, mask, len(levels), None)
         return plan, levels, _is_one_stage()
     group = tensor_parallel_group()
     layout = SeqLayout(seq_len, sp_size=group.nranks, sp_rank=group.rank)
     plan = plan_visual(mask, None, layout, sequence_first=True, num_features=num_features)
+    _note(layer, plan, hidden, mask, len(levels), group)
     if _is_one_stage():
         return plan, complete_grad(levels, plan, group), True
     own = layer.layer_number
     levels[own : own + 1] = complete_grad([levels[own]], plan, group)
     return plan, levels, False
+
+
+def _note(layer: Any, plan: VisualPlan, hidden: Any, mask: Any, num_levels: int, group: Any) -> None:
+    """Once a forward, though across pipeline stages every layer plans."""
+    shared = _is_one_stage()
+    if shared or layer.layer_number == 0:
+        syncs = 1 if shared else num_levels
+        note_forward(plan, hidden, batch=mask.shape[0], num_levels=num_levels, group=group, syncs=syncs)
 
 
 def _is_one_stage() -> bool:

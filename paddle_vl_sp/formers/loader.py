@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.joint import order_on_host
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
@@ -83,8 +84,7 @@ def plans_of_all_ranks(
     """
     if len(placeholder_ids) != 2:
         raise ValueError(f"placeholder_ids must be (image_token_id, video_token_id), got {placeholder_ids!r}")
-    if cut not in CUTS:
-        raise ValueError(f"cut must be one of {', '.join(map(repr, CUTS))}, got {cut!r}")
+    check_choice("cut", cut, CUTS)
     visual = np.isin(ids, placeholder_ids)  # [B, S]
     if not visual.any():
         return {}

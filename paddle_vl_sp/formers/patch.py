@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from paddle_vl_sp import ops
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.formers import deepstack, fleet_layer, plain
 from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, SIGNATURES, formers_version, unknown
 from paddle_vl_sp.formers.norms import mark_head_norms, text_init
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.formers.standing import Change, Make, replace, share, take_back
+from paddle_vl_sp.log import logger
 
 SWITCH = "PADDLE_VL_SP"
 MODELS = "paddleformers.transformers"
-
-logger = logging.getLogger("paddle_vl_sp")
 
 
 class UpstreamChanged(RuntimeError):
@@ -84,6 +84,7 @@ def apply_to_qwen3_vl(
     if vision_dp and model is None:
         raise ValueError("vision_dp=True needs the built model, whose tower it marks: apply_to_qwen3_vl(model, ...)")
     if switched_off():
+        logger.info("Qwen3-VL is left as it is: %s=0", SWITCH)
         return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{SWITCH}=0") for f in FAMILIES))
     lines: list[Line] = []
     found = _loaded(lines)
@@ -99,7 +100,11 @@ def apply_to_qwen3_vl(
         lines.append(_share(model, made))
     if model is not None:
         lines += mark_head_norms(model)
-    return PatchReport(tuple(lines), functools.partial(take_back, made))
+    report = PatchReport(tuple(lines), functools.partial(take_back, made))
+    if made:
+        logger.info("Qwen3-VL, %s; rows are served by %s", report.in_a_line(), ops.backend())
+        logger.debug("%s", report)
+    return report
 
 
 def switched_off() -> bool:
@@ -173,10 +178,7 @@ def _told(changed: dict[str, list[str]]) -> str:
 
 
 def _check_backend(wanted: str) -> None:
-    from paddle_vl_sp import ops
-
-    if wanted not in ops.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ops.BACKENDS))}, got {wanted!r}")
+    check_choice("backend", wanted, ops.BACKENDS)
     if wanted not in ("auto", ops.backend().name):
         raise ValueError(
             f"backend={wanted!r}, but {ops.backend()} serves: set {ops.SWITCH}={wanted} before anything is used"

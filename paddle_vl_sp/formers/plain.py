@@ -19,6 +19,7 @@ from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.ops import checking
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.rows import replace_rows
+from paddle_vl_sp.run_report import note_forward
 
 KINDS = {  # kind: (its pixels, its grid, the method that encodes it)
     "image": ("pixel_values", "image_grid_thw", "get_image_features"),
@@ -131,11 +132,14 @@ def _handed_over(given: dict[str, Any]) -> Visual | None:
 def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, list[Any]]:
     """The plan of the text model's hidden states; under sequence parallelism, a cut of the flattened batch [B * S]."""
     batch, seq_len = visual.mask.shape
-    num_features = visual.levels[0].shape[0]
+    main, num_levels = visual.levels[0], len(visual.levels)
+    num_features = main.shape[0]
+    syncs = 0 if visual.loaded else 1
     if not sequence_parallel:
         plan = visual.plan or plan_visual(
             visual.mask, None, SeqLayout(seq_len), sequence_first=False, num_features=num_features
         )
+        note_forward(plan, main, batch=batch, num_levels=num_levels, syncs=syncs)
         return plan, visual.levels
     group = tensor_parallel_group()
     layout = SeqLayout(batch * seq_len, sp_size=group.nranks, sp_rank=group.rank)
@@ -144,4 +148,7 @@ def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, 
     else:
         flat = visual.mask.reshape([1, -1])
         plan = plan_visual(flat, None, layout, sequence_first=False, num_features=num_features)
+    if visual.plan and not visual.loaded:
+        syncs += 1  # for the plan of the uncut sequence
+    note_forward(plan, main, batch=batch, num_levels=num_levels, group=group, syncs=syncs)
     return plan, complete_grad(visual.levels, plan, group)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 REPLACED, LEFT_ALONE, ABSENT = "replaced", "left alone", "absent"
+STATES = (REPLACED, LEFT_ALONE, ABSENT)
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,29 @@ class PatchReport:
         """The methods that are ours now, "Class.method"."""
         return self.names(REPLACED)
 
+    def in_a_line(self) -> str:
+        """plain: 4 replaced; plain MoE: 4 replaced; fleet: 1 absent (No module named 'paddlefleet')"""
+        families: dict[str, list[Line]] = {}
+        for line in sorted(self.lines, key=lambda line: STATES.index(line.state)):
+            families.setdefault(line.family, []).append(line)
+        return "; ".join(f"{family}: {self._told(lines)}" for family, lines in families.items())
+
+    @staticmethod
+    def _told(lines: list[Line]) -> str:
+        """Numbers by state, with the reasons where something is not replaced."""
+        told = []
+        for state in dict.fromkeys(line.state for line in lines):
+            same = [line for line in lines if line.state == state]
+            why = "" if state == REPLACED else f" ({'; '.join(dict.fromkeys(line.why for line in same))})"
+            told.append(f"{len(same)} {state}{why}")
+        return ", ".join(told)
+
     def __str__(self) -> str:
         """A table, one line a method."""
         rows = [(line.family, line.name, line.state, line.why) for line in self.lines]
         family, name, state = (max((len(row[i]) for row in rows), default=0) for i in range(3))
         told = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
-        states = {state: len(self.names(state)) for state in (REPLACED, LEFT_ALONE, ABSENT)}
+        states = {state: len(self.names(state)) for state in STATES}
         told.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
         return "\n".join(["paddle_vl_sp and Qwen3-VL", *told])
 

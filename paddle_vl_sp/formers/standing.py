@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from paddle_vl_sp.formers import shared_tower
 from paddle_vl_sp.formers.fingerprint import OURS
+from paddle_vl_sp.log import logger
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-logger = logging.getLogger("paddle_vl_sp")
 
 
 @dataclass(frozen=True)

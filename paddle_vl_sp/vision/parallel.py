@@ -10,9 +10,11 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp import collectives
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.comm import GRADS, RowKind, agree_rows
 from paddle_vl_sp.consensus import fingerprint
 from paddle_vl_sp.gather import gather_rows, view_of
+from paddle_vl_sp.run_report import note_shared
 from paddle_vl_sp.uneven import MODES
 from paddle_vl_sp.vision.gradients import refuse_tensor_parallel
 from paddle_vl_sp.vision.share import tower_alpha
@@ -80,6 +82,7 @@ def encode_shared(
         if grad == "whole":
             outs = [_OwnGradient.apply(x, group) for x in outs]
         return _as_encoded(outs, kind.form)
+    note_shared(work.share.imbalance)
     outs = outs or _no_rows(kind)
     rows = gather_rows(outs, work.share.rows, group, mode, grad, kind.needs_grad)
     return _as_encoded(rows, kind.form)
@@ -112,6 +115,5 @@ class _OwnGradient(PyLayer):  # type: ignore[misc]
 
 def _check_choices(encode: Any, group: Any, idle: str, grad: str, mode: str) -> None:
     for name, value, choices in (("idle", idle, IDLE), ("grad", grad, GRADS), ("mode", mode, ("auto", *MODES))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        check_choice(name, value, choices)
     refuse_tensor_parallel(encode, group)

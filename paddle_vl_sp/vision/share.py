@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import consecutive
 from paddle_vl_sp.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.balance import count_ends, even_ends, longest_first
@@ -98,8 +99,7 @@ def share_images(
         raise ValueError(f"every item needs a cost and a token count >= 0, got {len(exact)} costs and {lengths}")
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+    check_choice("policy", policy, POLICIES)
     if policy == "longest":
         items = longest_first(exact, num_ranks)
     else:

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,9 +257,13 @@ def test_vision_dp_marks_and_unmarks():
     assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
 
 
-def run_python(code, **environment):
+def ran(code, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+
+
+def run_python(code, **environment):
+    return ran(code, **environment).stdout
 
 
 def test_the_package_imports_neither_paddle_nor_paddleformers():
@@ -290,8 +293,17 @@ print("OURS", hasattr(Qwen3VLTextModel._deepstack_process, "_paddle_vl_sp_origin
 @pytest.mark.parametrize(("switch", "replaced"), [("1", True), ("0", False)])
 def test_plugin_as_paddleformers_loads_it(switch, replaced):
     """By PaddleFormers' own loader of custom_register_path; without paddlefleet its classes are absent, by a line."""
-    told = run_python(PLUGIN, PADDLE_VL_SP=switch)
-    assert f"OURS {replaced}" in told
-    if replaced:
-        assert re.search(r"modeling_fleet +absent +No module named 'paddlefleet'", told)
-        assert "4 replaced, 0 left alone, 2 absent" in told
+    done = ran(PLUGIN, PADDLE_VL_SP=switch)
+    assert f"OURS {replaced}" in done.stdout
+    absent = "1 absent (No module named 'paddlefleet')"
+    told = f"plain: 4 replaced; plain MoE: {absent}; fleet: {absent}" if replaced else "left as it is: PADDLE_VL_SP=0"
+    assert done.stderr.count("paddle_vl_sp: Qwen3-VL") == 1
+    assert told in done.stderr
+
+
+def test_only_the_first_rank_says_what_was_done():
+    assert "paddle_vl_sp: Qwen3-VL" not in ran(PLUGIN, PADDLE_TRAINER_ID="1").stderr
+
+
+def test_at_level_debug_every_method_is_told():
+    assert "Qwen3VLTextModel._deepstack_process" in ran(PLUGIN, PADDLE_VL_SP_LOG="debug").stderr

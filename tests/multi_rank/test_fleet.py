@@ -15,6 +15,7 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from paddle_vl_sp import RunReport
 from paddle_vl_sp.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
@@ -132,6 +133,16 @@ def gradients(case, *, sequence_parallel, merge="rows", parallel_tower=False, st
     return tower.gradients() | {"scales": scales, "table": whole_table(embedding)}
 
 
+def counted_gradients(case, **given):
+    """Those of a step under sequence parallelism, whose one forward the report must count once, with all its tokens."""
+    with RunReport() as report:
+        got = gradients(case, sequence_parallel=True, **given)
+    told, visual = report.read(), int(np.isin(ids_of(case), (IMAGE, VIDEO)).sum())
+    assert (told["forwards"], told["visual_tokens"]) == (int(visual > 0), visual), (case, given)
+    assert sum(told["tokens_of_ranks"]) == visual, (case, given)
+    return got
+
+
 def a_batch(ids, kinds, tower):
     batch = {"input_ids": paddle.to_tensor(ids), "position_ids": None, "attention_mask": None}
     for kind in kinds:
@@ -178,7 +189,7 @@ def errors_of_every_case():
             # PaddleFleet's own merge raises on images and videos together
             for merge in ("rows",) if case == "image and video" else ("rows", "upstream", "layers"):
                 for what, given in WIRINGS.items():
-                    got = gradients(case, sequence_parallel=True, merge=merge, **given)
+                    got = counted_gradients(case, merge=merge, **given)
                     ours[case, merge, what] = worst_error(got, truth)
                 with gradients_left_partial():
                     got = gradients(case, sequence_parallel=True, merge=merge)

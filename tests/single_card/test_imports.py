@@ -10,9 +10,9 @@ import paddle_vl_sp
 PACKAGE = Path(paddle_vl_sp.__file__).parent
 # Each module or sub-package may import itself and those before it.
 ORDER = [
-    *("layout", "reference", "native", "by_rule", "ops", "plan", "joint", "rows", "export"),
-    *("collectives", "uneven", "consensus", "gather", "comm", "replicas", "local", "vision", "attention"),
-    *("emulate", "cpu_tensor_parallel", "testing", "fleet", "formers", "cli"),
+    *("choices", "log", "layout", "reference", "native", "by_rule", "ops", "plan", "joint", "rows", "export"),
+    *("traffic", "collectives", "uneven", "consensus", "run_report", "gather", "comm", "replicas", "local"),
+    *("vision", "attention", "emulate", "cpu_tensor_parallel", "testing", "fleet", "formers", "cli"),
 ]
 FRAMEWORKS = {"paddlefleet": "fleet", "paddleformers": "formers"}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -1,0 +1,65 @@
+"""What the package says by itself: through one logger, heard without any set-up, and not by every rank.
+
+PADDLE_VL_SP_LOG  debug, info (default), warning or error
+
+What is told once a run comes from rank 0, a warning once for each cause from the first rank of each machine, and what
+differs from rank to rank, of level debug or error, from every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from paddle_vl_sp.choices import check_choice
+
+SWITCH = "PADDLE_VL_SP_LOG"
+LEVELS = ("debug", "info", "warning", "error")
+
+NAME = "paddle_vl_sp"
+
+_logger = logging.getLogger(NAME)
+_warned: set[str] = set()
+
+
+class _WhereNobodyListens(logging.Handler):
+    """Writes to stderr as long as the program has no handlers of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers and _logger.handlers == [self]:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+class _Named(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Says whose words they are: Paddle's log format names file and line only."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"{NAME}: {msg}", kwargs
+
+
+logger = _Named(_logger, {})
+
+
+def _is_said_here(record: logging.LogRecord) -> bool:
+    if record.levelno == logging.INFO:
+        return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
+    if record.levelno != logging.WARNING:
+        return True
+    message = record.getMessage()
+    is_news = message not in _warned
+    _warned.add(message)
+    return is_news and os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
+
+
+def _set_up() -> None:
+    wanted = os.environ.get(SWITCH)
+    check_choice(SWITCH, wanted or "info", LEVELS)
+    if wanted or _logger.level == logging.NOTSET:  # else the program has set it
+        _logger.setLevel((wanted or "info").upper())
+    _logger.addFilter(_is_said_here)
+    _logger.addHandler(_WhereNobodyListens())
+
+
+_set_up()

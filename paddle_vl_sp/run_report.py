@@ -1,0 +1,184 @@
+"""What a run's batches meant for the ranks: counted while a report is open, told as a dict."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp import traffic
+from paddle_vl_sp.consensus import exchange
+from paddle_vl_sp.log import logger
+from paddle_vl_sp.plan import VisualPlan
+
+Integers = npt.NDArray[np.int64]
+
+PENDING = 1024  # forwards whose counts may stay on the device before they are read
+
+_open: list[RunReport] = []
+
+
+class RunReport:
+    """Counts every forward with visual tokens while it is open, and waits for no device before it is read.
+
+    ::
+
+        with RunReport() as report:
+            train()
+        print(report.read())  # on every rank
+
+    The models that this package changes, its fleet classes and `encode_shared` bring their forwards in by themselves;
+    a loop of one's own calls `note_forward`.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._pending: list[tuple[Any, list[int]]] = []  # (counts [2], perhaps on a device; the other columns)
+        self._read = np.empty((0, 8), dtype=np.int64)  # own, visual, rows, batch, levels, row bytes, is cut, syncs
+        self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
+
+    @property
+    def num_forwards(self) -> int:
+        return len(self._read) + len(self._pending)
+
+    @property
+    def is_open(self) -> bool:
+        return self in _open
+
+    def start(self) -> None:
+        if not self.is_open:
+            _open.append(self)
+
+    def stop(self) -> None:
+        if self.is_open:
+            _open.remove(self)
+
+    def read(self, since: int = 0) -> dict[str, Any]:
+        """The forwards from number `since` on, over the ranks that the sequence was cut for; every one must call.
+
+        forwards          those with visual tokens; all that follows is of these
+        visual_tokens     of all forwards and ranks
+        tokens_of_ranks   the same, rank by rank
+        imbalance         the busiest rank's visual tokens over the mean, 1.0 is perfect: mean of the forwards
+        worst_imbalance   the same of the worst forward
+        empty_ranks       ranks without visual tokens: mean of the forwards
+        bytes_here        moved by the busiest rank in the forwards of its deepstack layers
+        bytes_avoided     what PaddleFormers' own layers would have moved besides
+        syncs_here        waits for the device to make plans
+        syncs_avoided     what PaddleFormers' own layers would have waited besides
+        vision_imbalance  of the tower's work, where it was shared out: mean
+        """
+        self._take_in()
+        facts = self._read[since:]
+        own = facts[:, 0][None]  # [ranks, F]
+        if self._group is not None:
+            num = int(exchange([len(facts)], self._group).min())
+            facts = facts[:num]
+            own = exchange(facts[:, 0].tolist(), self._group)
+        return _summary(own, facts) | self._vision(since)
+
+    def _take_in(self) -> None:
+        """Reads the counts that are still where the plans are."""
+        rows = [[*np.asarray(counts).tolist(), *others] for counts, others in self._pending]
+        self._read = np.concatenate([self._read, np.array(rows, dtype=np.int64).reshape(-1, 8)])
+        self._pending.clear()
+
+    def _note(self, plan: VisualPlan, others: list[int], group: Any) -> None:
+        if group is not None and group.nranks > 1:
+            self._group = group
+        self._pending.append((plan.counts, others))
+        if len(self._pending) >= PENDING:
+            self._take_in()
+
+    def _vision(self, since: int) -> dict[str, float]:
+        shares = [imbalance for forward, imbalance in self._shares if forward >= since]
+        return {"vision_imbalance": float(np.mean(shares))} if shares else {}
+
+    def __enter__(self) -> RunReport:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def note_forward(
+    plan: VisualPlan, hidden: Any, *, batch: int, num_levels: int, group: Any = None, syncs: int = 1
+) -> None:
+    """One forward, for all open reports and, at level debug, for the log; costs nothing where there are none.
+
+    plan        this rank's, of the hidden states that the deepstack layers see
+    hidden      any tensor of their width and dtype
+    batch       the samples, B
+    num_levels  deepstack layers
+    group       the ranks that the sequence was cut for; None where it was not
+    syncs       the waits for the device that making the plan took: 0 with the data loader's, or padded
+    """
+    if plan.num_features == 0:
+        return
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", _told(plan, num_levels, group, syncs))
+    if not _open:
+        return
+    is_cut = group is not None and group.nranks > 1
+    row_bytes = hidden.shape[-1] * hidden.element_size()
+    for report in _open:
+        report._note(plan, [plan.num_rows, batch, num_levels, row_bytes, int(is_cut), syncs], group)
+
+
+def note_shared(imbalance: float) -> None:
+    """One sharing of the tower's work."""
+    logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
+    for report in _open:
+        report._shares.append((report.num_forwards, imbalance))
+
+
+def told(summary: dict[str, Any]) -> str:
+    """A run's report in a line."""
+    moved, avoided = (f"{summary[key] / 2**20:.1f} MiB" for key in ("bytes_here", "bytes_avoided"))
+    return (
+        f"{summary['forwards']} forwards with {summary['visual_tokens']} visual tokens, ranks: "
+        f"{len(summary['tokens_of_ranks'])}; imbalance {summary['imbalance']:.2f}, at worst "
+        f"{summary['worst_imbalance']:.2f}; ranks without visual tokens, on average: {summary['empty_ranks']:.2f}; "
+        f"deepstack moved {moved} and avoided {avoided}; waits for the device: {summary['syncs_here']}, avoided: "
+        f"{summary['syncs_avoided']}"
+    )
+
+
+def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
+    """own [ranks, F]: the visual tokens of every rank in every forward; facts [F, 8] of this rank."""
+    _, visual, rows, batch, levels, row_bytes, is_cut, syncs = facts.T
+    busiest, mean = own.max(axis=0), own.mean(axis=0)
+    imbalance = np.divide(busiest, mean, out=np.ones_like(mean), where=mean > 0)
+    moved = levels * traffic.bytes_here(busiest, row_bytes)
+    upstream = levels * traffic.bytes_upstream(rows, busiest, row_bytes, is_cut)
+    waited = np.maximum(levels * traffic.syncs_upstream(batch, is_cut) - syncs, 0)
+    return {
+        "forwards": len(facts),
+        "visual_tokens": int(visual.sum()),
+        "tokens_of_ranks": own.sum(axis=1).tolist(),
+        "imbalance": float(imbalance.mean()) if len(facts) else 1.0,
+        "worst_imbalance": float(imbalance.max(initial=1.0)),
+        "empty_ranks": float((own == 0).sum(axis=0).mean()) if len(facts) else 0.0,
+        "bytes_here": int(moved.sum()),
+        "bytes_avoided": int((upstream - moved).sum()),
+        "syncs_here": int(syncs.sum()),
+        "syncs_avoided": int(waited.sum()),
+    }
+
+
+def _told(plan: VisualPlan, num_levels: int, group: Any, syncs: int) -> str:
+    """What the plan is; reads its head, which waits for the device."""
+    own, visual = np.asarray(plan.counts).tolist()
+    pairs = zip(np.asarray(plan.update_indices[:4]), np.asarray(plan.gather_indices[:4]), strict=True)
+    head = " ".join(f"({u}, {g})" for u, g in pairs)
+    rank = "" if group is None else f" of rank {group.rank} of {group.nranks}"
+    return (
+        f"plan{rank}: {own} of {visual} visual tokens in {plan.num_rows} rows {list(plan.row_shape)}, {num_levels} "
+        f"levels, {syncs} waits; first (row, feature row): {head or 'none'}"
+    )

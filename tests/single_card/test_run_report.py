@@ -1,0 +1,190 @@
+"""The report of a run on one process: what is counted, when it is read, and that it costs nothing while it is off."""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paddle_vl_sp import RunReport, SeqLayout, note_forward, plan_visual, run_report
+from paddle_vl_sp.cli.batch import Batch
+from paddle_vl_sp.cli.costs import Model, costs_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
+from timing import counted_syncs
+
+WIDTH, LEVELS = 8, 3
+
+
+def forward(mask, layout=None, padded=False, **more):
+    """Notes one forward over a mask [B, S] and returns its plan."""
+    layout = layout or SeqLayout(mask.shape[1])
+    plan = plan_visual(paddle.to_tensor(mask), None, layout, sequence_first=True, padded=padded)
+    hidden = paddle.zeros([1, WIDTH])
+    note_forward(plan, hidden, **({"batch": mask.shape[0], "num_levels": LEVELS} | more))
+    return plan
+
+
+def some_mask(batch=2, seq_len=12, seed=0):
+    return np.random.default_rng(seed).random((batch, seq_len)) < 0.5
+
+
+def test_counts_of_one_rank():
+    """By hand: two forwards of 2 x 12 tokens, rows of 8 float32, three levels."""
+    masks = [some_mask(seed=0), some_mask(seed=1)]
+    with RunReport() as report:
+        for mask in masks:
+            forward(mask)
+    visual = sum(int(mask.sum()) for mask in masks)
+    assert report.read() == {
+        "forwards": 2,
+        "visual_tokens": visual,
+        "tokens_of_ranks": [visual],
+        "imbalance": 1.0,
+        "worst_imbalance": 1.0,
+        "empty_ranks": 0.0,
+        "bytes_here": LEVELS * 3 * visual * WIDTH * 4,
+        "bytes_avoided": LEVELS * 4 * 2 * 24 * WIDTH * 4,
+        "syncs_here": 2,
+        "syncs_avoided": 2 * LEVELS - 2,
+    }
+
+
+def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, syncs):
+    """The same dict, forward by forward."""
+    ratios, empty, here, avoided, waited, spared = [], [], 0, 0, 0, 0
+    for f in range(len(visual)):
+        counts = [rank[f] for rank in own]
+        busiest = max(counts)
+        ratios.append(busiest / (sum(counts) / len(counts)) if sum(counts) else 1.0)
+        empty.append(counts.count(0))
+        moved = 3 * busiest * row_bytes[f] * levels[f]
+        theirs = 8 * rows[f] + 5 * busiest if is_cut[f] else 4 * rows[f] + 3 * busiest
+        here, avoided = here + moved, avoided + theirs * row_bytes[f] * levels[f] - moved
+        waited += syncs[f]
+        spared += max(levels[f] * (1 + 3 * batch[f] if is_cut[f] else 1) - syncs[f], 0)
+    return {
+        "forwards": len(visual),
+        "visual_tokens": sum(visual),
+        "tokens_of_ranks": [sum(rank) for rank in own],
+        "imbalance": sum(ratios) / len(ratios) if ratios else 1.0,
+        "worst_imbalance": max(ratios, default=1.0),
+        "empty_ranks": sum(empty) / len(empty) if empty else 0.0,
+        "bytes_here": here,
+        "bytes_avoided": avoided,
+        "syncs_here": waited,
+        "syncs_avoided": spared,
+    }
+
+
+numbers = st.integers(0, 1000)
+a_forward = st.tuples(*[numbers] * 5, st.booleans(), st.integers(0, 20))
+
+
+@given(st.lists(a_forward, max_size=5), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_summary_over_ranks_against_the_slow_way(forwards, nranks, draw):
+    own = [[draw.choice([0, draw.randrange(1000)]) for _ in forwards] for _ in range(nranks)]
+    facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 8)
+    got = run_report._summary(np.array(own, np.int64).reshape(nranks, -1), facts)
+    wanted = oracle(own, *(column.tolist() for column in facts.T[1:]))
+    assert got.keys() == wanted.keys()
+    for key in wanted:
+        assert got[key] == pytest.approx(wanted[key]), key
+
+
+def test_the_numbers_are_those_of_inspect():
+    mask, layouts = some_mask(seq_len=16), [SeqLayout(16, sp_size=2, sp_rank=rank) for rank in range(2)]
+    costs = costs_of(Batch(mask, (), layouts), Model(WIDTH, 4, LEVELS))
+    plans = [plan_visual(mask, None, layout, sequence_first=True) for layout in layouts]
+    own = np.array([[len(plan.update_indices)] for plan in plans])
+    facts = np.array([[own[0, 0], mask.sum(), 16, 2, LEVELS, WIDTH * 4, 1, 1]])
+    got = run_report._summary(own, facts)
+    layer, syncs = costs["deepstack_layer"], costs["syncs"]
+    assert got["bytes_here"] == LEVELS * layer["bytes_here"]
+    assert got["bytes_avoided"] == LEVELS * (layer["bytes_upstream"] - layer["bytes_here"])
+    assert got["syncs_avoided"] == syncs["upstream"] - syncs["here"]
+    assert (got["imbalance"], got["tokens_of_ranks"]) == (costs["imbalance"], own[:, 0].tolist())
+
+
+def test_windows_and_what_is_outside():
+    forward(some_mask())  # before it was opened
+    report = RunReport()
+    report.start()
+    report.start()
+    for seed in range(5):
+        forward(some_mask(seed=seed))
+    report.stop()
+    report.stop()
+    forward(some_mask())
+    assert report.num_forwards == 5
+    assert [report.read(since)["forwards"] for since in (0, 3, 5)] == [5, 2, 0]
+    assert report.read(3)["visual_tokens"] == sum(int(some_mask(seed=seed).sum()) for seed in (3, 4))
+
+
+def test_two_reports_at_once():
+    with RunReport() as whole:
+        forward(some_mask())
+        with RunReport() as part:
+            forward(some_mask())
+    assert (whole.num_forwards, part.num_forwards) == (2, 1)
+
+
+def test_nothing_was_seen():
+    with RunReport() as report:
+        forward(np.zeros((2, 12), bool))
+    assert report.read() == oracle([[]], *[[]] * 7)
+    assert "0 forwards" in run_report.told(report.read())
+
+
+def test_padded_plans_are_read_when_the_report_is():
+    mask = some_mask()
+    with RunReport() as report, counted_syncs() as syncs:
+        forward(mask, padded=True)
+        assert syncs[0] == 0
+    assert report.read()["visual_tokens"] == int(mask.sum())
+
+
+def test_counts_do_not_pile_up_unread(monkeypatch):
+    monkeypatch.setattr(run_report, "PENDING", 4)
+    with RunReport() as report:
+        for seed in range(9):
+            forward(some_mask(seed=seed))
+    assert len(report._pending) == 1
+    assert report.read()["visual_tokens"] == sum(int(some_mask(seed=seed).sum()) for seed in range(9))
+
+
+def test_without_a_report_nothing_is_computed():
+    plan = forward(some_mask())
+    assert "counts" not in vars(plan)
+
+
+def test_plans_on_the_host_count_too():
+    mask = some_mask()
+    plan = plan_visual(mask, None, SeqLayout(12), sequence_first=True)
+    with RunReport() as report:
+        note_forward(plan, paddle.zeros([1, WIDTH]), batch=2, num_levels=1)
+    assert report.read()["visual_tokens"] == int(mask.sum())
+
+
+def test_shares_of_the_tower_fall_into_their_window():
+    with RunReport() as report:
+        for seed, imbalance in enumerate((1.0, 1.5, 2.0)):
+            run_report.note_shared(imbalance)
+            forward(some_mask(seed=seed))
+    assert [report.read(since).get("vision_imbalance") for since in range(4)] == [1.5, 1.75, 2.0, None]
+
+
+def test_every_plan_is_told_at_level_debug(caplog):
+    mask = np.array([[0, 1, 1, 0, 0, 1, 0, 0]], bool)
+    with caplog.at_level(logging.DEBUG, "paddle_vl_sp"):
+        forward(mask, SeqLayout(8, sp_size=2, sp_rank=1))
+    assert caplog.messages == [
+        "paddle_vl_sp: plan: 1 of 3 visual tokens in 4 rows [4, 1], 3 levels, 1 waits; first (row, feature row): (1, 2)"
+    ]
+    caplog.clear()
+    forward(mask)
+    assert not caplog.messages
