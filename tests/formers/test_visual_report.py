@@ -64,9 +64,10 @@ def check_run(report, trainer, folder):
     assert report.summary["visual_tokens"] == sum(tokens)
     assert report.summary["forwards"] == sum(count > 0 for count in tokens)
     told = scalars(folder)
-    seen = told["train/vl_sp_visual_tokens"]
-    assert seen == {end: sum(tokens[end - LOGGING : end]) for end in range(LOGGING, STEPS + 1, LOGGING)}
-    assert told["train/vl_sp_syncs_avoided"].keys() == seen.keys()
+    logged = list(range(LOGGING, STEPS + 1, LOGGING))
+    for key in ("visual_tokens", "forwards", "syncs_avoided"):  # the trainer shuffles: what each step had is not known
+        assert list(told[f"train/vl_sp_{key}"]) == logged
+        assert sum(told[f"train/vl_sp_{key}"].values()) == report.summary[key]
     assert "train/vl_sp_tokens_of_ranks" not in told
 
 
