@@ -61,7 +61,7 @@ def test_operators_can_be_asked_for():
 
 def test_an_unknown_choice_is_refused():
     done, _ = python(SHOW, PADDLE_VL_SP_BACKEND="cuda")
-    assert "PADDLE_VL_SP_BACKEND must be one of auto, op, python, got 'cuda'" in done.stderr
+    assert "PADDLE_VL_SP_BACKEND must be one of 'auto', 'op', 'python', got 'cuda'" in done.stderr
 
 
 def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
