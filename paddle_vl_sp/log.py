@@ -2,8 +2,8 @@
 
 PADDLE_VL_SP_LOG  debug, info (default), warning or error
 
-What is told once a run comes from rank 0, a warning once for each cause from the first rank of each machine, and what
-differs from rank to rank, of level debug or error, from every rank.
+Information comes from rank 0 and warnings from the first rank of each machine, the same words once; debug, which
+differs from rank to rank, comes from every rank.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from paddle_vl_sp.choices import check_choice
 
 SWITCH = "PADDLE_VL_SP_LOG"
 LEVELS = ("debug", "info", "warning", "error")
+SPEAKERS = {logging.INFO: "PADDLE_TRAINER_ID", logging.WARNING: "PADDLE_RANK_IN_NODE"}  # whose number must be 0
 
 NAME = "paddle_vl_sp"
 
 _logger = logging.getLogger(NAME)
-_warned: set[str] = set()
+_said: set[str] = set()
 
 
 class _WhereNobodyListens(logging.Handler):
@@ -43,14 +44,12 @@ logger = _Named(_logger, {})
 
 
 def _is_said_here(record: logging.LogRecord) -> bool:
-    if record.levelno == logging.INFO:
-        return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
-    if record.levelno != logging.WARNING:
+    if record.levelno not in SPEAKERS:
         return True
     message = record.getMessage()
-    is_news = message not in _warned
-    _warned.add(message)
-    return is_news and os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
+    is_news = message not in _said
+    _said.add(message)
+    return is_news and os.environ.get(SPEAKERS[record.levelno], "0") == "0"
 
 
 def _set_up() -> None:

@@ -1,6 +1,6 @@
 """Trains PaddleFormers' own Qwen3-VL, tiny, on the CPU: upstream and with paddle_vl_sp, on one rank and on two.
 
-python tools/demo.py [--steps 24] [--picture demo.png]      needs paddleformers; about a minute
+python tools/demo.py [--steps 24] [--pictures FOLDER]      needs paddleformers; about a minute
 
 On one rank both must be the same to the last bit. On two tensor-parallel ranks with sequence parallelism upstream's
 vision tower gets wrong gradients, and the ranks' copies of it drift apart; with paddle_vl_sp they do not. It ends with
@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from paddle_vl_sp.cli.answer import Problem
+from paddle_vl_sp.cli.drawing import saved
 from paddle_vl_sp.cli.quiet import quiet
 from paddle_vl_sp.cli.terminal import Progress
 
@@ -26,14 +28,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of every run")
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4), help="sequence-parallel ranks")
-    parser.add_argument("--picture", default="demo.png", help="where the picture goes")
+    parser.add_argument("--pictures", default=".", type=Path, help="the folder for demo.png and demo-owners.png")
     given = parser.parse_args()
-    os.environ.setdefault("GLOG_minloglevel", "3")
+    os.environ |= {"GLOG_minloglevel": "3", "PADDLE_VL_SP_LOG": "warning"}  # the table tells
     warnings.simplefilter("ignore")
     begin = time.monotonic()
     equal, found = run(given.steps, given.ranks)
     print(table(equal, found))
-    print(picture(found, given.picture))
+    print(pictures(found, given.pictures))
     print(f"{time.monotonic() - begin:.0f} s")
     return 0 if holds(equal, found) else 1
 
@@ -119,14 +121,23 @@ def holds(equal: list[bool], found: list[dict[str, Any]]) -> bool:
     return all(equal) and mended and worst(found, "upstream", "error") > 0.1
 
 
-def picture(found: list[dict[str, Any]], path: str) -> str:
-    try:
-        from demo_parts.picture import draw
+def pictures(found: list[dict[str, Any]], folder: Path) -> str:
+    """Draws both; what was drawn, or why nothing was."""
+    from demo_parts import picture, training
 
-        draw(found, path)
-    except ImportError as error:
-        return f"no picture: {error}; pip install matplotlib"
-    return f"picture: {path}"
+    told = {
+        "demo.png": (picture.HEIGHT, lambda figure: picture.draw(figure, found)),
+        "demo-owners.png": (
+            picture.OWNERS_HEIGHT,
+            lambda figure: picture.draw_owners(figure, training.example(), len(found)),
+        ),
+    }
+    try:
+        for name, (height, draw) in told.items():
+            saved(folder / name, height, draw)
+    except Problem as error:
+        return f"no pictures: {error}"
+    return f"pictures: {', '.join(str(folder / name) for name in told)}"
 
 
 def quiet_paddleformers() -> None:

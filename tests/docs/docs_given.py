@@ -98,6 +98,27 @@ def a_plain_model():
     return {"model": tiny_qwen3_vl()}
 
 
+def a_trained_model():
+    from paddle_vl_sp.formers import tiny
+
+    model, batch = tiny.tiny_qwen3_vl(), tiny.draw_batch([["image"], ["image", "image"]])
+    return {"model": model, "train": lambda model: model(**batch, position_ids=tiny.positions(model, batch))}
+
+
+def a_trainer():
+    """What has callbacks, and calls them."""
+    callbacks = []
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
+
+    def train():
+        for event in ("on_train_begin", "on_train_end"):
+            for callback in callbacks:
+                getattr(callback, event)(None, None, None)
+
+    trainer.train = train
+    return {"trainer": trainer}
+
+
 def a_collate():
     return {"collate": lambda samples: {"input_ids": samples}, "image_token_id": IMAGE, "video_token_id": VIDEO}
 

@@ -30,19 +30,21 @@ def test_table_says_the_numbers():
         assert number in told
 
 
-def test_picture_is_900_pixels_wide(tmp_path):
-    """A PNG, or a line that says why there is none."""
+@pytest.mark.parametrize("nranks", [2, 4])
+def test_pictures_are_900_pixels_wide(tmp_path, nranks):
+    """Two PNGs."""
     pytest.importorskip("matplotlib")
-    path = tmp_path / "demo.png"
-    assert demo.picture([made_up(), made_up()], str(path)) == f"picture: {path}"
-    header = path.read_bytes()[:24]
-    assert int.from_bytes(header[16:20], "big") == 900
+    paths = tmp_path / "demo.png", tmp_path / "demo-owners.png"
+    assert demo.pictures([made_up()] * nranks, tmp_path) == f"pictures: {paths[0]}, {paths[1]}"
+    for path in paths:
+        header = path.read_bytes()[:24]
+        assert int.from_bytes(header[16:20], "big") == 900
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     """It says so and goes on."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in demo.picture([made_up()], str(tmp_path / "demo.png"))
+    assert "pip install matplotlib" in demo.pictures([made_up()], tmp_path)
 
 
 def test_verdict():

@@ -1,31 +1,60 @@
-"""The picture: four panels that say what sequence parallelism does to the vision tower."""
+"""Two pictures: who owns which visual tokens, and what that does to the vision tower, in four panels."""
 
 from __future__ import annotations
 
 from typing import Any
 
-GREY, RED, BLUE = "#888888", "#c8401e", "#1f5fa8"
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.cli.batch import Batch
+from paddle_vl_sp.cli.draw_batch import owners_of, picture_of
+from paddle_vl_sp.cli.drawing import BLUE, GREY, RED, rank_colours
+
+HEIGHT, OWNERS_HEIGHT = 7.2, 2.6
 FLOOR = 1e-8
 
 
-def draw(found: list[dict[str, Any]], path: str) -> None:
-    """`found` is what each rank found (training.on_ranks); 900 pixels wide."""
-    import matplotlib
+def draw(figure: Any, found: list[dict[str, Any]]) -> None:
+    """`found` is what each rank found (training.on_ranks)."""
+    panels = figure.subplots(2, 2)
+    _loss(panels[0, 0], found)
+    _error(panels[0, 1], found)
+    _drift(panels[1, 0], found)
+    _costs(panels[1, 1], found)
+    figure.suptitle(f"Training Qwen3-VL on {len(found)} sequence-parallel ranks (tiny model, CPU)", fontsize=13)
+    figure.tight_layout(rect=(0, 0, 1, 0.97), h_pad=2.5, w_pad=2)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    settings = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(settings):
-        figure, panels = pyplot.subplots(2, 2, figsize=(9, 7.2), dpi=100)
-        _loss(panels[0, 0], found)
-        _error(panels[0, 1], found)
-        _drift(panels[1, 0], found)
-        _costs(panels[1, 1], found)
-        figure.suptitle(f"Training Qwen3-VL on {len(found)} sequence-parallel ranks (tiny model, CPU)", fontsize=13)
-        figure.tight_layout(rect=(0, 0, 1, 0.97), h_pad=2.5, w_pad=2)
-        figure.savefig(path)
-        pyplot.close(figure)
+def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
+    """mask [B, S]: where a batch's visual tokens are; the plain class cuts the flattened batch."""
+    samples, seq_len = mask.shape
+    flat = mask.reshape(1, -1)
+    layouts = [SeqLayout(flat.shape[1], sp_size=nranks, sp_rank=rank) for rank in range(nranks)]
+    owners = owners_of(Batch(flat, (), layouts))
+    panel = figure.subplots()
+    panel.imshow(
+        picture_of(flat, owners, nranks), aspect="auto", interpolation="nearest", extent=(0, flat.shape[1], 1, 0)
+    )
+    for sample in range(1, samples):
+        panel.axvline(sample * seq_len, color="white", linewidth=3)
+    panel.set_xticks([(sample + 0.5) * seq_len for sample in range(samples)])
+    panel.set_xticklabels([f"sample {sample + 1}" for sample in range(samples)])
+    panel.set_yticks([])
+    panel.tick_params(bottom=False)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_visible(False)
+    for rank, colour in enumerate(rank_colours(nranks) * 0.8):
+        told = f"rank {rank}: {int(flat[0, owners == rank].sum())} of {int(mask.sum())} visual tokens"
+        where = (float(np.flatnonzero(owners == rank).mean()), 0)
+        panel.annotate(told, where, (0, 4), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
+    figure.suptitle(
+        "Why: each rank has a part of the batch (full colour: visual tokens, pale: text),\n"
+        "and its tower learns from that part alone, unless somebody sums the gradients over the ranks",
+        fontsize=11,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1.03))
 
 
 def _loss(panel: Any, found: list[dict[str, Any]]) -> None:

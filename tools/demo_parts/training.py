@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 import paddle.distributed as dist
 
@@ -29,6 +30,11 @@ RUNS = ("without SP", "upstream", "patched")
 
 def batches() -> list[dict[str, Any]]:
     return [tiny.draw_batch(samples, SEQ_LEN, seed=i) for i, samples in enumerate(BATCHES)]
+
+
+def example() -> npt.NDArray[np.bool_]:
+    """Where the visual tokens of a batch are, [B, S]: several images in a sample, one sample without."""
+    return np.isin(batches()[1]["input_ids"].numpy(), (tiny.IMAGE, tiny.VIDEO))
 
 
 def train(model: Any, steps: int, group: Any = None) -> Iterator[tuple[float, dict[str, Any]]]:
