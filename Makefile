@@ -11,7 +11,7 @@ NATIVE_DEPS := $(NATIVE_SOURCES) $(NATIVE_TESTS) $(wildcard custom_ops/*.h tests
 SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
 CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc)
 
-.PHONY: demo test lint bench sanitize bench-native clean
+.PHONY: demo test coverage lint bench sanitize bench-native clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -19,6 +19,11 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(PY) -m pytest
+
+coverage: $(VENV)/.built
+	$(PY) -m coverage run -m pytest -q
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
 
 bench: $(VENV)/.built
 	$(PY) tools/bench/bench_plan.py
