@@ -21,7 +21,7 @@ def is_gloo(group: Any) -> bool:
 
 
 def has_reduce_scatter(group: Any) -> bool:
-    """Gloo has none: there an all-reduce and a cut take its place, with twice the bytes."""
+    """Gloo has none: there a sum and a cut take its place, with twice the bytes."""
     return not is_gloo(group)
 
 
@@ -59,11 +59,11 @@ def _reduced(x: Tensor, group: Any, reduce: Callable[..., Any]) -> Tensor:
 
 
 def summed_block(x: Tensor, group: Any) -> Tensor:
-    """[nranks * rows, ...]  ->  [rows, ...]: the sum over the group of the block that this rank's place names."""
-    rows = x.shape[0] // group.nranks
-    if not has_reduce_scatter(group):
-        return summed(x, group)[group.rank * rows : (group.rank + 1) * rows]
-    out = paddle.empty([rows, *x.shape[1:]], dtype=x.dtype)
+    """[nranks * rows, ...]  ->  [rows, ...]: the sum over the group of the block that this rank's place names.
+
+    Where the backend has a reduce_scatter.
+    """
+    out = paddle.empty([x.shape[0] // group.nranks, *x.shape[1:]], dtype=x.dtype)
     if x.size:
         dist.stream.reduce_scatter(out, x.contiguous(), group=group, sync_op=True)
     return out

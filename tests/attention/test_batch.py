@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.attention import padded_layout, shard_batch, unshard
+from paddle_vl_sp.attention import padded_layout, shard_batch, token_losses, unshard
 from paddle_vl_sp.testing import FakeGroup
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -143,3 +143,22 @@ def test_refused_unshard():
         unshard(x, layout, FakeGroup(1, 2), axis=0)
     with pytest.raises(ValueError, match="grad must be 'partial' or 'whole', got 'sum'"):
         unshard(x, layout, FakeGroup(1, 2), axis=1, grad="sum")
+
+
+@pytest.mark.parametrize("on_paddle", [False, True])
+def test_a_rank_without_positions_gets_empty_arrays(on_paddle):
+    """remainder="front": three positions for four ranks."""
+    layout = SeqLayout(3, sp_size=4, sp_rank=3, remainder="front")
+    ids = np.arange(6).reshape(2, 3)
+    share = shard_batch({"input_ids": paddle.to_tensor(ids) if on_paddle else ids}, layout)
+    assert list(share["input_ids"].shape) == [2, 0]
+    assert str(share["input_ids"].dtype).endswith("int64")
+
+
+def test_a_rank_without_positions_has_no_loss_but_a_graph():
+    logits = paddle.zeros([2, 0, 5])
+    logits.stop_gradient = False
+    losses = token_losses(logits, paddle.zeros([2, 0], "int64"))
+    assert losses.shape == [2, 0]
+    losses.sum().backward()
+    assert logits.grad.shape == [2, 0, 5]

@@ -123,6 +123,11 @@ def test_linear_attention_heads():
     refused("g and beta must be .B, S_local, Hv.*g .1, 4, 2.", gated_delta_net_sp, *delta(g=[1, 4, 2]), group=TWO)
 
 
+def test_linear_attention_shapes():
+    q = paddle.zeros([1, 4, 2, 8])
+    refused(r"q and k must be \[B, S_local, Hk, Dk\]", gated_delta_net_sp, q[0], q, q, q, q, group=TWO)
+
+
 def test_linear_attention_channels():
     one = FakeGroup(0, 1)
     refused(

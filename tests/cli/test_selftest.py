@@ -69,7 +69,7 @@ def test_a_switch_that_cannot_be_followed_is_a_problem():
     """Exit code 1 with the choices; no traceback."""
     done = call("selftest", PADDLE_VL_SP_BACKEND="cuda")
     assert done.returncode == 1
-    assert done.stderr.startswith("selftest: PADDLE_VL_SP_BACKEND must be one of auto, op, python, got 'cuda'")
+    assert done.stderr.startswith("selftest: PADDLE_VL_SP_BACKEND must be one of 'auto', 'op', 'python', got 'cuda'")
 
 
 def on_rank():

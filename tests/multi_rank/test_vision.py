@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -15,6 +16,7 @@ from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.consensus import exchange
 from paddle_vl_sp.replicas import check_replicas
 from paddle_vl_sp.testing import run_ranks
+from paddle_vl_sp.vision import gradients
 from paddle_vl_sp.vision.gradients import mark_for_sum, sum_parameter_grads
 from paddle_vl_sp.vision.parallel import encode_shared
 from rank_cases import hold, outcomes, same_error_everywhere
@@ -503,6 +505,24 @@ def sum_of_gradients_fills_gaps():
     assert (model.weight.main_grad == sum(range(1, group.nranks + 1))).all()
 
 
+def sums_go_in_buckets():
+    """Three elements at a time, and a bucket ends where the dtype changes: the same gradients, more sums."""
+    group = world()
+    model = paddle.nn.Sequential(paddle.nn.Linear(2, 2), paddle.nn.Linear(2, 1))
+    for i, parameter in enumerate(model.parameters()):
+        dtype = "float64" if i == 3 else "float32"
+        parameter.main_grad = paddle.full(parameter.shape, (group.rank + 1) * 10.0**i, dtype)
+    summed, sizes = collectives.summed, []
+    with (
+        mock.patch.object(gradients, "BUCKET", 3),
+        mock.patch.object(collectives, "summed", lambda x, of: (sizes.append(x.size), summed(x, of))[1]),
+    ):
+        sum_parameter_grads(model, group)
+    assert sizes == [4, 2, 2, 1], sizes
+    for i, parameter in enumerate(model.parameters()):
+        assert (parameter.main_grad == sum(range(1, group.nranks + 1)) * 10.0**i).all()
+
+
 CASES = [
     features_and_gradients_equal_one_process,
     idle_ranks_may_skip,
@@ -526,6 +546,7 @@ CASES = [
     every_wiring_trains_as_one_process,
     paddles_callback_sums_marked_parameters,
     sum_of_gradients_fills_gaps,
+    sums_go_in_buckets,
 ]
 
 

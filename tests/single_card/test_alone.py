@@ -1,0 +1,80 @@
+"""A group of one, or none: nobody to talk to, everything is as it came, and errors are raised as they are."""
+
+import paddle
+import pytest
+
+import tiny_tower
+from paddle_vl_sp import (
+    agree,
+    all_gather_rows,
+    check_replicas,
+    complete_grad,
+    encode_shared,
+    plan_visual_local,
+    sum_parameter_grads,
+    sync_replicas,
+)
+from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.testing import FakeGroup
+
+alone = pytest.mark.parametrize("group", [None, FakeGroup(0, 1)], ids=["no group", "a group of one"])
+
+
+@alone
+def test_gathers_hand_back_what_they_got(group):
+    x = paddle.ones([3, 2])
+    assert all_gather_rows(x, [3], group) is x
+    with pytest.raises(ValueError, match="counts must be the rows of each of 1 ranks"):
+        all_gather_rows(x, [3, 1], group)
+    with pytest.raises(ValueError, match=r"rank 0 has \[3\] rows in x but counts says 2"):
+        all_gather_rows(x, [2], group, check=True)
+
+
+@alone
+def test_an_error_is_raised_as_it_is(group):
+    agree(None, group)
+    error = KeyError("mine")
+    with pytest.raises(KeyError) as raised:
+        agree(error, group)
+    assert raised.value is error
+
+
+@alone
+def test_replicas_cannot_differ(group):
+    model = paddle.nn.Linear(2, 2)
+    assert check_replicas(model, group) == []
+    sync_replicas(model, group)
+
+
+@alone
+def test_gradients_are_whole_already(group):
+    model = paddle.nn.Linear(2, 2)
+    model(paddle.ones([1, 2])).sum().backward()
+    before = model.weight.grad.numpy()
+    sum_parameter_grads(model, group)
+    assert (model.weight.grad.numpy() == before).all()
+    ids = paddle.to_tensor([[1, 9, 9, 1]])
+    plan = plan_visual_local(ids, (9,), SeqLayout(4), group=group, num_features=2, sequence_first=True)
+    level = paddle.ones([2, 3])
+    level.stop_gradient = False
+    assert complete_grad([level], plan, group)[0] is level
+
+
+@alone
+def test_the_tower_encodes_all(group):
+    tower, grid = tiny_tower.tower(), paddle.to_tensor([[1, 4, 4], [1, 2, 4]])
+    pixels = tiny_tower.pixels(grid.tolist())
+    wanted, got = tower(pixels, grid), encode_shared(tower, pixels, grid, group=group, merge_size=tiny_tower.MERGE)
+    assert (got[0].numpy() == wanted[0].numpy()).all()
+    with pytest.raises(ValueError, match="grid_thw has 24 patches but pixel_values 23 rows"):
+        encode_shared(tower, pixels[:-1], grid, group=group, merge_size=tiny_tower.MERGE)
+
+
+def test_levels_of_another_dtype_are_refused():
+    grid = paddle.to_tensor([[1, 4, 4]])
+
+    def encode(pixels, grid):
+        return paddle.ones([4, 2]), [paddle.ones([4, 2], "float64")]
+
+    with pytest.raises(ValueError, match="features and levels must have one dtype"):
+        encode_shared(encode, tiny_tower.pixels(grid.tolist()), grid, group=None, merge_size=tiny_tower.MERGE)
