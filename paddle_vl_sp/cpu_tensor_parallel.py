@@ -41,10 +41,13 @@ _ABSENT = object()
 
 
 class TensorParallelOnCpu:
-    """Puts Paddle's own calls back by ``disable()`` or on leaving ``with``."""
+    """Puts Paddle's own calls back by ``disable()`` or on leaving ``with``, if it was this one that supplied others."""
+
+    def __init__(self, has_supplied: bool) -> None:
+        self._has_supplied = has_supplied
 
     def disable(self) -> None:
-        while _enabled:
+        while self._has_supplied and _enabled:
             owner, name, original = _enabled.pop()
             if original is _ABSENT:
                 delattr(owner, name)
@@ -59,14 +62,15 @@ class TensorParallelOnCpu:
 
 
 def enable_tensor_parallel_on_cpu() -> TensorParallelOnCpu:
-    """Supplies the four calls, once; a second call changes nothing."""
-    if not _enabled:
+    """Supplies the four calls, once; a second call changes nothing, and neither does leaving it."""
+    is_first = not _enabled
+    if is_first:
         stream = dist.communication.stream
         _supply(stream, "reduce_scatter", _reduce_scatter_over(stream.reduce_scatter))
         _supply(core.ProcessGroupGloo, "all_reduce_on_calc_stream", _all_reduce_on_calc_stream)
         _supply(paddle._C_ops, "c_identity", _c_identity_over(paddle._C_ops.c_identity))
         _supply(paddle._C_ops, "c_concat", _c_concat_over(paddle._C_ops.c_concat))
-    return TensorParallelOnCpu()
+    return TensorParallelOnCpu(is_first)
 
 
 def init_tensor_parallel(nranks: int) -> Any:

@@ -2,7 +2,7 @@
 
 PADDLE_VL_SP_LOG  debug, info (default), warning or error
 
-Information comes from rank 0 and warnings from the first rank of each machine, the same words once; debug, which
+Information comes from rank 0; warnings come from the first rank of each machine, the same words once; debug, which
 differs from rank to rank, comes from every rank.
 """
 
@@ -17,12 +17,11 @@ from paddle_vl_sp.choices import check_choice
 
 SWITCH = "PADDLE_VL_SP_LOG"
 LEVELS = ("debug", "info", "warning", "error")
-SPEAKERS = {logging.INFO: "PADDLE_TRAINER_ID", logging.WARNING: "PADDLE_RANK_IN_NODE"}  # whose number must be 0
 
 NAME = "paddle_vl_sp"
 
 _logger = logging.getLogger(NAME)
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 class _WhereNobodyListens(logging.Handler):
@@ -44,12 +43,14 @@ logger = _Named(_logger, {})
 
 
 def _is_said_here(record: logging.LogRecord) -> bool:
-    if record.levelno not in SPEAKERS:
+    if record.levelno == logging.INFO:
+        return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
+    if record.levelno != logging.WARNING:
         return True
     message = record.getMessage()
-    is_news = message not in _said
-    _said.add(message)
-    return is_news and os.environ.get(SPEAKERS[record.levelno], "0") == "0"
+    is_news = message not in _warned
+    _warned.add(message)
+    return is_news and os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
 
 
 def _set_up() -> None:

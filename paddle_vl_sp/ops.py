@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import re
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,20 +16,20 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor
-from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from paddle_vl_sp import reference
 from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.log import logger
 
+with warnings.catch_warnings():  # that ccache would build faster, to those who build nothing
+    warnings.simplefilter("ignore")
+    from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
+
 BACKENDS = ("auto", "op", "python")
 SWITCH = "PADDLE_VL_SP_BACKEND"
 CHECK = "PADDLE_VL_SP_CHECK"
-REBUILD = (
-    "build them where the package's source is, with a C++ compiler and the Paddle you run: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
-)
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ def backend() -> Backend:
     if wanted == "python":
         return Backend("python", (), f"{SWITCH}=python")
     try:
-        info = _load_operators(Path(__file__).parent)
+        info = _load_operators(HERE)
     except OperatorsUnavailable as why:
         if wanted == "op":
-            raise
-        logger.warning("plain Paddle serves, the custom operators do not: %s", why)
+            raise OperatorsUnavailable(f"{SWITCH}=op insists on the operators: {why}; {rebuild()}") from None
+        logger.warning("plain Paddle serves, the custom operators do not: %s; %s", why, rebuild())
         return Backend("python", (), str(why))
     devices = ("cpu",) if info["cuda"] == "0" else ("cpu", "gpu")
     return Backend("op", devices, f"operators built for Paddle {info['paddle']}")
@@ -76,21 +79,41 @@ class OperatorsUnavailable(ImportError):
     """The custom operators are not there, or are for another Paddle."""
 
 
+def rebuild() -> str:
+    """What gives this installation its operators."""
+    hidden = _hidden_package()
+    if hidden:
+        return f"start from another folder than {HERE.parent}: there, Python finds the installed package in {hidden}"
+    compiler = "" if shutil.which(os.environ.get("CXX", "g++")) else "install a C++ compiler (apt install g++), then "
+    if (HERE.parent / "custom_ops").is_dir():
+        return f"{compiler}pip install --no-build-isolation --no-deps --editable {HERE.parent}"
+    return f"{compiler}in the folder of the source: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def _hidden_package() -> Path | None:
+    """An installed package with operators that this one, imported from its source, stands in front of."""
+    for found in importlib.metadata.distributions(name="paddle-vl-sp"):
+        folder = Path(str(found.locate_file("paddle_vl_sp"))).resolve()
+        if folder != HERE.resolve() and any(folder.glob("_ops*.so")):
+            return folder
+    return None
+
+
 def _load_operators(folder: Path) -> dict[str, str]:
     libraries = sorted(folder.glob("_ops*.so"))
     if not libraries:
-        raise OperatorsUnavailable(f"no compiled operators are installed; {REBUILD}")
+        raise OperatorsUnavailable(f"there are no compiled operators in {folder}")
     info = build_info(libraries[-1])
     running = {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
     if {key: info.get(key) for key in running} != running:  # loading it could abort the process
         raise OperatorsUnavailable(
             f"the operators were built for Paddle {info.get('paddle')} ({info.get('commit')}), "
-            f"this is {running['paddle']} ({running['commit']}); {REBUILD}"
+            f"this is {running['paddle']} ({running['commit']})"
         )
     try:
         load_op_meta_info_and_register_op(str(libraries[-1]))
     except (OSError, RuntimeError, ValueError) as error:
-        raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}; {REBUILD}") from error
+        raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}") from error
     return info
 
 

@@ -16,13 +16,14 @@ from paddle_vl_sp.plan import VisualPlan
 
 Integers = npt.NDArray[np.int64]
 
+COLUMNS = ("own", "visual", "rows", "batch", "levels", "row bytes", "is cut", "is plain", "syncs")
 PENDING = 1024  # forwards whose counts may stay on the device before they are read
 
 _open: list[RunReport] = []
 
 
 class RunReport:
-    """Counts every forward with visual tokens while it is open, and waits for no device before it is read.
+    """Counts every training forward with visual tokens while it is open, and waits for no device before it is read.
 
     ::
 
@@ -37,7 +38,7 @@ class RunReport:
     def __init__(self) -> None:
         self._group: Any = None
         self._pending: list[tuple[Any, list[int]]] = []  # (counts [2], perhaps on a device; the other columns)
-        self._read = np.empty((0, 8), dtype=np.int64)  # own, visual, rows, batch, levels, row bytes, is cut, syncs
+        self._read = np.empty((0, len(COLUMNS)), dtype=np.int64)
         self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
 
     @property
@@ -83,7 +84,7 @@ class RunReport:
     def _take_in(self) -> None:
         """Reads the counts that are still where the plans are."""
         rows = [[*np.asarray(counts).tolist(), *others] for counts, others in self._pending]
-        self._read = np.concatenate([self._read, np.array(rows, dtype=np.int64).reshape(-1, 8)])
+        self._read = np.concatenate([self._read, np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))])
         self._pending.clear()
 
     def _note(self, plan: VisualPlan, others: list[int], group: Any) -> None:
@@ -108,9 +109,18 @@ class RunReport:
 
 
 def note_forward(
-    plan: VisualPlan, hidden: Any, *, batch: int, num_levels: int, group: Any = None, syncs: int = 1
+    plan: VisualPlan,
+    hidden: Any,
+    *,
+    batch: int,
+    num_levels: int,
+    group: Any = None,
+    syncs: int = 1,
+    is_plain: bool = False,
 ) -> None:
     """One forward, for all open reports and, at level debug, for the log; costs nothing where there are none.
+
+    Forwards under paddle.no_grad, such as an evaluation's, are not counted.
 
     plan        this rank's, of the hidden states that the deepstack layers see
     hidden      any tensor of their width and dtype
@@ -118,23 +128,24 @@ def note_forward(
     num_levels  deepstack layers
     group       the ranks that the sequence was cut for; None where it was not
     syncs       the waits for the device that making the plan took: 0 with the data loader's, or padded
+    is_plain    whether PaddleFormers' plain classes are what the numbers are compared with, else PaddleFleet's
     """
     if plan.num_features == 0:
         return
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", _told(plan, num_levels, group, syncs))
-    if not _open:
+    if not _open or not _is_training():
         return
     is_cut = group is not None and group.nranks > 1
     row_bytes = hidden.shape[-1] * hidden.element_size()
     for report in _open:
-        report._note(plan, [plan.num_rows, batch, num_levels, row_bytes, int(is_cut), syncs], group)
+        report._note(plan, [plan.num_rows, batch, num_levels, row_bytes, int(is_cut), int(is_plain), syncs], group)
 
 
 def note_shared(imbalance: float) -> None:
     """One sharing of the tower's work."""
     logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
-    for report in _open:
+    for report in _open if _is_training() else ():
         report._shares.append((report.num_forwards, imbalance))
 
 
@@ -150,14 +161,20 @@ def told(summary: dict[str, Any]) -> str:
     )
 
 
+def _is_training() -> bool:
+    import paddle
+
+    return bool(paddle.is_grad_enabled())
+
+
 def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
-    """own [ranks, F]: the visual tokens of every rank in every forward; facts [F, 8] of this rank."""
-    _, visual, rows, batch, levels, row_bytes, is_cut, syncs = facts.T
+    """own [ranks, F]: the visual tokens of every rank in every forward; facts [F, columns] of this rank."""
+    _, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs = facts.T
     busiest, mean = own.max(axis=0), own.mean(axis=0)
     imbalance = np.divide(busiest, mean, out=np.ones_like(mean), where=mean > 0)
-    moved = levels * traffic.bytes_here(busiest, row_bytes)
-    upstream = levels * traffic.bytes_upstream(rows, busiest, row_bytes, is_cut)
-    waited = np.maximum(levels * traffic.syncs_upstream(batch, is_cut) - syncs, 0)
+    moved = levels * traffic.bytes_here(rows, busiest, row_bytes)
+    upstream = levels * traffic.bytes_upstream(rows, busiest, row_bytes, is_cut, is_plain)
+    waited = np.maximum(levels * traffic.syncs_upstream(batch, is_cut, is_plain) - syncs, 0)
     return {
         "forwards": len(facts),
         "visual_tokens": int(visual.sum()),

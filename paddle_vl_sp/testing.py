@@ -126,12 +126,14 @@ class _Launch:
         self.processes = [self._start(rank, endpoints) for rank in range(nranks)]
 
     def run(self, timeout: float) -> list[_Report]:
-        why = self._wait(timeout)
-        if why:
-            self._dump_stacks()
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        try:
+            why = self._wait(timeout)
+            if why:
+                self._dump_stacks()
+        finally:  # also where the caller is interrupted
+            for process in self.processes:
+                process.kill()
+                process.wait()
         return [self._report(rank, why) for rank in range(self.nranks)]
 
     def _start(self, rank: int, endpoints: list[str]) -> subprocess.Popen[bytes]:

@@ -100,7 +100,7 @@ def _deepstack(plan: VisualPlan, batch: Batch, model: Model) -> dict[str, Any]:
     rows, visual = plan.num_rows, len(plan.update_indices)
     upstream = traffic.bytes_upstream(rows, visual, model.row_bytes, is_cut_by_sp(batch))
     return {
-        "bytes_here": traffic.bytes_here(visual, model.row_bytes),
+        "bytes_here": traffic.bytes_here(rows, visual, model.row_bytes),
         "bytes_upstream": None if is_cut_by_cp(batch) else upstream,
     }
 

@@ -21,11 +21,11 @@ class VisualDeepstack:
     an embedding of PaddleFleet's own, the first deepstack layer makes the plan and, like every maker of a plan,
     completes the gradients of the levels. The last one takes everything visual out of the dict.
 
-    inplace = True   the layer's output is written where it stands: nobody but the layer has seen it
-    inplace = False  on a copy, for a layer that keeps its output under another name
+    inplace = False  the sum is a new tensor: hooks may keep the layer's output, as under PaddleFleet
+    inplace = True   the layer's output is written where it stands, for layers whose output nobody else keeps
     """
 
-    inplace = True
+    inplace = False
     config: Any
     layer_number: int
 

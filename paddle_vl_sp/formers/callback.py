@@ -25,12 +25,21 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
     is the dict of the whole run, there once training has ended; rank 0 logs it in a line.
     """
 
+    _at_work: VisualReport | None = None  # of all trainers; a training that failed has not closed its report
+
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.run = RunReport()
         self.summary: dict[str, Any] = {}
         self._logged = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if VisualReport._at_work is not None:
+            VisualReport._at_work.run.stop()
+        VisualReport._at_work = self
+        self._begin()
         self.run.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -41,6 +50,7 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.stop()
+        VisualReport._at_work = None
         self.summary = self.run.read()
         logger.info("%s", told(self.summary))
 

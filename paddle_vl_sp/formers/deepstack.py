@@ -37,12 +37,12 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
         rows = visual_pos_masks
         if hidden_states.shape[-1] != visual_embeds.shape[-1]:  # the original takes this rank's columns
             return original(self, hidden_states, rows.mask, visual_embeds)
-        if not checking():
-            keep = hidden_states.is_leaf and not hidden_states.stop_gradient
-            return add_rows(hidden_states, visual_embeds, rows.plan, inplace=not keep)  # a layer's own, fresh output
-        out = add_rows(hidden_states, visual_embeds, rows.plan)
-        with paddle.no_grad():
-            _hold_equal(out, original(self, hidden_states, rows.mask, visual_embeds))
+        out = add_rows(
+            hidden_states, visual_embeds, rows.plan
+        )  # a copy, as upstream: hooks may keep the layer's output
+        if checking():
+            with paddle.no_grad():
+                _hold_equal(out, original(self, hidden_states, rows.mask, visual_embeds))
         return out
 
     return _deepstack_process

@@ -50,7 +50,10 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         loaded = LoadedPlans.taken_from(kwargs, "sequence")
         if loaded is None:
             return original(self, *args, **kwargs)
-        own = {UPDATE: _own(loaded.update), GATHER: _own(loaded.gather)}
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            loaded.hold_shape(ids)
+        own = {UPDATE: _own(self, loaded.update), GATHER: _own(self, loaded.gather)}
         if loaded.order is not None:
             own[ORDER] = loaded.order
         hook = self.language_model.register_forward_pre_hook(lambda _layer, inputs: ({**inputs[0], **own},))
@@ -105,5 +108,7 @@ def _is_one_stage() -> bool:
     return groups is None or int(groups.get_pipe_parallel_world_size()) == 1
 
 
-def _own(rows: Any) -> Any:
-    return rows[0] if rows.shape[0] == 1 else own_row(rows, tensor_parallel_group())
+def _own(model: Any, rows: Any) -> Any:
+    """This rank's row; the first where nothing is cut."""
+    is_cut = topology() is not None and getattr(model, "sequence_parallel_lm", False)
+    return own_row(rows, tensor_parallel_group()) if is_cut or rows.shape[0] > 1 else rows[0]

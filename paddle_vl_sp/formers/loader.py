@@ -6,6 +6,7 @@ A batch with images or videos gets
     visual_gather_indices   int64 [ranks, n]  the feature row of each, increasing; -1 where it has fewer
     visual_positions        int64 [N]         the place of every visual token among the B * S tokens; [1, N] where the
                                               plans are for the flattened batch, so that a model can tell
+    visual_mask             bool [B, S]       where they are: by its shape a model sees that it is planned for its ids
     visual_feature_order    int64 [N]         with images and videos: the row of [image; video] each token takes
 
 The plans of *all* ranks travel in every batch, and a rank takes its own row when it uses them: Paddle's tensor-parallel
@@ -27,8 +28,8 @@ from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
 
 UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
-POSITIONS, ORDER = "visual_positions", "visual_feature_order"
-KEYS = (UPDATE, GATHER, POSITIONS, ORDER)
+POSITIONS, MASK, ORDER = "visual_positions", "visual_mask", "visual_feature_order"
+KEYS = (UPDATE, GATHER, POSITIONS, MASK, ORDER)
 CUTS = ("sequence", "flattened")
 
 
@@ -70,7 +71,7 @@ def plans_of_all_ranks(
     sp_size: int = 1,
     cut: str = "sequence",
     sequence_parallel: bool | None = None,
-) -> dict[str, npt.NDArray[np.int64]]:
+) -> dict[str, npt.NDArray[Any]]:
     """What the data loader adds to a batch of ids [B, S]; nothing for a batch of text.
 
     Two samples of four tokens, v visual, cut="flattened" for two ranks::
@@ -98,6 +99,7 @@ def plans_of_all_ranks(
         UPDATE: _stacked([plan.update_indices for plan in plans]),
         GATHER: _stacked([plan.gather_indices for plan in plans]),
         POSITIONS: np.flatnonzero(tokens)[None] if flattened else np.flatnonzero(visual),
+        MASK: visual,
     }
     order, counts = order_on_host(ids, placeholder_ids)
     return arrays | {ORDER: order} if counts.all() else arrays
@@ -110,14 +112,15 @@ class LoadedPlans:
     update: Any  # [ranks, n]
     gather: Any  # [ranks, n]
     positions: Any  # [N]
+    mask: Any  # [B, S]
     order: Any  # [N] or None
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any], cut: str) -> LoadedPlans | None:
         """Takes the keys out of the arguments of a forward, which does not know them; the model cuts in this way."""
         taken = {key: arguments.pop(key, None) for key in KEYS}
-        missing = [key for key in (UPDATE, GATHER, POSITIONS) if taken[key] is None]
-        if len(missing) == 3:
+        missing = [key for key in (UPDATE, GATHER, POSITIONS, MASK) if taken[key] is None]
+        if len(missing) == 4:
             return None
         if missing:
             raise ValueError(
@@ -129,7 +132,15 @@ class LoadedPlans:
                 f"the batch was planned with cut={planned!r}, but this model cuts by {cut!r}: PlanningCollate(..., "
                 f"cut={cut!r})"
             )
-        return cls(taken[UPDATE], taken[GATHER], taken[POSITIONS].reshape([-1]), taken[ORDER])
+        return cls(taken[UPDATE], taken[GATHER], taken[POSITIONS].reshape([-1]), taken[MASK], taken[ORDER])
+
+    def hold_shape(self, ids: Any) -> None:
+        """Whether the ids [B, S] are those that were planned for, as far as it shows without reading a device."""
+        if list(self.mask.shape) != list(ids.shape):
+            raise ValueError(
+                f"the batch was planned for ids {list(self.mask.shape)}, but the model sees {list(ids.shape)}: plan in "
+                "the last collate function, after padding"
+            )
 
     def whole(self, shape: Sequence[int], num_features: int) -> VisualPlan:
         """The plan of the uncut [B, S]."""

@@ -21,6 +21,8 @@ from paddle_vl_sp.log import logger
 SWITCH = "PADDLE_VL_SP"
 MODELS = "paddleformers.transformers"
 
+_announced: set[str] = set()
+
 
 class UpstreamChanged(RuntimeError):
     """A method that would be replaced, or that ours leans on, is not the one that is known."""
@@ -87,7 +89,7 @@ def apply_to_qwen3_vl(
         logger.info("Qwen3-VL is left as it is: %s=0", SWITCH)
         return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{SWITCH}=0") for f in FAMILIES))
     lines: list[Line] = []
-    found = _loaded(lines)
+    found = _loaded(lines, strict)
     changed = {family.name: _changes(family, module) for family, module in found}
     if strict and any(changed.values()):
         raise UpstreamChanged(_told(changed) + "; with strict=False these classes are left alone")
@@ -101,10 +103,20 @@ def apply_to_qwen3_vl(
     if model is not None:
         lines += mark_head_norms(model)
     report = PatchReport(tuple(lines), functools.partial(take_back, made))
+    if not report.replaced:
+        logger.warning("nothing of Qwen3-VL is replaced: %s", report.in_a_line())
     if made:
-        logger.info("Qwen3-VL, %s; rows are served by %s", report.in_a_line(), ops.backend())
-        logger.debug("%s", report)
+        _announce(report)
     return report
+
+
+def _announce(report: PatchReport) -> None:
+    """Once a process: a context may be entered again and again."""
+    line = f"Qwen3-VL, {report.in_a_line()}; rows are served by {ops.backend()}"
+    if line not in _announced:
+        _announced.add(line)
+        logger.info("%s", line)
+        logger.debug("%s", report)
 
 
 def switched_off() -> bool:
@@ -114,13 +126,18 @@ def switched_off() -> bool:
     return value == "0"
 
 
-def _loaded(lines: list[Line]) -> list[tuple[Family, Any]]:
+def _loaded(lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
     """The families with their modules; those that cannot be imported, for want of paddlefleet, get a line."""
     found = []
     for family in FAMILIES:
         try:
             found.append((family, importlib.import_module(family.module)))
         except ImportError as error:
+            if strict and (error.name or "").partition(".")[0] != "paddlefleet":
+                raise UpstreamChanged(
+                    f"{family.module} of PaddleFormers {formers_version()} cannot be imported: {error}; with "
+                    "strict=False its classes are left alone"
+                ) from error
             lines.append(Line(family.name, family.module, ABSENT, str(error)))
     return found
 

@@ -13,6 +13,7 @@ import paddle
 from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.formers import shared_tower
 from paddle_vl_sp.formers.deepstack import Rows, adds_by_plan, tensor_parallel_group
+from paddle_vl_sp.formers.fingerprint import OURS
 from paddle_vl_sp.formers.loader import LoadedPlans
 from paddle_vl_sp.joint import joint_features
 from paddle_vl_sp.layout import SeqLayout
@@ -47,7 +48,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
         kinds = [kind for kind, (pixels, _, _) in KINDS.items() if given.get(pixels) is not None]
-        if given.get("input_ids") is None or not kinds:
+        if given.get("input_ids") is None or not kinds or not inserts_by_plan(self):
             return original(self, *args, **kwargs)
         embeds = given.get("inputs_embeds")
         if embeds is None:
@@ -59,6 +60,13 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*call.args, **call.kwargs, visual=visual)
 
     return forward
+
+
+def inserts_by_plan(model: Any) -> bool:
+    """Whether no subclass has put its own in between: it would miss what the original hands on."""
+    owner: Any = next(each for each in type(model).__mro__ if hasattr(each.__dict__.get("forward"), OURS))
+    own_mask = type(model).get_placeholder_mask is not owner.get_placeholder_mask
+    return hasattr(model.language_model.forward, OURS) and not own_mask
 
 
 def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,6 +107,8 @@ def _inserted(
     wanted = {kind: getattr(config, f"{kind}_token_id") for kind in features}
     mask = functools.reduce(lambda a, b: a | b, (ids == wanted_id for wanted_id in wanted.values()))
     num_features = sum(rows[0].shape[0] for rows in features.values())
+    if loaded:
+        loaded.hold_shape(ids)
     plan = loaded.whole(ids.shape, num_features) if loaded else None
     if plan is None or checking():
         fresh = plan_visual(mask, None, SeqLayout(ids.shape[1]), sequence_first=False, num_features=num_features)
@@ -139,7 +149,7 @@ def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, 
         plan = visual.plan or plan_visual(
             visual.mask, None, SeqLayout(seq_len), sequence_first=False, num_features=num_features
         )
-        note_forward(plan, main, batch=batch, num_levels=num_levels, syncs=syncs)
+        note_forward(plan, main, batch=batch, num_levels=num_levels, syncs=syncs, is_plain=True)
         return plan, visual.levels
     group = tensor_parallel_group()
     layout = SeqLayout(batch * seq_len, sp_size=group.nranks, sp_rank=group.rank)
@@ -150,5 +160,5 @@ def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, 
         plan = plan_visual(flat, None, layout, sequence_first=False, num_features=num_features)
     if visual.plan and not visual.loaded:
         syncs += 1  # for the plan of the uncut sequence
-    note_forward(plan, main, batch=batch, num_levels=num_levels, group=group, syncs=syncs)
+    note_forward(plan, main, batch=batch, num_levels=num_levels, group=group, syncs=syncs, is_plain=True)
     return plan, complete_grad(visual.levels, plan, group)

@@ -43,11 +43,39 @@ def plain_model_of(model: Any) -> Any:
     """The layer that encodes and inserts, by a forward of ours."""
     for layer in model.sublayers(include_self=True):
         if hasattr(type(layer).forward, OURS) and hasattr(layer, "visual"):
-            return layer
+            return _without_own_methods(layer)
     raise ValueError(
         f"vision_dp needs a plain Qwen3-VL model whose methods are replaced, got {type(model).__name__}: the tower of "
         "the model on PaddleFleet is tensor-parallel over the same ranks, so its images cannot be shared among them"
     )
+
+
+def _without_own_methods(inner: Any) -> Any:
+    """A subclass whose own methods PaddleFormers' forward must ask has its images encoded there, by every rank."""
+    from paddle_vl_sp.formers.plain import inserts_by_plan
+
+    if not inserts_by_plan(inner):
+        raise ValueError(
+            "vision_dp=True with a subclass that has its own get_placeholder_mask, or a text model with its own "
+            f"forward ({type(inner).__name__}, {type(inner.language_model).__name__}): such a model is run by "
+            "PaddleFormers' own forward, which shares nothing; leave vision_dp out"
+        )
+    return inner
+
+
+def _check_marks(tower: Any) -> None:
+    """Parameters that came after the marks, such as LoRA's, would be trained on this rank's own images."""
+    unmarked = [
+        name
+        for name, parameter in tower.named_parameters()
+        if not parameter.stop_gradient and not getattr(parameter, "sequence_parallel", False)
+    ]
+    if unmarked:
+        raise ValueError(
+            f"{len(unmarked)} parameters of the shared tower are not marked for the sum of their gradients, such as "
+            f"{unmarked[0]}: call apply_to_qwen3_vl(model, vision_dp=True) once the model has all its parameters, "
+            "after LoRA, and before the trainer is built"
+        )
 
 
 def is_shared(inner: Any) -> bool:
@@ -62,6 +90,7 @@ def encoded(inner: Any, encode: Encode, pixels: Any, grid: Any) -> tuple[Any, li
     from paddle_vl_sp.vision.share import tower_alpha
 
     tower = inner.visual
+    _check_marks(tower)
     features, levels = encode_shared(
         encode,
         pixels,

@@ -12,7 +12,16 @@ import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
 
-from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, norms, patch, revert, tiny
+from paddle_vl_sp.formers import (
+    PatchReport,
+    UpstreamChanged,
+    apply_to_qwen3_vl,
+    norms,
+    patch,
+    revert,
+    shared_tower,
+    tiny,
+)
 from paddle_vl_sp.formers.fingerprint import OURS, SIGNATURES, SOURCES, fingerprint, formers_version, unknown
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +154,17 @@ def test_changed_code_is_left_alone_when_not_strict(caplog):
     assert "left alone" in warnings[0].getMessage()
 
 
+def test_a_module_that_has_moved_is_a_change(monkeypatch, caplog):
+    """Not a run without the package: an error, or a warning that nothing is replaced."""
+    for family in patch.FAMILIES:
+        monkeypatch.setitem(sys.modules, family.module, None)
+    with pytest.raises(UpstreamChanged, match=r"qwen3_vl\.modeling of PaddleFormers .* cannot be imported"):
+        apply_to_qwen3_vl()
+    with caplog.at_level(logging.WARNING, "paddle_vl_sp"):
+        assert not apply_to_qwen3_vl(strict=False).replaced
+    assert "nothing of Qwen3-VL is replaced" in caplog.text
+
+
 def test_changed_parameters_of_what_is_called(monkeypatch):
     """get_image_features may be overridden, but must take what we give it."""
     monkeypatch.setattr(modeling.Qwen3VLModelDeprecated, "get_image_features", lambda self, pixels: None)
@@ -253,8 +273,25 @@ def test_vision_dp_marks_and_unmarks():
     assert "parameters marked" in str(apply_to_qwen3_vl(model, vision_dp=True))
     assert "was already shared" in str(apply_to_qwen3_vl(model, vision_dp=True))
     assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
+    model.visual.late = paddle.nn.Linear(2, 2)  # as LoRA adds them
+    with pytest.raises(ValueError, match=r"2 parameters of the shared tower are not marked .* such as late\.weight"):
+        shared_tower.encoded(model.model, None, None, None)
     revert()
     assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+
+
+def test_vision_dp_refuses_models_that_upstream_runs():
+    """A text model with its own forward: the tower would be run by all, and its gradients summed."""
+
+    class Own(modeling.Qwen3VLTextModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = tiny.tiny_qwen3_vl()
+    model.model.language_model.config.sequence_parallel = True
+    model.model.language_model.__class__ = Own
+    with pytest.raises(ValueError, match=r"a text model with its own forward .*Own.* leave vision_dp out"):
+        apply_to_qwen3_vl(model, vision_dp=True)
 
 
 def ran(code, **environment):

@@ -226,6 +226,7 @@ def dist_model():
     model.language_model, model.vision_model = Recorder(), Tower()
     model.add_encoder, model.rope_deltas = True, None
     model.config = SimpleNamespace(freeze_vision_model=False)
+    model.sequence_parallel_lm = True
     return model
 
 
@@ -265,11 +266,35 @@ def test_the_order_of_images_and_videos_passes_too(as_rank, dist_model):
     assert dist_model.language_model.given["visual_feature_order"].tolist() == [1, 0]
 
 
-def test_a_plan_for_another_degree_is_refused(as_rank, dist_model):
-    """Both numbers and the mend."""
+@pytest.mark.parametrize("planned", [1, 2])
+def test_a_plan_for_another_degree_is_refused(as_rank, dist_model, planned):
+    """Both numbers and the mend; also where the degree was left out."""
     as_rank(0, 4)
+    ids = np.full((2, 8), IMAGE)
+    plans = plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=planned)
+    given = {key: paddle.to_tensor(value) for key, value in plans.items()}
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=rf"planned for sp_size {planned}, .* has 4 ranks: give"):
+        dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids), **given)
+
+
+def test_without_sequence_parallelism_the_one_plan_is_everybodys(as_rank, dist_model):
+    as_rank(3, 4)
+    dist_model.sequence_parallel_lm = False
+    ids = np.array([[1, IMAGE, 1, 1]])
+    given = {key: paddle.to_tensor(value) for key, value in plans_of_all_ranks(ids, (IMAGE, VIDEO)).items()}
+    with apply_to_qwen3_vl():
+        dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids), **given)
+    assert dist_model.language_model.given["visual_update_indices"].tolist() == [1]
+
+
+def test_a_batch_that_was_padded_after_planning_is_refused(as_rank, dist_model):
+    as_rank(0, 2)
     ids = np.full((2, 8), IMAGE)
     plans = plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=2)
     given = {key: paddle.to_tensor(value) for key, value in plans.items()}
-    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=r"planned for sp_size 2, .* has 4 ranks: give"):
-        dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids), **given)
+    longer = paddle.to_tensor(np.pad(ids, ((0, 0), (0, 4))))
+    with (
+        apply_to_qwen3_vl(),
+        pytest.raises(ValueError, match=r"planned for ids \[2, 8\], but the model sees \[2, 12\]"),
+    ):
+        dist_model(input_ids=longer, position_ids=longer, **given)

@@ -14,7 +14,7 @@ from paddle_vl_sp.joint import order_on_host
 
 IDS = (tiny.IMAGE, tiny.VIDEO)
 UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
-KEYS = {UPDATE, GATHER, "visual_positions"}
+KEYS = {UPDATE, GATHER, "visual_positions", "visual_mask"}
 
 
 def test_worked_example():
@@ -25,6 +25,7 @@ def test_worked_example():
     assert plans["visual_update_indices"].tolist() == [[1, 2, -1], [0, 1, 2]]
     assert plans["visual_gather_indices"].tolist() == [[0, 1, -1], [2, 3, 4]]
     assert plans["visual_positions"].tolist() == [[1, 2, 4, 5, 6]]
+    assert plans["visual_mask"].tolist() == (ids == v).tolist()
 
 
 @pytest.mark.parametrize("sp_size", [1, 2, 4])
@@ -115,6 +116,18 @@ def test_wrong_plans_are_refused(monkeypatch):
         loss_of(model, batch)
         with pytest.raises(ValueError, match="visual_positions of the batch are not those of its ids"):
             loss_of(model, {**batch, "visual_positions": batch["visual_positions"] + 1})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_after_planning_is_refused(side):
+    """Both shapes: the counts are still right, the places are not."""
+    batch = PlanningCollate(dict, IDS, cut="flattened")(tiny.draw_batch(SAMPLES["image"], seed=3))
+    pad = [0, 0, 0, 8] if side == "right" else [0, 0, 8, 0]
+    for key in ("input_ids", "labels"):
+        batch[key] = paddle.nn.functional.pad(batch[key], pad, value=0 if key == "input_ids" else -100)
+    model = tiny.tiny_qwen3_vl()
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match=r"planned for ids \[2, 64\], but .* sees \[2, 72\]"):
+        loss_of(model, batch)
 
 
 @pytest.mark.parametrize(("planned", "wanted"), [("sequence", "flattened"), ("flattened", "sequence")])

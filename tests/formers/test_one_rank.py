@@ -2,6 +2,7 @@
 
 import paddle
 import pytest
+from paddleformers.transformers.qwen3_vl import modeling
 from training import BUILDERS, SAMPLES, batches, loss_of, same_bits, train, upstream_and_patched
 
 from paddle_vl_sp import ops
@@ -188,6 +189,73 @@ def test_masks_handed_to_the_text_model_by_others(monkeypatch):
     upstream, patched = upstream_and_patched(run)
     assert same_bits(upstream, patched)
     assert len(plans) == 1
+
+
+class OwnText(modeling.Qwen3VLTextModel):
+    """Hands on what it knows, and nothing else."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, visual_pos_masks=None, deepstack_visual_embeds=None, **known):
+        known = {key: value for key, value in known.items() if key != "visual"}
+        return super().forward(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            visual_pos_masks=visual_pos_masks,
+            deepstack_visual_embeds=deepstack_visual_embeds,
+            **known,
+        )
+
+
+class OwnMask(modeling.Qwen3VLModelDeprecated):
+    asked = 0
+
+    def get_placeholder_mask(self, *args, **kwargs):
+        OwnMask.asked += 1
+        return super().get_placeholder_mask(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", [OwnText, OwnMask])
+def test_subclasses_with_methods_of_their_own_are_asked(part):
+    """Bit-exact: upstream's forward runs, and deepstack is added by plan all the same."""
+
+    def run():
+        model = tiny.tiny_qwen3_vl()
+        (model.model if part is OwnMask else model.language_model).__class__ = part
+        return train(model, batches(2))
+
+    OwnMask.asked = 0
+    upstream, patched = upstream_and_patched(run)
+    assert same_bits(upstream, patched)
+    assert any("deepstack" in name for name in patched[0][1])
+    assert OwnMask.asked == (4 if part is OwnMask else 0)
+
+
+def test_what_hooks_keep_stays_as_it_was():
+    """Bit-exact: the outputs of the layers, and the gradients of a loss on one of them (distillation)."""
+
+    def run():
+        model, kept = tiny.tiny_qwen3_vl(), []
+        for layer in model.language_model.layers:
+            layer.register_forward_post_hook(lambda _layer, _inputs, output: kept.append(output[0]))
+        loss = loss_of(model, batches(1)[0]) + (kept[0] ** 2).mean()
+        loss.backward()
+        return [output.numpy() for output in kept], tiny.gradients_of(model)
+
+    assert same_bits(*upstream_and_patched(run))
+
+
+def test_a_second_backward_and_gradients_of_a_part():
+    """Bit-exact: retain_graph, and paddle.grad of a few parameters."""
+
+    def run():
+        model = tiny.tiny_qwen3_vl()
+        loss = loss_of(model, batches(1)[0])
+        part = list(model.model.visual.deepstack_merger_list[0].parameters())
+        of_part = [grad.numpy() for grad in paddle.grad(loss, part, retain_graph=True)]
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return of_part, tiny.gradients_of(model)
+
+    assert same_bits(*upstream_and_patched(run))
 
 
 def test_too_few_features():

@@ -113,6 +113,25 @@ def test_switched_off_it_is_off(monkeypatch):
     assert callback.DEFAULT_CALLBACKS == []
 
 
+def test_trainings_do_not_mix(tmp_path, caplog):
+    """A second training starts anew, one that failed is closed by the next, and every one that ends is told."""
+    with apply_to_qwen3_vl(), caplog.at_level(logging.INFO, "paddle_vl_sp"):
+        first, second = (a_trainer(tmp_path / name) for name in ("one", "two"))
+        broken = report_to(first)
+        dataset, first.train_dataset = first.train_dataset, None
+        with pytest.raises(ValueError, match="train_dataset"):
+            first.train()
+        broken.on_train_begin(None, None, None)  # as if it had failed later
+        first.train_dataset = dataset
+        report = report_to(second)
+        for _ in range(2):
+            second.train()
+            assert report.summary["forwards"] == STEPS * 3 // 4
+        assert not broken.run.is_open
+        assert broken.run.num_forwards == 0
+    assert sum("forwards with" in message for message in caplog.messages) == 2
+
+
 def test_logs_of_an_evaluation_are_left_alone():
     report, logs = VisualReport(), {"eval_loss": 1.0}
     report.on_train_begin(None, None, None)

@@ -1,6 +1,8 @@
 """The launcher: results in rank order, errors with their rank, a hang ended in time with the line it stood at."""
 
 import os
+import signal
+import subprocess
 import time
 
 import paddle
@@ -32,6 +34,10 @@ def die_silently():
         os._exit(7)
 
 
+def hang_everywhere():
+    time.sleep(1000)
+
+
 @pytest.mark.parametrize("nranks", [2, 4])
 def test_results_come_in_rank_order(nranks):
     total = 10.0 * sum(range(nranks))
@@ -58,3 +64,24 @@ def test_a_hang_is_ended_and_its_line_is_told():
 def test_a_silent_death_is_told():
     with pytest.raises(RanksFailed, match="rank 0: ended with code 7"):
         run_ranks(die_silently, 2)
+
+
+def test_whoever_is_interrupted_leaves_no_ranks_behind(monkeypatch):
+    """As by a time limit of the test runner."""
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[-1])
+
+    def interrupt(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    try:
+        with pytest.raises(TimeoutError):
+            run_ranks(hang_everywhere, 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(started) == 2
+    assert all(process.poll() is not None for process in started)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,7 @@ def copy(tmp_path):
 
 def with_operators():
     if ops.backend().name != "op":
-        pytest.skip(f"no custom operators: {ops.backend().reason}")
+        pytest.skip("no custom operators: the header of this report says why")
 
 
 def test_python_can_be_asked_for():
@@ -69,10 +70,40 @@ def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
         library.unlink()
     done, lines = python(USE, copy)
     assert lines[0] == "8.0"
-    assert lines[1].startswith("python: no compiled operators are installed; build them where the package")
+    assert lines[1] == f"python: there are no compiled operators in {copy / 'paddle_vl_sp'}"
     assert done.stderr.count("plain Paddle serves, the custom operators do not") == 1
+    assert done.stderr.count("pip install") + done.stderr.count("start from another folder") == 1
     done, _ = python(SHOW, copy, PADDLE_VL_SP_BACKEND="op")
-    assert "OperatorsUnavailable: no compiled operators are installed" in done.stderr
+    assert (
+        "OperatorsUnavailable: PADDLE_VL_SP_BACKEND=op insists on the operators: there are no compiled operators"
+        in done.stderr
+    )
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """This package as if it stood in an empty folder, with nothing else installed."""
+    monkeypatch.setattr(ops, "HERE", tmp_path / "paddle_vl_sp")
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
+    return tmp_path
+
+
+def test_the_mend_of_a_source_tree_is_an_editable_install(elsewhere, monkeypatch):
+    assert "in the folder of the source: pip install" in ops.rebuild()
+    (elsewhere / "custom_ops").mkdir()
+    assert ops.rebuild().endswith(f"--editable {elsewhere}")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert ops.rebuild().startswith("install a C++ compiler (apt install g++), then pip install")
+
+
+def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monkeypatch):
+    installed = elsewhere / "site-packages" / "paddle_vl_sp"
+    installed.mkdir(parents=True)
+    found = SimpleNamespace(locate_file=lambda name: elsewhere / "site-packages" / name)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [found])
+    assert "start from another folder" not in ops.rebuild()
+    (installed / "_ops.so").touch()
+    assert f"finds the installed package in {installed}" in ops.rebuild()
 
 
 def test_operators_of_another_paddle_are_never_loaded(copy):

@@ -13,7 +13,7 @@ import logging, sys
 {before}
 from paddle_vl_sp.log import logger
 {after}
-for word in ("debug", "info", "info", "warning", "warning", "error"):
+for word in ("debug", "info", "warning", "warning", "error"):
     getattr(logger, word)("the %s", word)
 """
 

@@ -47,14 +47,14 @@ def test_counts_of_one_rank():
         "imbalance": 1.0,
         "worst_imbalance": 1.0,
         "empty_ranks": 0.0,
-        "bytes_here": LEVELS * 3 * visual * WIDTH * 4,
-        "bytes_avoided": LEVELS * 4 * 2 * 24 * WIDTH * 4,
+        "bytes_here": LEVELS * (2 * 2 * 24 + 3 * visual) * WIDTH * 4,
+        "bytes_avoided": LEVELS * 2 * 2 * 24 * WIDTH * 4,
         "syncs_here": 2,
         "syncs_avoided": 2 * LEVELS - 2,
     }
 
 
-def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, syncs):
+def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs):
     """The same dict, forward by forward."""
     ratios, empty, here, avoided, waited, spared = [], [], 0, 0, 0, 0
     for f in range(len(visual)):
@@ -62,11 +62,14 @@ def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, syncs):
         busiest = max(counts)
         ratios.append(busiest / (sum(counts) / len(counts)) if sum(counts) else 1.0)
         empty.append(counts.count(0))
-        moved = 3 * busiest * row_bytes[f] * levels[f]
+        moved = (2 * rows[f] + 3 * busiest) * row_bytes[f] * levels[f]
         theirs = 8 * rows[f] + 5 * busiest if is_cut[f] else 4 * rows[f] + 3 * busiest
+        searches = 1 + 3 * batch[f] if is_cut[f] else 1
+        if is_plain[f]:
+            theirs, searches = 2 * rows[f] + 7 * busiest, 4 if is_cut[f] else 2
         here, avoided = here + moved, avoided + theirs * row_bytes[f] * levels[f] - moved
         waited += syncs[f]
-        spared += max(levels[f] * (1 + 3 * batch[f] if is_cut[f] else 1) - syncs[f], 0)
+        spared += max(levels[f] * searches - syncs[f], 0)
     return {
         "forwards": len(visual),
         "visual_tokens": sum(visual),
@@ -82,13 +85,13 @@ def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, syncs):
 
 
 numbers = st.integers(0, 1000)
-a_forward = st.tuples(*[numbers] * 5, st.booleans(), st.integers(0, 20))
+a_forward = st.tuples(*[numbers] * 5, st.booleans(), st.booleans(), st.integers(0, 20))
 
 
 @given(st.lists(a_forward, max_size=5), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_summary_over_ranks_against_the_slow_way(forwards, nranks, draw):
     own = [[draw.choice([0, draw.randrange(1000)]) for _ in forwards] for _ in range(nranks)]
-    facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 8)
+    facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 9)
     got = run_report._summary(np.array(own, np.int64).reshape(nranks, -1), facts)
     wanted = oracle(own, *(column.tolist() for column in facts.T[1:]))
     assert got.keys() == wanted.keys()
@@ -101,7 +104,7 @@ def test_the_numbers_are_those_of_inspect():
     costs = costs_of(Batch(mask, (), layouts), Model(WIDTH, 4, LEVELS))
     plans = [plan_visual(mask, None, layout, sequence_first=True) for layout in layouts]
     own = np.array([[len(plan.update_indices)] for plan in plans])
-    facts = np.array([[own[0, 0], mask.sum(), 16, 2, LEVELS, WIDTH * 4, 1, 1]])
+    facts = np.array([[own[0, 0], mask.sum(), 16, 2, LEVELS, WIDTH * 4, 1, 0, 1]])
     got = run_report._summary(own, facts)
     layer, syncs = costs["deepstack_layer"], costs["syncs"]
     assert got["bytes_here"] == LEVELS * layer["bytes_here"]
@@ -136,8 +139,18 @@ def test_two_reports_at_once():
 def test_nothing_was_seen():
     with RunReport() as report:
         forward(np.zeros((2, 12), bool))
-    assert report.read() == oracle([[]], *[[]] * 7)
+    assert report.read() == oracle([[]], *[[]] * 8)
     assert "0 forwards" in run_report.told(report.read())
+
+
+def test_an_evaluation_is_not_counted():
+    with RunReport() as report:
+        with paddle.no_grad():
+            forward(some_mask())
+            run_report.note_shared(1.5)
+        forward(some_mask())
+    assert report.num_forwards == 1
+    assert "vision_imbalance" not in report.read()
 
 
 def test_padded_plans_are_read_when_the_report_is():
