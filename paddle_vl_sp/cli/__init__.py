@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from paddle_vl_sp.cli.answer import PROBLEM, USAGE, Answer, Problem, WrongUse
@@ -26,6 +28,7 @@ COMMANDS = {  # command: (its module, its help)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the answer on stdout, what went wrong on stderr; returns 0 fine, 1 problem, 2 usage."""
+    _take_all_letters()
     given = _parser().parse_args(arguments)
     command = importlib.import_module(f"{__name__}.{COMMANDS[given.command][0]}")
     try:
@@ -37,13 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return answer.code
     told = answer.told(given.json)
     if told:
-        print(told)
+        _print(told)
     return answer.code
 
 
 def entry() -> None:
     """The installed command."""
     raise SystemExit(main())
+
+
+def _print(told: str) -> None:
+    """Also into a pipe whose reader has gone, such as `head`: the rest is dropped, here and when Python ends."""
+    try:
+        print(told, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _take_all_letters() -> None:
+    """A terminal of another alphabet gets the rest as \\N numbers, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(error: Exception) -> Answer:

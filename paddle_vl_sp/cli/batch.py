@@ -36,9 +36,10 @@ class Batch:
         batch, seq_len = self.mask.shape
         one = self.layouts[0]
         share = self.num_visual / max(self.mask.size, 1)
+        percent = f"{share:.0%}" if share > 0.01 or not share else f"{share:.2%}"
         packed = "" if one.cu_seqlens is None else f", {len(one.cu_seqlens) - 1} packed sequences"
         cut = f"cp {one.cp_size}" + (f" ({one.cp_mode})" if one.cp_size > 1 else "") + f" x sp {one.sp_size}"
-        return f"B {batch}, S {seq_len}{packed}, {self.num_visual} visual tokens ({share:.0%}), {cut}"
+        return f"B {batch}, S {seq_len}{packed}, {self.num_visual} visual tokens ({percent}), {cut}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,30 +91,66 @@ def layouts_of(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence
             for sp in range(arguments.sp)
         ]
     except ValueError as error:
-        raise WrongUse(str(error)) from error
+        raise WrongUse(str(error).replace("remainder='front'", "--remainder front")) from error
 
 
 def _from_file(path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.bool_], list[Grid], list[int] | None]:
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise WrongUse(f"--npz {path} cannot be read: {error}") from error
+    arrays = _arrays_in(path)
     mask = _mask_in(arrays, path, ids)
-    grids = [(int(t), int(h), int(w)) for name in GRIDS for t, h, w in arrays.get(name, np.zeros((0, 3))).tolist()]
+    grids = [grid for name in GRIDS if name in arrays for grid in _grids_in(arrays[name], name, path)]
+    tokens = sum(map(num_tokens, grids))
+    if grids and tokens != mask.sum():
+        raise WrongUse(
+            f"--npz {path}: its grids make {tokens} visual tokens, its ids or mask have {mask.sum()}; look at --ids, "
+            "or leave the grids out"
+        )
     packed = arrays.get("cu_seqlens")
+    if packed is not None and (packed.ndim != 1 or len(mask) != 1):
+        told = f"shape {list(packed.shape)} with ids or mask of shape {list(mask.shape)}"
+        raise WrongUse(f"--npz {path}: cu_seqlens is one row of bounds, for one packed row [1, S]; got {told}")
     return mask, grids, None if packed is None else packed.tolist()
 
 
-def _mask_in(arrays: dict[str, npt.NDArray[Any]], path: Path, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-    found = next((arrays[name].astype(bool) for name in MASKS if name in arrays), None)
-    if found is None and "input_ids" in arrays:
-        found = np.isin(arrays["input_ids"], ids)
-    if found is None:
-        raise WrongUse(f"--npz {path} has {', '.join(arrays) or 'nothing'}: it needs input_ids or {' or '.join(MASKS)}")
-    if found.ndim != 2:
-        raise WrongUse(f"--npz {path}: ids and masks are [B, S], got shape {list(found.shape)}")
+def _arrays_in(path: Path) -> dict[str, npt.NDArray[Any]]:
+    made_by = 'numpy.savez("batch.npz", input_ids=ids) makes one that can'
+    try:
+        file = np.load(path)
+        if isinstance(file, np.ndarray):
+            raise WrongUse(f"--npz {path} is a single array without a name: {made_by}")
+        with file:
+            return {name: file[name] for name in file.files}
+    except WrongUse:
+        raise
+    except Exception as error:  # a broken file raises what it likes
+        raise WrongUse(f"--npz {path} cannot be read ({error}): {made_by}") from error
+
+
+def _grids_in(grids: npt.NDArray[Any], name: str, path: Path) -> list[Grid]:
+    """Of images or videos, [I, 3]."""
+    if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
+        told = f"{grids.dtype} {list(grids.shape)}"
+        raise WrongUse(f"--npz {path}: {name} is whole numbers [I, 3], frames, height and width, got {told}")
+    found = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
+    wrong = [grid for grid in found if min(grid) < 1 or grid[1] % MERGE or grid[2] % MERGE]
+    if wrong:
+        raise WrongUse(f"--npz {path}: {name} has {wrong[0]}; height and width are in patches, multiples of {MERGE}")
     return found
+
+
+def num_tokens(grid: Grid) -> int:
+    t, h, w = grid
+    return t * h * w // MERGE**2
+
+
+def _mask_in(arrays: dict[str, npt.NDArray[Any]], path: Path, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    name = next((name for name in (*MASKS, "input_ids") if name in arrays), None)
+    if name is None:
+        raise WrongUse(f"--npz {path} has {', '.join(arrays) or 'nothing'}: it needs input_ids or {' or '.join(MASKS)}")
+    found = arrays[name]
+    if found.ndim != 2 or found.dtype.kind not in "biu":
+        told = f"{found.dtype} {list(found.shape)}"
+        raise WrongUse(f"--npz {path}: {name} is [B, S], of whole numbers or bool, got {told}; one sample is [1, S]")
+    return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
 
 
 def _ids(told: str) -> list[int]:
@@ -155,7 +192,7 @@ def _grid(told: str, name: str, dimensions: int) -> Grid:
 
 def _placed(seq_len: int, grids: list[Grid], sample: int) -> npt.NDArray[np.bool_]:
     """Images in a row with equally much text before, between and after:  . v v . v v .  [S]"""
-    lengths = [t * h * w // MERGE**2 for t, h, w in grids]
+    lengths = [num_tokens(grid) for grid in grids]
     text = seq_len - sum(lengths)
     if text < 0:
         raise WrongUse(f"sample {sample} has {sum(lengths)} visual tokens, more than --seq {seq_len}: make it longer")

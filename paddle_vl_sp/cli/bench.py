@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer, WrongUse
+from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer, Problem, WrongUse
 from paddle_vl_sp.cli.plot import stored_run
 from paddle_vl_sp.cli.suite import SUITE, scripts
 from paddle_vl_sp.cli.terminal import Progress, coloured, table
 
+HEADINGS = {"syncs": "waits for the device"}
 SLOWER = 1.5  # the ratio to the floor, over the stored one, from which a line counts as slower
 
 
@@ -32,12 +34,13 @@ def run(arguments: argparse.Namespace) -> Answer:
     if arguments.store is not None:
         arguments.store.write_text(json.dumps(found, indent=1) + "\n")
     told = [found["machine"], *(_told(each) for script in found["scripts"] for each in script["tables"])]
-    code = FINE
+    code = PROBLEM if found["failed"] else FINE
     if stored is not None:
         found["compared"] = list(_compared(found, stored))
         slower = [line for line in found["compared"] if line["floor_ratio"] > arguments.slower]
         told.append(_told_comparison(found["compared"], stored["machine"], arguments.slower))
-        code = PROBLEM if slower else FINE
+        code = PROBLEM if slower else code
+    told += [coloured(failed["why"], "red") for failed in found["failed"]]
     return Answer(found, "\n\n".join(told), code)
 
 
@@ -48,20 +51,33 @@ def _check(arguments: argparse.Namespace) -> None:
         raise WrongUse(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(SUITE)}")
     if arguments.store is not None and not arguments.store.parent.is_dir():
         raise WrongUse(f"--store {arguments.store}: there is no folder {arguments.store.parent}")
+    if arguments.store is not None and not _is_writable(arguments.store):
+        raise WrongUse(f"--store {arguments.store} cannot be written: give a path that can")
+
+
+def _is_writable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK)
 
 
 def _run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What every script found; one that fails costs the others nothing, but for a problem where none is left."""
     chosen = scripts(arguments.names, arguments.quick, arguments.source)
-    found = []
+    found, failed = [], []
     with Progress(len(chosen)) as bar:
         for script in chosen:
             bar.starts(script.path.name)
-            found.append(script.run())
+            try:
+                found.append(script.run())
+            except Problem as problem:
+                failed.append({"name": script.name, "why": str(problem)})
             bar.advance(script.path.name)
+    if not found:
+        raise Problem("\n".join(each["why"] for each in failed))
     return {
         "machine": found[0]["machine"],
         "quick": arguments.quick,
         "scripts": [{"name": script["name"], "tables": script["tables"]} for script in found],
+        "failed": failed,
     }
 
 
@@ -69,7 +85,7 @@ def _told(shown: dict[str, Any]) -> str:
     headings = list(shown["lines"][0]) if shown["lines"] else ["name"]
     rows = [[line[heading] for heading in headings] for line in shown["lines"]]
     title = coloured(shown["title"], "bold")
-    return f"{title}\n{shown['note']}\n{table([heading.replace('_', ' ') for heading in headings], rows)}"
+    return f"{title}\n{shown['note']}\n{table([HEADINGS.get(each, each.replace('_', ' ')) for each in headings], rows)}"
 
 
 def _compared(found: dict[str, Any], stored: dict[str, Any]) -> Iterator[dict[str, Any]]:

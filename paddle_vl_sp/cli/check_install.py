@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,8 +16,17 @@ import paddle_vl_sp
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 
 PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
-FORMERS = 'pip install "paddle-vl-sp[formers]", or pip install paddleformers==1.2.0 "pyarrow<26"'
-SWITCHES = ("PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK", "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT")
+PADDLE = (
+    "`pip install paddlepaddle` (CPU; for a GPU as Paddle's installation page says), then install this package again, "
+    "so that operators are built for it"
+)
+FORMERS = 'pip install "paddleformers==1.2.0" "pyarrow<26"'
+FLEET = (
+    "if you train on it, see PaddleFormers' installation page for paddlefleet's index: "
+    "https://github.com/PaddlePaddle/PaddleFormers"
+)
+OFF = "PADDLE_VL_SP"
+SWITCHES = (OFF, "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK", "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT")
 
 
 def installed(package: str) -> str:
@@ -27,11 +37,15 @@ def installed(package: str) -> str:
         return ""
 
 
+def importable(package: str) -> bool:
+    """Also where it comes from a source tree and no installation."""
+    return importlib.util.find_spec(package) is not None
+
+
 def check_versions() -> Iterator[Check]:
     yield Check(PASS, "system", f"Python {platform.python_version()}, {platform.platform()}")
     yield Check(PASS, "paddle_vl_sp", f"{paddle_vl_sp.__version__} at {Path(__file__).parents[1]}")
-    switches = [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]
-    yield Check(PASS, "switches", " ".join(switches) or "none set")
+    yield _check_switches()
     yield from _packages()
 
 
@@ -39,7 +53,8 @@ def check_clashes() -> Iterator[Check]:
     """What is known to break each other."""
     both = [f"{name} {installed(name)}" for name in PADDLES if installed(name)]
     if len(both) > 1:
-        yield Check(FAIL, "two Paddles", " and ".join(both), f"pip uninstall {' '.join(PADDLES)}, then install one")
+        mend = f"`pip uninstall {' '.join(PADDLES)}`, then {PADDLE}"
+        yield Check(FAIL, "two Paddles", " and ".join(both), mend)
     yield _numpy_and_pyarrow()
 
 
@@ -49,34 +64,37 @@ def check_compilers(paddle_has_cuda: bool) -> Iterator[Check]:
         yield Check(PASS, "compiler", first_line(compiler, "--version"))
     else:
         missing = f"CXX={compiler}, which is not there" if compiler else "none: operators cannot be built here"
-        yield Check(
-            WARN, "compiler", missing, "apt install g++, then install paddle-vl-sp again; until then plain Paddle"
-        )
+        yield Check(WARN, "compiler", missing, "apt install g++, if operators are to be built here")
     yield from _check_cuda(paddle_has_cuda)
 
 
 def first_line(*command: str) -> str:
     """What the program says first; or that it does not run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command[0]} does not run: {error}"
     return next(iter(done.stdout.splitlines()), f"{command[0]} says nothing")
 
 
+def _check_switches() -> Check:
+    told = " ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
+    if os.environ.get(OFF) == "0":
+        return Check(WARN, "switches", f"{told}: the package changes nothing in PaddleFormers", f"unset {OFF}")
+    return Check(PASS, "switches", told or "none set")
+
+
 def _packages() -> Iterator[Check]:
     yield Check(PASS, "numpy", installed("numpy"))
-    formers = installed("paddleformers")
-    if formers:
-        yield Check(PASS, "paddleformers", formers)
+    if importable("paddleformers"):
+        yield Check(PASS, "paddleformers", installed("paddleformers") or "from a source tree")
     else:
         yield Check(WARN, "paddleformers", "not installed: nothing to replace; everything else works", FORMERS)
-    fleet = installed("paddlefleet")
-    if fleet:
-        yield Check(PASS, "paddlefleet", fleet)
+    if importable("paddlefleet"):
+        yield Check(PASS, "paddlefleet", installed("paddlefleet") or "from a source tree")
     else:
         told = "not installed: paddle_vl_sp.fleet, and PaddleFormers' classes on it, cannot be used"
-        yield Check(WARN, "paddlefleet", told, 'pip install "paddleformers[paddlefleet]", if you train on it')
+        yield Check(WARN, "paddlefleet", told, FLEET)
 
 
 def _numpy_and_pyarrow() -> Check:
@@ -123,7 +141,9 @@ def _check_cuda(paddle_has_cuda: bool) -> Iterator[Check]:
 
 def _nvcc_release(nvcc: str) -> str:
     try:
-        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run: {error}"
     return next((line for line in done.stdout.splitlines() if "release" in line), "says no release")

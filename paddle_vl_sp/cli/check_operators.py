@@ -11,12 +11,12 @@ from typing import Any
 import paddle
 
 from paddle_vl_sp import ops
+from paddle_vl_sp.cli.check_install import PADDLE
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 from paddle_vl_sp.cli.parity import QUICK, local_cases
 
 PACKAGE = Path(ops.__file__).parent
 OLDEST = (3, 3)
-REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall paddle-vl-sp (or . in its source tree)"
 
 
 def check_paddle() -> Check:
@@ -25,20 +25,19 @@ def check_paddle() -> Check:
     told = f"{version.full_version}, {device}, commit {version.commit[:10]}"
     parts = version.full_version.split(".")[:2]
     if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < OLDEST:
-        mend = f'pip install "paddlepaddle>={OLDEST[0]}.{OLDEST[1]}", or paddlepaddle-gpu'
-        return Check(
-            WARN, "Paddle", f"{told}: older than {OLDEST[0]}.{OLDEST[1]}, where packages of operators break", mend
-        )
+        why = f"older than {OLDEST[0]}.{OLDEST[1]}, where packages of operators break"
+        return Check(WARN, "Paddle", f"{told}: {why}", PADDLE)
     return Check(PASS, "Paddle", told)
 
 
 def check_operators() -> Iterator[Check]:
     libraries = sorted(PACKAGE.glob("_ops*.so"))
-    if not libraries:
-        yield Check(WARN, "operators", "none compiled: plain Paddle serves, more slowly", REBUILD)
+    if libraries:
+        found = _built_for(libraries[-1])
     else:
-        yield _built_for(libraries[-1])
-    yield _serving(bool(libraries))
+        found = Check(WARN, "operators", "none compiled: plain Paddle serves, more slowly", ops.rebuild())
+    yield found
+    yield _serving(found)
 
 
 def check_parity() -> Check:
@@ -64,10 +63,10 @@ def _built_for(library: Path) -> Check:
     running = {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
     if any(info.get(key) != value for key, value in running.items()):
         told = f"{library.name} was built for Paddle {_short(info)}, this is {_short(running)}: it is not loaded"
-        return Check(FAIL, "operators", told, REBUILD)
+        return Check(FAIL, "operators", told, ops.rebuild())
     if paddle.is_compiled_with_cuda() and info["cuda"] == "0":
         told = f"{library.name} was built without CUDA: plain Paddle serves the GPU"
-        return Check(WARN, "operators", told, f"with nvcc on the PATH, {REBUILD}")
+        return Check(WARN, "operators", told, f"with nvcc on the PATH, {ops.rebuild()}")
     cuda = "CPU" if info["cuda"] == "0" else f"CPU and sm_{info['cuda'].replace(',', ', sm_')}"
     return Check(PASS, "operators", f"{library.name}, built for Paddle {_short(info)}, {cuda}")
 
@@ -76,7 +75,8 @@ def _short(info: dict[str, Any]) -> str:
     return f"{info.get('paddle', 'unknown')} ({info.get('commit', 'unknown')[:10]})"
 
 
-def _serving(are_there: bool) -> Check:
+def _serving(operators: Check) -> Check:
+    """The reason and the mend stand with the operators, unless they look right and do not load."""
     if _refusal():
         return Check(FAIL, "serving", _refusal(), f"unset {ops.SWITCH}, or mend the operators")
     serves = ops.backend()
@@ -84,7 +84,9 @@ def _serving(are_there: bool) -> Check:
         return Check(PASS, "serving", str(serves))
     if os.environ.get(ops.SWITCH) == "python":
         return Check(WARN, "serving", f"plain Paddle, as {ops.SWITCH}=python says", f"unset {ops.SWITCH}")
-    return Check(FAIL if are_there else WARN, "serving", f"plain Paddle: {serves.reason}", REBUILD)
+    if operators.state != PASS:
+        return Check(operators.state, "serving", "plain Paddle, for want of operators that fit")
+    return Check(FAIL, "serving", f"plain Paddle: {serves.reason}", ops.rebuild())
 
 
 def _refusal() -> str:
@@ -92,5 +94,5 @@ def _refusal() -> str:
     try:
         ops.backend()
     except (ops.OperatorsUnavailable, ValueError) as error:
-        return str(error)
+        return str(error).removesuffix(f"; {ops.rebuild()}")  # the operators' mend
     return ""

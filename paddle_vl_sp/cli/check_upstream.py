@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from paddle_vl_sp.cli.check_install import FLEET, FORMERS, importable
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 from paddle_vl_sp.formers import apply_to_qwen3_vl
 from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, OURS, SIGNATURES, fingerprint, formers_version, unknown
@@ -27,13 +28,12 @@ def check_upstream() -> Iterator[Check]:
         yield Check(FAIL, "upstream", str(error), f"unset {SWITCH}")
         return
     if is_off:
-        yield Check(WARN, "upstream", f"{SWITCH}=0: nothing would be replaced", f"unset {SWITCH}")
-        return
+        return  # said with the other switches
     try:
         with apply_to_qwen3_vl(strict=False) as report:
             absent = {line.family: line.why for line in report.lines if line.state == ABSENT}
     except ImportError as error:
-        yield Check(WARN, "upstream", str(error), "only if you train with PaddleFormers: as said above")
+        yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
         return
     for family in FAMILIES:
         if family.name in absent:
@@ -43,9 +43,10 @@ def check_upstream() -> Iterator[Check]:
 
 
 def _absent(family: Family, why: str) -> Check:
-    missing = '"paddleformers[paddlefleet]"' if "paddlefleet" in why else "paddleformers"
-    told = f"{family.module} cannot be imported: {why}"
-    return Check(WARN, f"upstream, {family.name}", told, f"pip install {missing}, if you train these classes")
+    """Where paddlefleet is not there, its own line has the mend."""
+    is_known = "paddlefleet" in why and not importable("paddlefleet")
+    mend = "" if is_known else FLEET if "paddlefleet" in why else FORMERS
+    return Check(WARN, f"upstream, {family.name}", f"{family.module} cannot be imported: {why}", mend)
 
 
 def _methods(family: Family, module: Any) -> Iterator[Check]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from paddle_vl_sp.cli import checkup
 from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer
-from paddle_vl_sp.cli.check_install import PADDLES, check_clashes, check_compilers, check_versions
+from paddle_vl_sp.cli.check_install import PADDLE, check_clashes, check_compilers, check_versions, importable
 from paddle_vl_sp.cli.checkup import FAIL, Check
 from paddle_vl_sp.cli.quiet import quiet
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     checks = [*check_versions(), *check_clashes()]
     paddle_checks, has_cuda = _of_paddle()
     checks += [*check_compilers(has_cuda), *paddle_checks]
-    if not arguments.no_upstream and len(paddle_checks) > 1:
+    if not arguments.no_upstream and len(paddle_checks) > 1 and importable("paddleformers"):
         checks += _of_upstream()
     worst = [check for check in checks if check.state == FAIL]
     data = {"ok": not worst, "checks": [check.data() for check in checks]}
@@ -34,7 +34,7 @@ def _of_paddle() -> tuple[list[Check], bool]:
             import paddle
     except Exception as error:  # a broken numpy or library raises what it likes; here it is the finding
         told = f"cannot be imported: {error}; operators, parity and upstream were not looked at"
-        return [Check(FAIL, "Paddle", told, f"pip install {' or '.join(PADDLES)}")], False
+        return [Check(FAIL, "Paddle", told, PADDLE)], False
     with quiet():
         return list(_paddle_checks()), bool(paddle.is_compiled_with_cuda())
 

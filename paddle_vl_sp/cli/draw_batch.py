@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from paddle_vl_sp.cli.batch import Batch
 from paddle_vl_sp.cli.costs import Model, imbalance, plans_of, vision_of
-from paddle_vl_sp.cli.drawing import BLUE, GREY, RED, rank_colours
+from paddle_vl_sp.cli.drawing import BLUE, GREEN, GREY, ORANGE, rank_colours
 
 COLUMNS = 1600  # a picture has no more
 PALE = 0.2  # how much of its colour text keeps
 WIDE, NARROW = 0.07, 0.018  # shares of the width that hold the word "rank 0", and a number
+LETTERS, DIGIT = (8, 7), 0.7  # sizes of numbers above bars; a digit's width and the gap to the next bar's, in sizes
 MOST_TITLE = 95  # characters across the picture
 
 
@@ -42,6 +43,7 @@ def draw_owners(figure: Any, batch: Batch) -> None:
     panel.set(xlabel="position in the sequence", ylabel="sample", xlim=(0, seq_len))
     panel.set_yticks(range(samples) if samples <= 10 else range(0, samples, -(-samples // 10)))
     panel.tick_params(left=False)
+    panel.ticklabel_format(axis="x", style="plain")
     for side in ("left", "bottom"):
         panel.spines[side].set_visible(False)
     counts = [len(plan.update_indices) for plan in plans_of(batch)]
@@ -70,7 +72,7 @@ def picture_of(mask: npt.NDArray[np.bool_], owners: npt.NDArray[np.int64], num_r
     """The owners' colours, the paler the fewer of a column's positions are visual: [B, columns, 3]."""
     begins = np.unique(np.arange(COLUMNS) * mask.shape[1] // COLUMNS)
     width = np.diff(np.append(begins, mask.shape[1]))
-    visual = np.add.reduceat(mask.astype(np.float64), begins, axis=1) / width  # [B, columns]
+    visual = np.add.reduceat(mask, begins, axis=1, dtype=np.float64) / width  # [B, columns]
     strength = (PALE + (1 - PALE) * visual)[..., None]
     colours = rank_colours(num_ranks)[owners[begins]]  # [columns, 3]
     blended: npt.NDArray[np.float64] = 1 - strength * (1 - colours)
@@ -124,7 +126,7 @@ def draw_load(figure: Any, batch: Batch, model: Model) -> None:
 
 
 def _draw_policies(panel: Any, policies: list[dict[str, Any]]) -> None:
-    colours = {"count": RED, "contiguous": BLUE, "longest": "#e69f00"}
+    colours = {"count": GREEN, "contiguous": BLUE, "longest": ORANGE}
     by_name = {policy["policy"]: policy for policy in policies}
     _bars(
         panel,
@@ -142,9 +144,18 @@ def _bars(panel: Any, series: list[tuple[str, list[Any], str]]) -> None:
     ranks = np.arange(len(series[0][1]))
     for i, (name, values, colour) in enumerate(series):
         bars = panel.bar(ranks + (i - (len(series) - 1) / 2) * width, values, width * 0.92, color=colour, label=name)
-        if len(series) == 1 and len(ranks) <= 16:
-            panel.bar_label(bars, fontsize=8, padding=2)
+        if len(series) == 1:
+            _label_bars(panel, bars, values)
     panel.set_xticks(ranks if len(ranks) <= 16 else ranks[:: -(-len(ranks) // 10)])
+
+
+def _label_bars(panel: Any, bars: Any, values: list[Any]) -> None:
+    """In the largest letters that keep the longest number above its own bar; without numbers where none do."""
+    room = panel.get_window_extent().width / (1.1 * len(values))
+    pixels = panel.figure.dpi / 72 * DIGIT * max(len(str(value)) for value in values)  # for letters of one point
+    fitting = [size for size in LETTERS if size * pixels < room]
+    if fitting:
+        panel.bar_label(bars, fontsize=fitting[0], padding=2)
 
 
 def _mean_line(panel: Any, mean: float, told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from paddle_vl_sp.cli.answer import Problem, WrongUse
 
-GREY, RED, BLUE = "#888888", "#c8401e", "#1f5fa8"
+GREY, RED, BLUE, ORANGE, GREEN = "#888888", "#c8401e", "#1f5fa8", "#e69f00", "#009e73"
 SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -30,6 +31,7 @@ def saved(path: Path, height: float, draw: Callable[[Any], None]) -> None:
         raise WrongUse(f"--out must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
     if not path.parent.is_dir():
         raise WrongUse(f"--out {path}: there is no folder {path.parent}")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # the first picture on a machine tells of its fonts
     try:
         import matplotlib
     except ImportError as error:
@@ -42,8 +44,12 @@ def saved(path: Path, height: float, draw: Callable[[Any], None]) -> None:
     with pyplot.rc_context(SETTINGS):
         figure = pyplot.figure(figsize=(9, height), dpi=100)
         draw(figure)
-        figure.savefig(path)
-        pyplot.close(figure)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise WrongUse(f"--out {path} cannot be written: {error}; give a path that can") from error
+        finally:
+            pyplot.close(figure)
 
 
 def rank_colours(number: int) -> npt.NDArray[np.float64]:

@@ -26,7 +26,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "cp 2 zigzag": {"seq_len": 16, "cp_size": 2},
     "cp 2 contiguous": {"seq_len": 16, "cp_size": 2, "cp_mode": "contiguous"},
     "cp 2 zigzag x sp 2": {"seq_len": 24, "cp_size": 2, "sp_size": 2},
-    "cp 2 zigzag x sp 2, packed": {"seq_len": 24, "cp_size": 2, "sp_size": 2, "cu_seqlens": (0, 4, 8, 24)},
+    "packed, cp 2 x sp 2": {"seq_len": 24, "cp_size": 2, "sp_size": 2, "cu_seqlens": (0, 4, 8, 24)},
 }
 QUICK = ("cp 2 zigzag x sp 2",)
 

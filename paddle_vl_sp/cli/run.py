@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -11,10 +12,14 @@ import sys
 from pathlib import Path
 
 from paddle_vl_sp.cli.answer import PROBLEM, Answer, Problem, WrongUse
+from paddle_vl_sp.cli.check_install import FORMERS
 from paddle_vl_sp.cli.plugin_path import KEY, PLUGIN
+from paddle_vl_sp.cli.quiet import quiet
+from paddle_vl_sp.cli.selftest import all_devices
 
 ALONE = ("-m", "paddleformers.cli.launcher")  # one process, on the CPU as well
 ON_ALL_GPUS = ("-m", "paddleformers.cli.cli")  # paddleformers-cli: a process for each GPU
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "XPU_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")  # what that launcher reads
 CONFIGS = (".yaml", ".yml", ".json")
 
 
@@ -32,7 +37,9 @@ def run(arguments: argparse.Namespace) -> Answer:
     if arguments.dry_run:
         return Answer(told, shlex.join(command))
     if importlib.util.find_spec("paddleformers") is None:
-        raise Problem('paddleformers is not installed: pip install "paddle-vl-sp[formers]"')
+        raise Problem(f"paddleformers is not installed: {FORMERS}")
+    if not arguments.alone:
+        _check_devices(arguments)
     code = subprocess.run(command, stdout=sys.stderr if arguments.json else None, check=False).returncode
     return Answer(told | {"exit_code": code}, "", PROBLEM if code else 0)
 
@@ -44,6 +51,20 @@ def command_of(arguments: argparse.Namespace) -> list[str]:
     return [sys.executable, *how, arguments.action, config, f"{KEY}={PLUGIN}", *arguments.settings]
 
 
+def _check_devices(arguments: argparse.Namespace) -> None:
+    """PaddleFormers' launcher hands its list of devices on, and Paddle's refuses an empty one without saying why."""
+    if any(os.environ.get(name) for name in VISIBLE):
+        return
+    with quiet():
+        there = all_devices()
+    if there == ["cpu"]:
+        mend = shlex.join(["run", "--alone", arguments.action, str(arguments.config), *arguments.settings])
+        raise WrongUse(
+            "Paddle sees no GPU here, and PaddleFormers' launcher starts a process for each; one process on the CPU: "
+            f"`{mend}`"
+        )
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """PaddleFormers takes one file to execute: another one that is asked for must not be dropped silently."""
     if arguments.config.suffix not in CONFIGS or not arguments.config.is_file():
@@ -52,7 +73,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if wrong:
         raise WrongUse(f"settings are key=value, got {', '.join(wrong)}")
     named = [setting for setting in arguments.settings if setting.startswith(f"{KEY}=")]
-    named += re.findall(rf'^\s*"?{KEY}"?\s*:.*$', arguments.config.read_text(), re.MULTILINE)
+    named += re.findall(
+        rf'^\s*"?{KEY}"?\s*:.*$', arguments.config.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
     if any(str(PLUGIN) not in name for name in named):
         raise WrongUse(
             f"{named[0].strip()!r} is asked for already, and PaddleFormers takes one {KEY}: in that file, write "

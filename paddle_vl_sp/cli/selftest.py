@@ -9,7 +9,8 @@ import sys
 import time
 from typing import Any
 
-from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer, Problem
+from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer, Problem, WrongUse
+from paddle_vl_sp.cli.check_install import PADDLE
 from paddle_vl_sp.cli.quiet import quiet
 from paddle_vl_sp.cli.terminal import Progress, coloured
 
@@ -26,9 +27,9 @@ def run(arguments: argparse.Namespace) -> Answer:
     begin = time.monotonic()
     with quiet():
         import_paddle()
+        devices = _chosen(arguments.device)
         serving = _serving()
         group, owns_process = _group()
-    devices = arguments.device or devices_here()
     rank, size = (0, 1) if group is None else (group.rank, group.nranks)
     number, failed = _run_cases(devices, arguments.quick, group, rank)
     found = {
@@ -57,7 +58,7 @@ def import_paddle() -> Any:
     try:
         import paddle
     except ImportError as error:
-        raise Problem(f"Paddle cannot be imported ({error}): pip install paddlepaddle, or paddlepaddle-gpu") from error
+        raise Problem(f"Paddle cannot be imported ({error}): {PADDLE}") from error
     return paddle
 
 
@@ -70,10 +71,27 @@ def _serving() -> str:
         raise Problem(f"{error}; `doctor` tells more") from error
 
 
+def _chosen(given: list[str] | None) -> list[str]:
+    """The devices to test on, after holding those given against what there is."""
+    there = all_devices()
+    for device in given or []:
+        if device not in there and f"{device}:0" not in there:
+            why = "" if import_paddle().is_compiled_with_cuda() else "; this Paddle is built for the CPU"
+            raise WrongUse(f"--device must be one of {', '.join(there)}, got {device!r}{why}")
+    return given or devices_here()
+
+
 def devices_here() -> list[str]:
     """The CPU, and the GPU that this process uses."""
     current = str(import_paddle().device.get_device())
     return ["cpu"] if current == "cpu" else ["cpu", current]
+
+
+def all_devices() -> list[str]:
+    """The CPU, and every GPU or other device that this process may use."""
+    device = import_paddle().device
+    gpus = [f"gpu:{number}" for number in range(device.cuda.device_count())]
+    return list(dict.fromkeys([*devices_here(), *gpus, *(device.get_available_custom_device() or [])]))
 
 
 def _leave_at_once(code: int) -> None:

@@ -31,7 +31,7 @@ class Script:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
             command = [sys.executable, "-W", "ignore", str(self.path), *self.arguments, "--json", str(result)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode or not result.exists():
                 told = (done.stderr or done.stdout).strip()[-2000:]
                 raise Problem(f"{self.path.name} failed with code {done.returncode}:\n{told}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-BAR_WIDTH = 30
+BAR_WIDTH = 10
+CLEARED = "\r\033[K"  # the line, and the cursor at its begin
 COLOURS = {"green": "32", "yellow": "33", "red": "31", "grey": "90", "bold": "1"}
 
 
@@ -73,14 +75,16 @@ class Progress:
             self.rich.update(self.task, advance=steps, description=doing)
         elif self.shown:
             filled = BAR_WIDTH * self.done // self.total
-            sys.stderr.write(f"\r[{'#' * filled:{BAR_WIDTH}}] {self.done:3}/{self.total} {doing:40.40}")
+            line = f"[{'#' * filled:{BAR_WIDTH}}] {self.done}/{self.total} {doing}"
+            sys.stderr.write(f"{CLEARED}{line[: shutil.get_terminal_size().columns - 1]}")
             sys.stderr.flush()
 
     def __exit__(self, *unused: object) -> None:
         if self.rich is not None:
             self.rich.stop()
         elif self.shown:
-            sys.stderr.write("\n")
+            sys.stderr.write(CLEARED)
+            sys.stderr.flush()
 
 
 def _rich_bar() -> Any:

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -84,6 +87,56 @@ def test_the_other_scripts_have_json_too(name, monkeypatch):
     for table in found["tables"]:
         assert {"title", "note", "lines"} == set(table)
         assert all({"name"} < set(line) for line in table["lines"])
+
+
+def test_what_has_finished_is_stored_though_another_script_fails(tmp_path, capsys):
+    """Exit code 1, the failure in the answer and in the file, and numbers of the scripts before and after it."""
+    folder, store = tmp_path / "tools" / "bench", tmp_path / "run.json"
+    folder.mkdir(parents=True)
+    for name, value in (("plan", 1), ("vision", 2)):
+        found = {"machine": "a machine", "tables": [{"title": name, "note": "", "lines": [{"name": "x", "n": value}]}]}
+        code = f"import sys, pathlib\npathlib.Path(sys.argv[-1]).write_text({json.dumps(json.dumps(found))})"
+        (folder / f"bench_{name}.py").write_text(code)
+    (folder / "bench_rows.py").write_text("raise SystemExit('no such thing')")
+    arguments = ["bench", "plan", "rows", "vision", "--source", str(tmp_path), "--store", str(store)]
+    assert main(arguments) == 1
+    assert "bench_rows.py failed with code 1:\nno such thing" in capsys.readouterr().out
+    found = json.loads(store.read_text())
+    assert [script["name"] for script in found["scripts"]] == ["plan", "vision"]
+    assert [failed["name"] for failed in found["failed"]] == ["rows"]
+
+
+def test_rows_without_paddleformers_leaves_its_layer_out(tmp_path):
+    """The other ways are timed; a line says what is missing and the mend."""
+    (tmp_path / "paddleformers.py").write_text("raise ImportError('none here')")
+    script, path = suite.scripts(["rows"], True, None)[0].path, tmp_path / "run.json"
+    smallest = ("--seq", "8192", "--hidden", "16", "--rounds", "1", "--json", str(path))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), *smallest],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(path.read_text())["tables"]
+    assert all("PaddleFormers' layer" not in [line["name"] for line in table["lines"]] for table in tables)
+    (note,) = (table["note"] for table in tables if "PaddleFormers' layer is left out" in table["note"])
+    assert 'pip install "paddleformers==1.2.0" "pyarrow<26"' in note
+
+
+def test_waits_are_called_waits(stored, rerun, capsys):
+    """Not syncs, which is the name in JSON."""
+    assert main(["bench", "plan"]) == 0
+    words = capsys.readouterr().out
+    assert "waits for the device" in words
+    assert "sync" not in words
+
+
+def test_a_file_that_cannot_be_stored_is_refused(tmp_path, capsys):
+    """Before minutes are spent: here it is a folder."""
+    assert main(["bench", "plan", "--store", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_folder_to_store_in_must_be_there(capsys):

@@ -1,5 +1,6 @@
 """doctor: a healthy installation passes, and every known illness is found, named and given its mend."""
 
+import json
 import re
 import shutil
 import sys
@@ -46,7 +47,10 @@ def test_what_is_healthy_passes():
     parts = ("system", "paddle_vl_sp", "numpy and pyarrow", "compiler", "CUDA_HOME", "nvcc", "Paddle")
     assert checks.keys() >= {*parts, *REPLACED}
     assert checks["parity"]["state"] == PASS
-    assert all(check["mend"] for check in found["checks"] if check["state"] != PASS)
+    mends = [check["mend"] for check in found["checks"] if check["state"] != PASS]
+    without = [check["subject"] for check in found["checks"] if check["state"] != PASS and not check["mend"]]
+    assert all(subject.startswith("upstream, ") for subject in without)  # paddlefleet's line has their mend
+    assert len({*filter(None, mends)}) == len([*filter(None, mends)])
 
 
 def test_nothing_stays_replaced_by_looking():
@@ -98,10 +102,13 @@ def test_methods_on_paddlefleet_are_judged_too():
 
 
 def test_the_switch_is_named(monkeypatch):
-    """PADDLE_VL_SP=0 explains why nothing is replaced; another value is wrong."""
+    """PADDLE_VL_SP=0 explains, once, why nothing is replaced; another value is wrong."""
+    assert by_subject(check_install.check_versions())["switches"].state == PASS
     monkeypatch.setenv("PADDLE_VL_SP", "0")
-    (check,) = check_upstream()
+    check = by_subject(check_install.check_versions())["switches"]
     assert (check.state, check.mend) == (WARN, "unset PADDLE_VL_SP")
+    assert "changes nothing in PaddleFormers" in check.told
+    assert list(check_upstream()) == []
     monkeypatch.setenv("PADDLE_VL_SP", "yes")
     (check,) = check_upstream()
     assert (check.state, "must be 0 or 1, got 'yes'" in check.told) == (FAIL, True)
@@ -130,9 +137,12 @@ def test_no_operators_at_all_is_a_warning(copy):
     code, found = call_json("doctor", "--no-upstream", cwd=copy)
     checks = by_subject(found["checks"])
     assert (code, checks["operators"]["state"], checks["serving"]["state"]) == (0, WARN, WARN)
+    assert "pip install" in checks["operators"]["mend"]
+    assert json.dumps(found).count("--no-build-isolation") == 1
     code, found = call_json("doctor", "--no-upstream", cwd=copy, PADDLE_VL_SP_BACKEND="op")
     checks = by_subject(found["checks"])
     assert (code, checks["serving"]["state"], checks["parity"]["state"]) == (1, FAIL, FAIL)
+    assert json.dumps(found).count("--no-build-isolation") == 1
 
 
 def test_wrong_results_are_found(monkeypatch):
@@ -222,7 +232,8 @@ def test_without_paddle_all_else_is_told():
     done = call_without(["paddle"], "doctor", "--no-upstream")
     assert done.returncode == 1
     assert "FAIL  Paddle" in done.stdout
-    assert "mend: pip install paddlepaddle or paddlepaddle-gpu" in done.stdout
+    assert "mend: `pip install paddlepaddle` (CPU; for a GPU" in done.stdout
+    assert "install this package again" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -230,7 +241,9 @@ def test_without_paddleformers_the_rest_works():
     """A WARN with the mend, exit code 0; self-test and inspect do not need it."""
     done = call_without(["paddleformers"], "doctor")
     assert done.returncode == 0, done.stdout
-    assert re.search("WARN  upstream .*paddleformers is not installed", done.stdout)
+    assert re.search("WARN  paddleformers +not installed", done.stdout)
+    assert done.stdout.count('mend: pip install "paddleformers==1.2.0" "pyarrow<26"') == 1
+    assert not re.search("upstream", done.stdout)
     assert call_without(["paddleformers", "matplotlib", "rich"], "selftest", "--quick").returncode == 0
 
 

@@ -50,7 +50,7 @@ def test_bytes_and_waits_by_hand(capsys, tmp_path):
     mask[:, 10:14] = True
     np.savez(tmp_path / "batch.npz", visual_pos_masks=mask)
     _, costs = told(capsys, "--npz", str(tmp_path / "batch.npz"), "--sp", "2", "--hidden", "4", "--levels", "3")
-    assert costs["deepstack_layer"] == {"bytes_here": 3 * 8 * 8, "bytes_upstream": (8 * 16 + 5 * 8) * 8}
+    assert costs["deepstack_layer"] == {"bytes_here": (2 * 16 + 3 * 8) * 8, "bytes_upstream": (8 * 16 + 5 * 8) * 8}
     assert costs["syncs"] == {"here": 1, "here_planned_by_loader_or_padded": 0, "upstream": 3 * (3 * 2 + 1)}
     assert (costs["imbalance"], costs["empty_ranks"]) == (2.0, [0])
     assert costs["vision_dp"] == []
@@ -104,6 +104,59 @@ def test_what_cannot_be_is_refused(capsys, arguments, why):
     """Exit code 2, with what was got."""
     assert main(["inspect", *arguments]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_remainder_is_mended_in_flags(capsys):
+    """In the words of the command line, and it works."""
+    assert main(["inspect", "--seq", "64", "--sp", "3"]) == 2
+    assert "or pass --remainder front" in capsys.readouterr().err
+    assert main(["inspect", "--seq", "64", "--sp", "3", "--remainder", "front"]) == 0
+
+
+MASK = np.zeros((2, 16), dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "why"),
+    [
+        ({"mask": MASK[0]}, "mask is [B, S], of whole numbers or bool, got bool [16]"),
+        ({"input_ids": np.zeros((1, 16))}, "input_ids is [B, S], of whole numbers or bool, got float64 [1, 16]"),
+        ({"mask": np.array([["a"]])}, "got <U1 [1, 1]"),
+        ({"mask": MASK.astype(object)}, "cannot be read"),
+        ({"mask": MASK, "image_grid_thw": [1, 4, 4]}, "image_grid_thw is whole numbers [I, 3]"),
+        ({"mask": MASK, "image_grid_thw": [[1, 4.0, 4]]}, "got float64 [1, 3]"),
+        ({"mask": MASK, "image_grid_thw": [[1, 3, 4]]}, "has (1, 3, 4); height and width are in patches"),
+        ({"mask": MASK, "image_grid_thw": [[1, 4, 4]]}, "its grids make 4 visual tokens, its ids or mask have 0"),
+        ({"mask": MASK, "cu_seqlens": [0, 16]}, "for one packed row [1, S]; got shape [2]"),
+        ({"mask": MASK[:1], "cu_seqlens": 16}, "got shape []"),
+        ({"mask": MASK[:1], "cu_seqlens": [0.0, 16.0]}, "cu_seqlens[0] must be an integer"),
+    ],
+)
+def test_wrong_arrays_are_refused(capsys, tmp_path, arrays, why):
+    """Exit code 2, with what was got."""
+    np.savez(tmp_path / "batch.npz", **arrays)
+    assert main(["inspect", "--npz", str(tmp_path / "batch.npz")]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_broken_files_are_refused(capsys, tmp_path):
+    """Exit code 2 and how to make a good one: empty, cut off, damaged, text, a single array, a folder."""
+    np.savez(tmp_path / "batch.npz", mask=MASK)
+    good = (tmp_path / "batch.npz").read_bytes()
+    for content in (b"", good[: len(good) // 2], good[:60] + b"damage" + good[66:], b"words"):
+        (tmp_path / "broken.npz").write_bytes(content)
+        assert main(["inspect", "--npz", str(tmp_path / "broken.npz")]) == 2
+        assert "numpy.savez" in capsys.readouterr().err
+    np.save(tmp_path / "one.npy", MASK)
+    assert main(["inspect", "--npz", str(tmp_path / "one.npy")]) == 2
+    assert "is a single array without a name" in capsys.readouterr().err
+    assert main(["inspect", "--npz", str(tmp_path)]) == 2
+
+
+def test_a_small_share_is_not_called_nothing(capsys):
+    """4 tokens of 65536."""
+    assert main(["inspect", "--seq", "65536", "--images", "64x64"]) == 0
+    assert "4 visual tokens (0.01%)" in capsys.readouterr().out
 
 
 def test_a_file_without_ids_or_mask_is_refused(capsys, tmp_path):

@@ -1,14 +1,19 @@
 """plot: files of the right kind and size, and the pixels and bars that the numbers ask for."""
 
 import json
+import logging
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from paddle_vl_sp.cli import batch, main
-from paddle_vl_sp.cli.draw_batch import PALE, owners_of, picture_of
+from paddle_vl_sp.cli import _parser, batch, main
+from paddle_vl_sp.cli.costs import Model, vision_of
+from paddle_vl_sp.cli.draw_batch import PALE, draw_load, owners_of, picture_of
+from paddle_vl_sp.cli.draw_bench import limits_of, ticks_between
 from paddle_vl_sp.cli.drawing import RANKS, rank_colours
 from paddle_vl_sp.layout import SeqLayout
 
@@ -49,7 +54,57 @@ def test_bench_from_a_stored_run(tmp_path):
     out = tmp_path / "a.svg"
     assert main(["plot", "--kind", "bench", "--bench", str(tmp_path / "run.json"), "--out", str(out)]) == 0
     words = out.read_text()
-    assert all(part in words for part in ("a race, of two", "another", "20.00 x", "3 syncs", "a machine"))
+    assert all(
+        part in words for part in ("a race, of two", "another", "20.00x", "3 waits for the device", "a machine", "10x")
+    )
+
+
+def test_ticks_of_a_log_axis():
+    """By hand: 1, 2 and 5 of every decade, powers of ten where these are too many; 1 is always on the axis."""
+    assert ticks_between(0.15, 30) == [0.2, 0.5, 1, 2, 5, 10, 20]
+    assert ticks_between(0.05, 20000) == [0.1, 1, 10, 100, 1000, 10000]
+    for ratios in ([1.0], [1.0, 30.0], [0.2, 1.0], [3.0, 4.0]):
+        low, high = limits_of(ratios)
+        assert low < min(1, *ratios) <= max(1, *ratios) < high
+        assert 1 in ticks_between(low, high)
+
+
+@pytest.mark.parametrize(("ranks", "has_numbers"), [(4, True), (16, False)])
+def test_numbers_above_bars_only_where_they_fit(ranks, has_numbers):
+    """Four digits each: above 4 bars, not above 16."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4), dpi=100)
+    mask = np.ones((16, 16 * 180), dtype=bool)  # 2880 visual tokens for each of 16 ranks
+    layouts = [SeqLayout(mask.shape[1], sp_size=ranks, sp_rank=rank) for rank in range(ranks)]
+    draw_load(figure, batch.Batch(mask, [], layouts), Model(8, 2, 3))
+    numbers = {text.get_text() for text in figure.axes[0].texts}
+    assert (str(mask.sum() // ranks) in numbers) == has_numbers
+
+
+def test_the_pages_policies_differ():
+    """The example of the page with --kind load: the numbers that the page has, each policy better than the last."""
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    (line,) = re.findall(r"^python -m paddle_vl_sp (plot --kind load .+)$", page, re.MULTILINE)
+    arguments = _parser().parse_args(shlex.split(line))
+    by_name = {each["policy"]: each["imbalance"] for each in vision_of(batch.batch_of(arguments), Model(8, 2, 3))}
+    assert by_name["count"] > by_name["contiguous"] + 0.5 > by_name["longest"] + 0.6
+    number = {name: f"{imbalance:.2f}" for name, imbalance in by_name.items()}
+    told = " ".join(page.split())
+    assert f"{number['count']} times the mean by `count`, {number['contiguous']} by `contiguous`" in told
+    assert f"and {number['longest']} by `longest`" in told
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, capsys):
+    """Exit code 2: here it is a folder."""
+    (tmp_path / "a.png").mkdir()
+    assert main(["plot", "--out", str(tmp_path / "a.png"), *BATCH]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_matplotlib_does_not_log_between_our_lines(tmp_path):
+    """Whatever the level of the root: fonts found are no news."""
+    logging.getLogger("matplotlib").setLevel(logging.NOTSET)
+    assert main(["plot", "--out", str(tmp_path / "a.png"), *BATCH]) == 0
+    assert not logging.getLogger("matplotlib.font_manager").isEnabledFor(logging.INFO)
 
 
 def test_every_pixel_has_its_owners_colour():

@@ -1,6 +1,7 @@
 """run: PaddleFormers' launcher gets the YAML, the plugin and the settings, and the plugin takes effect."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_paddleformers_applies_before_it_reads_the_rest(config):
 def test_json_stays_alone_on_stdout(config, monkeypatch, capfd):
     """What the launcher prints goes to stderr; its exit code is told."""
     monkeypatch.setattr(run, "command_of", lambda _: [sys.executable, "-c", "print('noise'); raise SystemExit(3)"])
-    assert main(["run", "--json", "train", str(config)]) == 1
+    assert main(["run", "--json", "--alone", "train", str(config)]) == 1
     told = capfd.readouterr()
     assert json.loads(told.out)["exit_code"] == 3
 
@@ -86,4 +87,39 @@ def test_without_paddleformers_the_mend_is_named(config, monkeypatch, capsys):
     """Exit code 1."""
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     assert main(["run", "train", str(config)]) == 1
-    assert "paddle-vl-sp[formers]" in capsys.readouterr().err
+    assert 'pip install "paddleformers==1.2.0" "pyarrow<26"' in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_gpus(monkeypatch):
+    for name in run.VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(run, "all_devices", lambda: ["cpu"])
+
+
+def test_without_a_gpu_the_launcher_is_not_started(config, without_gpus, capsys):
+    """Exit code 2 with the command that works; a dry run still prints."""
+    assert main(["run", "train", str(config), "max_steps=3"]) == 2
+    told = capsys.readouterr().err
+    assert "Paddle sees no GPU" in told
+    (command,) = re.findall("`(.*)`", told)
+    assert shlex.split(command) == ["run", "--alone", "train", str(config), "max_steps=3"]
+    assert main([*shlex.split(command), "--dry-run"]) == 0
+    assert "paddleformers.cli.launcher" in capsys.readouterr().out
+    assert main(["run", "--dry-run", "train", str(config)]) == 0
+
+
+def test_devices_that_are_given_or_there_are_started(config, without_gpus, monkeypatch):
+    """Whatever comes of them."""
+    monkeypatch.setattr(run, "command_of", lambda _: [sys.executable, "-c", ""])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert main(["run", "train", str(config)]) == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(run, "all_devices", lambda: ["cpu", "gpu:0"])
+    assert main(["run", "train", str(config)]) == 0
+
+
+def test_a_config_in_another_encoding_is_read(config):
+    """What is not UTF-8 is not looked for."""
+    config.write_bytes(b"stage: VL-SFT # f\xfcr\n")
+    assert main(["run", "--dry-run", "train", str(config)]) == 0

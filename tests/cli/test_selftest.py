@@ -123,6 +123,15 @@ def test_under_paddles_launcher(tmp_path):
     assert "2 ranks" in answers[0]
 
 
+@pytest.mark.parametrize("device", ["gpu:99", "tpu"])
+def test_a_device_that_is_not_there_is_wrong_use(device, capsys):
+    """Exit code 2, before a case runs, with what there is."""
+    assert main(["selftest", "--quick", "--device", "cpu", "--device", device]) == 2
+    told = capsys.readouterr().err
+    assert f"--device must be one of {', '.join(selftest.all_devices())}, got '{device}'" in told
+    assert main(["selftest", "--quick", "--device", "cpu"]) == 0
+
+
 def test_devices_are_what_paddle_has():
     """The CPU always; cases leave the device as it was."""
     import paddle

@@ -1,7 +1,7 @@
 """Adding a deepstack level to the hidden states of one rank: ours beside PaddleFormers' own layer and simpler ways.
 
-Takes `_deepstack_process` from the installed PaddleFormers (paddlefleet's names are stubbed for the import), checks
-that every way gives the same hidden states and gradients, then times forward, and forward with backward.
+Takes `_deepstack_process` from the installed PaddleFormers, if there is one (paddlefleet's names are stubbed for the
+import), checks that every way gives the same hidden states and gradients, then times forward, and that with backward.
 
     python tools/bench/bench_rows.py [--batch 4] [--seq 32768] [--sp 4] [--hidden 1024] [--rounds 15] [--json FILE]
 """
@@ -22,6 +22,8 @@ from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, backend, plan_visual
 from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+FORMERS = 'pip install "paddleformers==1.2.0" "pyarrow<26"'
+UPSTREAM = "PaddleFormers' layer"
 Way = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 
 
@@ -38,7 +40,8 @@ def upstream_layer(mask: paddle.Tensor, rank: int, size: int) -> Way:
     return lambda hidden, features: Qwen3VLTextTransformerLayer._deepstack_process(layer, hidden, mask, features)
 
 
-def ways(mask: paddle.Tensor, layout: SeqLayout, plan: VisualPlan) -> dict[str, Way]:
+def ways(mask: paddle.Tensor, layout: SeqLayout, plan: VisualPlan) -> tuple[dict[str, Way], str]:
+    """The contenders by name, and why one is left out: empty where none is."""
     update = plan.update_indices
 
     def indices_with_scatter(hidden: paddle.Tensor, features: paddle.Tensor) -> paddle.Tensor:
@@ -50,13 +53,18 @@ def ways(mask: paddle.Tensor, layout: SeqLayout, plan: VisualPlan) -> dict[str, 
         fresh = plan_visual(mask, None, layout, sequence_first=True, num_features=features.shape[0])
         return add_rows(hidden, features, fresh, inplace=True)
 
-    return {
-        "PaddleFormers' layer": upstream_layer(mask, layout.sp_rank, layout.sp_size),
+    upstream: dict[str, Way] = {}
+    left_out = ""
+    try:
+        upstream[UPSTREAM] = upstream_layer(mask, layout.sp_rank, layout.sp_size)
+    except ImportError as error:
+        left_out = f"{UPSTREAM} is left out, since it cannot be imported ({error}): {FORMERS}"
+    return upstream | {
         "indices known, gather and scatter_nd_add": indices_with_scatter,
         "ours, on a copy": lambda hidden, features: add_rows(hidden, features, plan),
         "ours, in place, planning too": planning_too,
         "ours, in place": lambda hidden, features: add_rows(hidden, features, plan, inplace=True),
-    }
+    }, left_out
 
 
 class Made(PyLayer):
@@ -120,7 +128,7 @@ def main() -> None:
     plan = plan_visual(mask, None, layout, sequence_first=True)
     own, everywhere = len(plan.update_indices), plan.num_features
     inputs = Inputs(plan, everywhere, args.hidden)
-    all_ways = ways(mask, layout, plan)
+    all_ways, left_out = ways(mask, layout, plan)
     check(inputs, all_ways)
 
     row = args.hidden * 4
@@ -129,7 +137,8 @@ def main() -> None:
     )
     forward = [Contender(name, way, inputs.prepare) for name, way in all_ways.items()]
     lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds)
-    show(f"deepstack add, forward: {shape}", lines, f"must move {3 * own * row >> 20} MiB: read two rows, write one")
+    note = f"must move {3 * own * row >> 20} MiB: read two rows, write one"
+    show(f"deepstack add, forward: {shape}", lines, f"{note}\n{left_out}" if left_out else note)
 
     def with_backward(way: Way) -> Callable[..., object]:
         return lambda hidden, features: inputs.backward(way, hidden, features)

@@ -73,11 +73,11 @@ def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int
 def show(title: str, lines: list[Line], note: str) -> None:
     SHOWN.append({"title": title, "note": note, "lines": [asdict(line) for line in lines]})
     print(f"\n{title}\n  {note}")
-    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11}")
+    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'waits for the device':>21}")
     for line in lines:
         print(
             f"  {line.name:44} {line.milliseconds:10.3f} {line.times_ours:8.2f} {line.times_floor:8.2f}"
-            f" {line.syncs:11d}"
+            f" {line.syncs:21d}"
         )
 
 
