@@ -35,17 +35,24 @@ lint: $(VENV)/.ready
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
+CHECK_PYTHON := import sys; v = sys.version_info[:2]; \
+	(3, 10) <= v <= (3, 12) or sys.exit("this is Python %d.%d, and Paddle and PaddleFormers need 3.10 to 3.12: name one by PYTHON=, as in make demo PYTHON=python3.11" % v)
+
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	@echo "installing Paddle, PaddleFormers and what the tests need into $(VENV): about 2 GB, some minutes, once"
+	@[ "$$($(PY) -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --upgrade "pip>=23" "setuptools>=64,<80" wheel
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-# Without a C++ compiler this installs the package in plain Paddle, which says so when it is used.
+SAY_WHAT_SERVES := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('paddle_vl_sp:', b); sys.exit(b.name != 'op')
+
+# Without a C++ compiler plain Paddle serves, and the next make tries again.
 $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
+	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will serve; apt install g++, then make again"
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@$(PY) -W ignore -c "import paddle_vl_sp; print('paddle_vl_sp:', paddle_vl_sp.backend())"
-	@touch $@
+	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_WHAT_SERVES)" && touch $@ || true
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.
 sanitize: build/native/kernels_test build/native/kernels_test_baseline

@@ -357,6 +357,41 @@ std::vector<Tensor> add_rows_grad(const Tensor& update, const Tensor& gather, co
   return {passed_on(out_grad), take_rows(out_grad, update, gather, rows, feature_type)};
 }
 
+// Of the gradients of two gradients one is missing where nobody asked for that gradient: then it is zero.
+Tensor given_or_zeros(const Tensor& x, Shape shape, DataType type, const Tensor& beside) {
+  return x.initialized() ? x : paddle::full(shape, 0, type, beside.place());
+}
+
+// Both operations are linear: the gradient of their gradient moves rows as they do themselves.
+std::vector<Tensor> moved_again(const RowKernel& kernel, const Tensor& update, const Tensor& gather,
+                                const Tensor& like_features, const Tensor& out_grad,
+                                const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
+                                int64_t num_features, int feature_type) {
+  const int64_t rows = known_features(like_features, num_features);
+  const Tensor hidden = given_or_zeros(hidden_grad_grad, out_grad.shape(), out_grad.dtype(), out_grad);
+  const Tensor features =
+      given_or_zeros(feature_grad_grad, {rows, out_grad.shape().back()}, data_type(feature_type), out_grad);
+  const Tensor out = hidden.copy_to(hidden.place(), false);
+  run_rows(kernel, out, features, update, gather);
+  return {out};
+}
+
+std::vector<Tensor> replace_rows_double_grad(const Tensor& update, const Tensor& gather,
+                                             const Tensor& like_features, const Tensor& out_grad,
+                                             const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
+                                             int64_t num_features, int feature_type) {
+  return moved_again(kReplaceRows, update, gather, like_features, out_grad, hidden_grad_grad,
+                     feature_grad_grad, num_features, feature_type);
+}
+
+std::vector<Tensor> add_rows_double_grad(const Tensor& update, const Tensor& gather,
+                                         const Tensor& like_features, const Tensor& out_grad,
+                                         const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
+                                         int64_t num_features, int feature_type) {
+  return moved_again(kAddRows, update, gather, like_features, out_grad, hidden_grad_grad, feature_grad_grad,
+                     num_features, feature_type);
+}
+
 std::vector<Shape> back_shapes(const Shape& rows, const Shape& update, const Shape& gather,
                                int64_t num_features, int feature_type) {
   return {rows, {num_features, rows.back()}};
@@ -386,6 +421,19 @@ Shape feature_shape(const Shape& out_grad, const Shape& like_features, int64_t n
 std::vector<Shape> grad_shapes(const Shape& update, const Shape& gather, const Shape& like_features,
                                const Shape& out_grad, int64_t num_features, int feature_type) {
   return {out_grad, feature_shape(out_grad, like_features, num_features)};
+}
+
+std::vector<Shape> double_grad_shape(const Shape& update, const Shape& gather, const Shape& like_features,
+                                     const Shape& out_grad, const Shape& hidden_grad_grad,
+                                     const Shape& feature_grad_grad, int64_t num_features, int feature_type) {
+  return {out_grad};
+}
+
+std::vector<DataType> double_grad_type(const DataType& update, const DataType& gather,
+                                       const DataType& like_features, const DataType& out_grad,
+                                       const DataType& hidden_grad_grad, const DataType& feature_grad_grad,
+                                       int64_t num_features, int feature_type) {
+  return {out_grad};
 }
 
 std::vector<DataType> grad_types(const DataType& update, const DataType& gather,
@@ -421,6 +469,15 @@ PD_BUILD_GRAD_OP(vlsp_replace_rows)
     .SetInferShapeFn(PD_INFER_SHAPE(grad_shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(grad_types));
 
+PD_BUILD_DOUBLE_GRAD_OP(vlsp_replace_rows)
+    .Inputs({"update", "gather", "like_features", paddle::Grad("out"), paddle::Grad(paddle::Grad("hidden")),
+             paddle::Grad(paddle::Grad("features"))})
+    .Outputs({paddle::Grad(paddle::Grad("out"))})
+    .Attrs({"num_features: int64_t", "feature_type: int"})
+    .SetKernelFn(PD_KERNEL(replace_rows_double_grad))
+    .SetInferShapeFn(PD_INFER_SHAPE(double_grad_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(double_grad_type));
+
 PD_BUILD_OP(vlsp_add_rows)
     .Inputs({"hidden", "features", "update", "gather", "like_features"})
     .Outputs({"out"})
@@ -436,6 +493,15 @@ PD_BUILD_GRAD_OP(vlsp_add_rows)
     .SetKernelFn(PD_KERNEL(add_rows_grad))
     .SetInferShapeFn(PD_INFER_SHAPE(grad_shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(grad_types));
+
+PD_BUILD_DOUBLE_GRAD_OP(vlsp_add_rows)
+    .Inputs({"update", "gather", "like_features", paddle::Grad("out"), paddle::Grad(paddle::Grad("hidden")),
+             paddle::Grad(paddle::Grad("features"))})
+    .Outputs({paddle::Grad(paddle::Grad("out"))})
+    .Attrs({"num_features: int64_t", "feature_type: int"})
+    .SetKernelFn(PD_KERNEL(add_rows_double_grad))
+    .SetInferShapeFn(PD_INFER_SHAPE(double_grad_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(double_grad_type));
 
 PD_BUILD_OP(vlsp_add_rows_)
     .Inputs({"hidden", "features", "update", "gather"})

@@ -150,6 +150,24 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -
     return rows.astype(hidden.dtype).reshape(paddle.shape(hidden))
 
 
+def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    """hidden[update] = features[gather], on a copy; -1 is skipped, and so is what points past the end.
+
+    What is to be skipped moves a spare row to a spare row, at the end of either table.
+    """
+    wide = "float32" if hidden.dtype in NARROW else hidden.dtype
+    rows, picked = hidden.astype(wide).flatten(0, -2), features.astype(hidden.dtype).astype(wide)
+    spare = paddle.zeros([1, hidden.shape[-1]], dtype=wide)
+    height, feature_height = _height(rows), _height(picked)
+    fits = (update >= 0) & (update < height) & (gather >= 0) & (gather < feature_height)
+    pairs = ((update, height), (gather, feature_height))
+    # some kernels refuse no pair
+    at, source = (paddle.concat([paddle.where(fits, x, x * 0 + n), n.reshape([1])]) for x, n in pairs)
+    picked = paddle.gather(paddle.concat([picked, spare]), source)
+    rows = paddle.scatter(paddle.concat([rows, spare]), at, picked)[:-1]
+    return rows.astype(hidden.dtype).reshape(paddle.shape(hidden))
+
+
 def _height(table: Tensor) -> Tensor:
     """How many rows, counted on the device, by the first column.
 

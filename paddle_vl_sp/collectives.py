@@ -10,10 +10,23 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from paddle_vl_sp.log import logger
+
 
 def is_alone(group: Any) -> bool:
     """Whether there is nobody to talk to: no group, or a group of one."""
     return group is None or group.nranks <= 1
+
+
+def warn_of_no_group(group: Any, function: str, left_out: str) -> None:
+    """Where the process is one of several: group=None is nobody here, and to paddle.distributed it is the world."""
+    if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+        logger.warning(
+            "%s got group=None, which means nobody here, so %s: pass the group; paddle.distributed.get_group(0) is the "
+            "world",
+            function,
+            left_out,
+        )
 
 
 def is_gloo(group: Any) -> bool:
@@ -32,7 +45,7 @@ def wire_place(group: Any) -> Any:
 
 def gathered(x: Tensor, group: Any) -> Tensor:
     """[rows, ...] on every rank, the same shape  ->  [nranks * rows, ...], rank after rank."""
-    out = paddle.empty([group.nranks * x.shape[0], *x.shape[1:]], dtype=x.dtype)
+    out = x.new_empty([group.nranks * x.shape[0], *x.shape[1:]])  # where x is, which may not be the default device
     if x.size:  # gloo ends the process over an empty tensor
         dist.stream.all_gather(out, x.contiguous(), group=group, sync_op=True)
     return out
@@ -63,7 +76,7 @@ def summed_block(x: Tensor, group: Any) -> Tensor:
 
     Where the backend has a reduce_scatter.
     """
-    out = paddle.empty([x.shape[0] // group.nranks, *x.shape[1:]], dtype=x.dtype)
+    out = x.new_empty([x.shape[0] // group.nranks, *x.shape[1:]])
     if x.size:
         dist.stream.reduce_scatter(out, x.contiguous(), group=group, sync_op=True)
     return out

@@ -14,6 +14,7 @@ from paddle_vl_sp import collectives
 from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.consensus import agree, agree_on, fingerprint, hold_same
 from paddle_vl_sp.gather import gather_rows, row_width, view_of
+from paddle_vl_sp.once import differentiable_once
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.uneven import MODES, UnevenRows
 
@@ -33,7 +34,8 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Any) -> l
     Without it each rank's tower sees the gradient of its own rows and no other. Forward costs nothing. Backward is
     one all-reduce for all levels, in which every rank takes part, with or without visual rows, as long as its loss
     reaches at least one level; a level that it does not use counts as zero. Which levels need a gradient must be the
-    same on every rank, as it is for replicated features. A group of one, or None, is left out of the graph.
+    same on every rank, as it is for replicated features. A group of one, or None, which means nobody, is left out of
+    the graph. There is no second gradient (create_graph=True).
 
     The sum is taken in the levels' own dtype: a feature row has one owner, so at most one rank brings a value and the
     others bring zero, and such a sum is exact in every dtype. Levels of different dtypes travel in the widest.
@@ -44,7 +46,7 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Any) -> l
     needing = [level for level in features if not level.stop_gradient]
     if collectives.is_alone(group) or not needing or not paddle.is_grad_enabled():
         return list(features)
-    completed = iter(_SumGradients.apply(group, *needing))
+    completed = iter(_CompleteGrad.apply(group, *needing))
     return [level if level.stop_gradient else next(completed) for level in features]
 
 
@@ -68,13 +70,15 @@ def all_gather_rows(
     check   first compare, in one small collective, what the ranks are about to send; a mismatch is an error on all
 
     Every rank must make the call, and its backward too: without `check`, x must need a gradient on all ranks or on
-    none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal.
+    none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal. A group
+    of one, or None, which means nobody, gets x back. There is no second gradient (create_graph=True).
     """
     xs = list(x) if isinstance(x, (list, tuple)) else [x]
-    error: ValueError | None = None
+    error: Exception | None = None
     try:
+        counts = [int(count) for count in counts]
         _check_rows(xs, counts, group, mode, grad)
-    except ValueError as wrong:  # raised on every rank where the ranks compare
+    except Exception as wrong:  # raised on every rank where the ranks compare
         error = wrong
     if collectives.is_alone(group):
         if error is not None:
@@ -82,12 +86,12 @@ def all_gather_rows(
         return x
     if check:
         form = len(xs) if isinstance(x, (list, tuple)) else -1
-        wants_grad = agree_rows(xs, form, fingerprint(tuple(counts), mode, grad), error, group).needs_grad
+        wants_grad = agree_rows(xs, form, fingerprint(counts, mode, grad), error, group).needs_grad
     elif error is not None:
         raise error
     else:
         wants_grad = needs_grad(xs)
-    rows = UnevenRows(tuple(map(int, counts)))
+    rows = UnevenRows(tuple(counts))
     whole = gather_rows(xs, rows, group, mode, grad, wants_grad)
     return whole if isinstance(x, (list, tuple)) else whole[0]
 
@@ -128,7 +132,7 @@ def agree_rows(xs: Sequence[Tensor] | None, form: int, mark: int, error: BaseExc
     return kinds[0]
 
 
-class _SumGradients(PyLayer):  # type: ignore[misc]
+class _CompleteGrad(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, group: Any, *levels: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
@@ -136,6 +140,7 @@ class _SumGradients(PyLayer):  # type: ignore[misc]
         return tuple(view_of(level) for level in levels)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         wire = _widest(ctx.dtypes)
         # concat makes new memory, also of one tensor: autograd's own buffers are not summed into
@@ -168,6 +173,12 @@ def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: s
     num_ranks, rank = (1, 0) if collectives.is_alone(group) else (group.nranks, group.rank)
     if len(counts) != num_ranks or min(counts) < 0:
         raise ValueError(f"counts must be the rows of each of {num_ranks} ranks, got {list(counts)}")
+    for x in xs:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"x must be a Paddle tensor, or a list of them, got {type(x).__name__}: a rank without rows passes a "
+                "tensor of 0 rows, of the others' width and dtype"
+            )
     dtypes = {name_of(x.dtype) for x in xs}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise ValueError(f"x must have one dtype out of {', '.join(DTYPES)}, got {sorted(dtypes)}: cast it first")

@@ -18,8 +18,10 @@ def agree(error: BaseException | None, group: Any) -> None:
     """Raises on every rank if any rank passes an error, so that nobody waits for a rank that will not come.
 
     All ranks raise one error with the words of the first rank that failed: a ValueError where that was one, else a
-    RuntimeError. Every rank must make the call; it is one small collective, and waits for it.
+    RuntimeError. Every rank must make the call; it is one small collective, and waits for it. A group of None means
+    nobody: this rank raises its own error, and the others do not hear of it.
     """
+    collectives.warn_of_no_group(group, "agree", "no other rank hears of an error of this one")
     agree_on([], error, group)
 
 
@@ -47,15 +49,26 @@ def exchange(numbers: Sequence[int], group: Any) -> npt.NDArray[np.int64]:
 
 
 def fingerprint(*values: Any) -> int:
-    """64 bits that tell whether two ranks hold the same: ids (array or tensor, of any integer type), numbers, text."""
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        if hasattr(value, "shape"):
-            array = np.ascontiguousarray(value.numpy() if hasattr(value, "numpy") else value, dtype=np.int64)
-            digest.update(f"{array.shape}".encode() + array.tobytes())
-        else:
-            digest.update(repr(value).encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    """64 bits that tell whether two ranks hold the same: arrays, tensors, numbers, text, or lists of them.
+
+    Ids of any integer type are the same ids; other arrays differ if their dtypes do.
+    """
+    return int.from_bytes(hashlib.blake2b(_bytes_of(values), digest_size=8).digest(), "little", signed=True)
+
+
+def _bytes_of(value: Any) -> bytes:
+    """Different for different values: a list's parts tell their lengths, so that they do not run into each other."""
+    if isinstance(value, (list, tuple)):
+        parts = [_bytes_of(part) for part in value]
+        return b"list" + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    if not hasattr(value, "shape"):
+        return repr(value).encode()
+    if isinstance(value, np.generic):
+        return repr(value.item()).encode()
+    array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    if array.dtype.kind in "biu":
+        array = array.astype(np.int64)
+    return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 
 
 def check_same(mark: int, what: str, group: Any) -> None:

@@ -1,7 +1,7 @@
 """Sub-groups of a gloo world without new connections: messages and collectives over the default group.
 
 gloo does not always bring up rows and columns of four ranks on one machine; the default group comes up. A SubGroup
-is a Paddle `Group` whose process group sends through the default one, so whatever takes a group takes it.
+is a Paddle `Group` whose process group sends through the default one, so whatever takes a group here takes it.
 
 gloo matches messages by how many operations each rank has done, so the sub-groups of a world must be alike: of one
 size, and asked for the same at the same time (rows, or columns, of a grid are).
@@ -94,12 +94,13 @@ class _EmulatedProcessGroup:
 
     @_complete
     def all_reduce(self, tensor: Tensor, op: Any = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
-        combine = _REDUCTIONS[op]
-        values = [
-            value.astype("float32").numpy() if _is_half(value) else value.numpy() for value in self._everyones(tensor)
-        ]
-        total = functools.reduce(combine, values)  # in rank order: the same bits on every rank
-        paddle.assign(paddle.to_tensor(total).astype(tensor.dtype).reshape(tensor.shape), output=tensor)
+        paddle.assign(self._reduced(tensor, op), output=tensor)
+
+    @_complete
+    def reduce(self, tensor: Tensor, root: int, op: Any = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
+        total = self._reduced(tensor, op)
+        if self._rank == root:
+            paddle.assign(total, output=tensor)
 
     @_complete
     def broadcast(self, tensor: Tensor, source: int, _sync_op: bool = True) -> None:
@@ -113,6 +114,13 @@ class _EmulatedProcessGroup:
     @_complete
     def barrier(self, _device: int = 0) -> None:
         self._everyones(paddle.zeros([1], "int32"))
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        values = [
+            value.astype("float32").numpy() if _is_half(value) else value.numpy() for value in self._everyones(tensor)
+        ]
+        total = functools.reduce(_REDUCTIONS[op], values)  # in rank order: the same bits on every rank
+        return paddle.to_tensor(total).astype(tensor.dtype).reshape(tensor.shape)
 
     def _everyones(self, tensor: Tensor) -> list[Tensor]:
         """Every member's tensor, by an exchange with each of the others in turn."""

@@ -13,6 +13,7 @@ from paddle.autograd import PyLayer
 from paddle.base import core
 
 from paddle_vl_sp import collectives, ops
+from paddle_vl_sp.once import differentiable_once
 from paddle_vl_sp.uneven import Indices, UnevenRows
 
 
@@ -47,6 +48,7 @@ class _GatherRows(PyLayer):  # type: ignore[misc]
         return _unpacked(_MOVES[mode](_packed(xs), rows, group), [x.shape[1:] for x in xs])
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, group, whole = ctx.rows, ctx.group, _packed(grads)
         if ctx.grad == "whole":
@@ -73,13 +75,13 @@ def _unpacked(x: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
 def _padded(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     missing = rows.longest - mine.shape[0]
     if missing:
-        mine = paddle.concat([mine, paddle.zeros([missing, mine.shape[1]], dtype=mine.dtype)])
+        mine = paddle.concat([mine, mine.new_zeros([missing, mine.shape[1]])])
     return _taken(collectives.gathered(mine, group), rows.from_padded())
 
 
 def _among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     # -0.0 and not 0.0, which would turn a row's -0.0 into 0.0: x + -0.0 is x, in every bit, for every x
-    zero = paddle.full([1, mine.shape[1]], -0.0, dtype=mine.dtype)
+    zero = mine.new_full([1, mine.shape[1]], -0.0)
     place = rows.mine(group.rank)
     source = np.full(rows.total, len(place), dtype=np.int64)
     source[place] = np.arange(len(place))
@@ -89,7 +91,7 @@ def _among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
 def _one_by_one(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     blocks = []
     for rank, count in enumerate(rows.counts):
-        block = mine if rank == group.rank else paddle.empty([count, mine.shape[1]], dtype=mine.dtype)
+        block = mine if rank == group.rank else mine.new_empty([count, mine.shape[1]])
         blocks.append(collectives.broadcast(block, rank, group))
     whole = paddle.concat(blocks)
     return whole if rows.order is None else _taken(whole, rows.order)
@@ -98,7 +100,7 @@ def _one_by_one(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
 def _scattered_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     if not collectives.has_reduce_scatter(group):
         return _cut_sum(grad, rows, group)
-    padding = paddle.zeros([1, grad.shape[1]], dtype=grad.dtype)
+    padding = grad.new_zeros([1, grad.shape[1]])
     blocks = _taken(paddle.concat([grad, padding]), rows.to_padded())
     return collectives.summed_block(blocks, group)[: rows.counts[group.rank]]
 

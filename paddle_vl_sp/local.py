@@ -24,15 +24,16 @@ def plan_visual_local(
     layout: SeqLayout,
     *,
     group: Any,
-    num_features: int | Sequence[int],
+    num_features: int | Sequence[int] | Integers,
     sequence_first: bool,
     features_by_kind: bool = False,
 ) -> VisualPlan:
     """plan_visual for ids that are cut already: the same plan, from this rank's ids [B, S_local] alone.
 
+    placeholder_ids   as plan_visual takes them; an id that is named again is the same kind
     layout            this rank's; all ranks' layouts differ in cp_rank and sp_rank only
     group             every rank that holds a part of the sequence, in any order: each says which part it has
-    num_features      the feature rows of the whole batch, or one number for each placeholder id, which is then checked
+    num_features      the feature rows of the whole batch, or one number for each kind, which is then checked
     features_by_kind  feature rows are not in reading order but all of the first id, then all of the second: with it
                       paddle.concat([image, video]) is used as it is, and no rank needs the order of all tokens;
                       pairs then come in the order of the feature rows
@@ -51,9 +52,10 @@ def plan_visual_local(
     shared = replace(layout, cp_rank=0, sp_rank=0)
     error, mine, expected, header = None, None, [0], [0] * (HEADER - 1)
     try:
-        expected = [num_features] if isinstance(num_features, int) else [int(number) for number in num_features]
-        mine = _count(local_tokens, placeholder_ids, layout, group)
-        mark = fingerprint(shared, mine.batch, tuple(placeholder_ids or ()), sequence_first, expected)
+        expected = [int(number) for number in np.ravel(num_features)]
+        kinds = _kinds(local_tokens, placeholder_ids)
+        mine = _count(local_tokens, kinds, layout, group)
+        mark = fingerprint(shared, mine.batch, kinds, sequence_first, expected)
         header = [mark, sum(expected), layout.cp_rank, layout.sp_rank]
     except Exception as wrong:  # raised by agree_on, on every rank
         error = wrong
@@ -83,7 +85,7 @@ def wire_bytes(layout: SeqLayout, batch: int, num_kinds: int = 2) -> int:
 class _Counted:
     batch: int
     visual: Integers  # [n] places of the visual tokens among this rank's B * S_local
-    kind: Integers  # [n] which placeholder id each is
+    kind: Integers  # [n] which of the ids each is
     counts: Integers  # [B, K, kinds] in each run
 
     def update(self, local_len: int, sequence_first: bool) -> Integers:
@@ -103,8 +105,13 @@ class _Counted:
         return rows
 
 
-def _count(tokens: Any, placeholder_ids: Sequence[int] | None, layout: SeqLayout, group: Any) -> _Counted:
+def _kinds(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The ids to count, each once; None for a mask."""
     ids = checked_ids(tokens, placeholder_ids)
+    return None if ids is None else tuple(dict.fromkeys(ids))
+
+
+def _count(tokens: Any, ids: tuple[int, ...] | None, layout: SeqLayout, group: Any) -> _Counted:
     batch, length = (int(size) for size in tokens.shape)
     if length != layout.local_len:
         raise ValueError(

@@ -54,7 +54,7 @@ def _is_said_here(record: logging.LogRecord) -> bool:
 
 
 def _set_up() -> None:
-    wanted = os.environ.get(SWITCH)
+    wanted = os.environ.get(SWITCH, "").lower()
     check_choice(SWITCH, wanted or "info", LEVELS)
     if wanted or _logger.level == logging.NOTSET:  # else the program has set it
         _logger.setLevel((wanted or "info").upper())

@@ -10,6 +10,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp import reference
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.once import differentiable_once
 
 MAX_PLACEHOLDERS = 8
 MAX_INLINE_INTERVALS = 8
@@ -32,8 +33,9 @@ def build_plan(
     table = None
     if layout.cu_seqlens is not None:
         rows = interval_table(layout)
-        place = paddle.CPUPlace() if len(rows) <= MAX_INLINE_INTERVALS else tokens.place
-        table = paddle.to_tensor(rows, place=place)
+        table = paddle.to_tensor(rows, place=paddle.CPUPlace())
+        if len(rows) > MAX_INLINE_INTERVALS:
+            table = table.to(tokens.place, blocking=False)
     return build_plan_of(tokens, table, ids, layout, layout.local_len, sequence_first, num_features, padded)
 
 
@@ -115,6 +117,7 @@ class _AddRowsInplace(PyLayer):  # type: ignore[misc]  # a custom operator's own
         return hidden
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: PyLayerContext, out_grad: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_grad, feature_grad = _run("vlsp_add_rows_back", out_grad, *ctx.saved_tensor(), *ctx.features)
         return hidden_grad, feature_grad if ctx.needs_features else None

@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp import reference
+from paddle_vl_sp import by_rule, reference
 from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.log import logger
@@ -136,6 +136,11 @@ def build_plan(
     if padded:
         update, gather, counts = serving.build_plan(tokens, ids, layout, sequence_first, num_features, True)
         return update, gather, counts
+    if is_tracing():
+        raise ValueError(
+            "an exact plan has a size that is in the data, which a traced graph does not know: padded=True, or "
+            "export.IndexBuilder"
+        )
     if serving is not reference and tokens.place.is_cpu_place():
         update, gather, counts = serving.build_plan(tokens, ids, layout, sequence_first, -1, False)
         return update, gather, counts.numpy()
@@ -146,11 +151,11 @@ def build_plan(
 
 
 def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    return _serving(hidden).replace_rows(hidden, features, update, gather)
+    return _moving(hidden).replace_rows(hidden, features, update, gather)
 
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, inplace: bool) -> Tensor:
-    serving = _serving(hidden)
+    serving = _moving(hidden)
     if not inplace or is_tracing():  # a graph reuses memory as it sees fit
         return serving.add_rows(hidden, features, update, gather)
     needs_new_graph = hidden.stop_gradient and not features.stop_gradient and paddle.is_grad_enabled()
@@ -179,6 +184,12 @@ def on_place(x: Any, place: Any) -> Tensor:
 def is_tracing() -> bool:
     """Whether a static graph is being made, so that tensors have no place and shapes may not be numbers."""
     return not paddle.in_dynamic_mode()
+
+
+def _moving(hidden: Tensor) -> ModuleType:
+    """The module whose row operations serve; in a graph plain Paddle's must not ask for shapes."""
+    serving = _serving(hidden)
+    return by_rule if serving is reference and is_tracing() else serving
 
 
 def _serving(x: Tensor) -> ModuleType:

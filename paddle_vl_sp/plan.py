@@ -34,9 +34,19 @@ class VisualPlan:
 
     @classmethod
     def from_indices(
-        cls, update_indices: Any, gather_indices: Any, row_shape: Sequence[int], num_features: int
+        cls,
+        update_indices: Any,
+        gather_indices: Any,
+        row_shape: Sequence[int],
+        num_features: int,
+        *,
+        visual: int | None = None,
     ) -> VisualPlan:
-        """The plan that travelled as two arrays, put together again."""
+        """The plan that travelled as two arrays, put together again.
+
+        visual  the number of visual tokens that were counted where the plan was made, its num_features: held against
+                the feature rows that there are. Arrays on the host are looked at: rows differ, feature rows increase.
+        """
         shapes = list(update_indices.shape), list(gather_indices.shape)
         are_numbers = all(isinstance(size, int) for shape in shapes for size in shape)  # not so in a traced graph
         if len(shapes[0]) != 1 or len(shapes[1]) != 1 or (are_numbers and shapes[0] != shapes[1]):
@@ -45,7 +55,12 @@ class VisualPlan:
                 "[n, 1] arrays before handing them over"
             )
         first, second = row_shape
-        return cls(update_indices, gather_indices, (int(first), int(second)), int(num_features))
+        plan = cls(update_indices, gather_indices, (int(first), int(second)), int(num_features))
+        if visual is not None:
+            check_feature_count(visual, plan.num_features)
+        if isinstance(update_indices, np.ndarray):
+            _check_pairs(plan)
+        return plan
 
     @property
     def num_rows(self) -> int:
@@ -72,8 +87,12 @@ class VisualPlan:
     def check(self) -> None:
         """Reads `counts` and raises if the tokens do not match the feature rows that the plan was made for."""
         _, visual = self.counts.tolist()
-        if self.num_features >= 0:
-            check_feature_count(visual, self.num_features)
+        if self.num_features < 0:
+            raise ValueError(
+                f"the plan was not told how many feature rows there are, so nothing holds its {visual} visual tokens: "
+                "plan_visual(..., num_features=features.shape[0])"
+            )
+        check_feature_count(visual, self.num_features)
 
     def to(self, place: Any) -> VisualPlan:
         """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place), without waiting for the copy."""
@@ -160,6 +179,19 @@ def check_feature_count(visual: int, num_features: int, kind: str = "visual") ->
         raise ValueError(
             f"the batch has {visual} {kind} tokens but {num_features} feature rows: every placeholder takes exactly "
             "one row; look for truncated ids, dropped images or a wrong placeholder id"
+        )
+
+
+def _check_pairs(plan: VisualPlan) -> None:
+    """Of arrays on the host: what row functions take for granted."""
+    used = plan.update_indices >= 0
+    update, gather = plan.update_indices[used], plan.gather_indices[used]
+    unknown = plan.num_features < 0
+    in_range = (update < plan.num_rows).all() and ((gather >= 0) & (unknown | (gather < plan.num_features))).all()
+    if not in_range or (np.diff(gather) <= 0).any() or (np.bincount(update) > 1).any():
+        raise ValueError(
+            f"the indices are not a plan for {plan.num_rows} rows and {plan.num_features} feature rows: update indices "
+            "must be different rows and gather indices must increase"
         )
 
 

@@ -114,4 +114,7 @@ def _owned(x: Tensor, layout: SeqLayout) -> Tensor:
     intervals = layout.intervals().tolist()
     if 0 < len(intervals) <= FEW_INTERVALS:
         return paddle.concat([x[:, start : start + length] for start, length in intervals], axis=1)
-    return paddle.index_select(x, paddle.to_tensor(layout.positions(), place=x.place), axis=1)
+    positions = paddle.to_tensor(layout.positions(), place=paddle.CPUPlace())
+    if paddle.in_dynamic_mode():
+        positions = positions.to(x.place, blocking=False)
+    return paddle.index_select(x, positions, axis=1)

@@ -19,7 +19,7 @@ class Drift:
 
     name: str
     largest: tuple[float, ...]  # [nranks] absolute difference
-    relative: float  # the largest of them over the largest absolute value of the first rank's copy
+    relative: float  # the largest of them over the largest finite absolute value of the first rank's copy
 
     def __str__(self) -> str:
         each = ", ".join(f"{difference:.3g}" for difference in self.largest)
@@ -29,9 +29,11 @@ class Drift:
 def check_replicas(module: Any, group: Any) -> list[Drift]:
     """The replicated parameters whose copies differ over the group, the same list on every rank; empty if none does.
 
-    Every rank of the group must make the call. A parameter that is tensor-parallel (`is_distributed`) is not a replica
-    and is left out. A NaN differs from everything but a NaN in the same place.
+    Every rank of the group must make the call; a group of None means nobody, and nothing is compared. A parameter that
+    is tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN differs from everything but a NaN in
+    the same place.
     """
+    collectives.warn_of_no_group(group, "check_replicas", "nothing was compared")
     replicas = list(_replicated(module))
     if collectives.is_alone(group) or not replicas:
         return []
@@ -49,9 +51,11 @@ def check_replicas(module: Any, group: Any) -> list[Drift]:
 def sync_replicas(module: Any, group: Any, optimizer: Any = None) -> None:
     """Makes the replicated parameters of every rank those of the group's first rank, bit for bit.
 
-    Every rank of the group must make the call. Give the optimizer, too, once it has made steps: copies with different
-    moments drift apart again, and master weights would overwrite the parameters at the next step.
+    Every rank of the group must make the call; a group of None means nobody, and nothing is made equal. Give the
+    optimizer, too, once it has made steps: copies with different moments drift apart again, and master weights would
+    overwrite the parameters at the next step.
     """
+    collectives.warn_of_no_group(group, "sync_replicas", "nothing was made equal")
     replicas = list(_replicated(module))
     if collectives.is_alone(group) or not replicas:
         return
@@ -86,14 +90,17 @@ def _check_same_parameters(tensors: list[tuple[str, Tensor]], group: Any) -> Non
 
 
 def _distance(parameter: Tensor, group: Any) -> Tensor:
-    """[2]: the largest difference from the first rank's copy, and that copy's largest absolute value; float64."""
+    """[2]: the largest difference from the first rank's copy, and that copy's largest finite value; float64."""
     parameter = parameter.detach()
     mine = parameter.astype("float64") if parameter.size else paddle.zeros([1], dtype="float64")
     theirs = collectives.broadcast(_own_copy(parameter, group), 0, group).astype("float64")
     theirs = theirs.to(mine.place) if parameter.size else mine
-    apart = paddle.where(mine.isnan() & theirs.isnan(), paddle.zeros_like(mine), (mine - theirs).abs())
+    nothing = paddle.zeros_like(mine)
+    is_same = (mine == theirs) | (mine.isnan() & theirs.isnan())  # an infinity less itself is no number
+    apart = paddle.where(is_same, nothing, (mine - theirs).abs())
     apart = paddle.where(apart.isnan(), paddle.full_like(apart, float("inf")), apart)
-    distance: Tensor = paddle.stack([apart.max(), theirs.abs().max()])
+    finite = paddle.where(theirs.isfinite(), theirs.abs(), nothing)
+    distance: Tensor = paddle.stack([apart.max(), finite.max()])
     return distance.to(collectives.wire_place(group))
 
 

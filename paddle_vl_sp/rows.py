@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from paddle_vl_sp.plan import VisualPlan
 
 
@@ -40,7 +42,8 @@ def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = Fa
 
 
 def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
-    if plan.on_host:
+    """Asks the plan for fields only: inside to_static, Paddle's translator of bytecode knows no properties."""
+    if isinstance(plan.update_indices, np.ndarray):
         raise ValueError("the plan holds numpy arrays: bring it to the hidden states first, plan.to(hidden.place)")
     for name, x in (("hidden", hidden), ("features", features)):
         if not hasattr(x, "place"):
@@ -52,9 +55,10 @@ def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
         raise ValueError(
             f"features must be [N, {width}] for hidden states {list(hidden.shape)}, got {list(features.shape)}"
         )
-    if not _agree(leading, list(plan.row_shape)) and not _agree(leading, [plan.num_rows]):
+    num_rows = plan.row_shape[0] * plan.row_shape[1]
+    if not _agree(leading, list(plan.row_shape)) and not _agree(leading, [num_rows]):
         raise ValueError(
-            f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{plan.num_rows}, H]), got "
+            f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{num_rows}, H]), got "
             f"{list(hidden.shape)}: plan with the layout, batch and sequence_first of these hidden states"
         )
     if not _agree([plan.num_features], [features.shape[0]]):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
+from paddle_vl_sp.attention.float16 import moved
 from paddle_vl_sp.attention.padding import checked_bounds, source_places
 from paddle_vl_sp.layout import SeqLayout
 
@@ -25,6 +26,7 @@ PADDING: dict[str, float] = {
     "loss_mask": 0,
     "loss_weights": 0,
 }
+WITH_LABELS = (LABELS, "loss_mask", "loss_weights")  # say something of the label at their place: shifted with it
 # The arrays without a sequence axis: every rank gets them whole.
 WHOLE = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -43,22 +45,24 @@ def shard_batch(
     layout         for the padded sequence: `padded_layout` makes one
     cu_seqlens     the boundaries as they are in the batch, before padding; the layout's own where nothing is padded
     shift_labels   False: the data set has shifted them. True: labels[i] becomes labels[i + 1], before the cut and
-                   within each segment, whose last place is ignored
+                   within each segment, whose last place is ignored; loss_mask and loss_weights go with them
     padding        names further arrays to cut along their last axis, and what pads them; or pads a known one otherwise
-    whole          names further arrays that have no sequence axis
+    whole          names further arrays that have no sequence axis, or known ones that shall not be cut
 
     Segments of 3 and 2, zigzag over 2 ranks, padded to 4 and 4; . is padding; what rank 1 gets::
 
         input_ids  a b c | d e     ->   a b c . | d e . .     ->    b c | e .
     """
-    fill = {**PADDING, **(padding or {})}
+    fill = {name: value for name, value in {**PADDING, **(padding or {})}.items() if name not in whole}
     _check_names(batch, fill, whole)
-    lengths = {name: int(x.shape[-1]) for name, x in batch.items() if name in fill and _is_array(x)}
+    lengths = {name: int(x.shape[-1]) for name, x in batch.items() if name in fill and x is not None}
     real = _real_bounds(lengths, layout, cu_seqlens)
     source = source_places(real, layout)[layout.positions()]  # [S_local], -1 where padded
     following = _next_in_segment(real, source)
     return {
-        name: _take(x, following if name == LABELS and shift_labels else source, fill[name]) if name in lengths else x
+        name: _take(x, following if shift_labels and name in WITH_LABELS else source, fill[name])
+        if name in lengths
+        else x
         for name, x in batch.items()
     }
 
@@ -70,10 +74,13 @@ def _take(x: Any, source: npt.NDArray[np.int64], fill: float) -> Any:
         taken = x[..., places]
         taken[..., padded] = fill
         return taken
-    axis = len(x.shape) - 1
     if not places.size:
         return paddle.empty([*x.shape[:-1], 0], x.dtype)
-    taken = paddle.gather(x, paddle.to_tensor(places, place=x.place), axis=axis)
+    return moved(lambda y: _take_tensor(y, places, padded, fill), x)
+
+
+def _take_tensor(x: Tensor, places: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_], fill: float) -> Tensor:
+    taken = paddle.gather(x, paddle.to_tensor(places, place=x.place), axis=len(x.shape) - 1)
     if not padded.any():
         return taken
     mask = paddle.to_tensor(padded, place=x.place).expand(taken.shape)
@@ -107,6 +114,11 @@ def _real_bounds(
 
 def _check_names(batch: Mapping[str, Any], fill: Mapping[str, float], whole: Sequence[str]) -> None:
     for name, x in batch.items():
+        if name in fill and x is not None and not _is_array(x):
+            raise ValueError(
+                f"{name!r} is a {type(x).__name__}, which is not cut: make it an array or a tensor whose last axis is "
+                "the sequence, or name it in whole="
+            )
         if not _is_array(x) or name in WHOLE or name in whole:
             continue
         if name not in fill:

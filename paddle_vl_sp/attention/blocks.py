@@ -11,6 +11,9 @@ from paddle import Tensor
 from paddle_vl_sp.attention.schedule import Block, tiles
 
 TILE = 256  # rows and columns of scores that exist at a time
+# The score of a key that is not seen, and the log-sum-exp of no keys. Any sum of it with real scores rounds to itself,
+# and exp(it - any real score) is 0, as for -inf, at which FLAGS_check_nan_inf would end the process.
+NO_KEY = -1e30
 
 
 class Kernel(Protocol):
@@ -63,7 +66,7 @@ class Blockwise:
 def attend(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], kernel: Kernel, scale: float
 ) -> None:
-    """Merges the blocks into out [B, Sq, Hq, Dv] and lse [B, Sq, Hq], both fp32; lse is -inf where nothing came yet."""
+    """Merges the blocks into out [B, Sq, Hq, Dv] and lse [B, Sq, Hq], both fp32; lse is NO_KEY where nothing came."""
     for block in blocks:
         for piece in kernel.pieces(block):
             rows, cols = _slices(piece)
@@ -99,7 +102,7 @@ def attend_backward(
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two softmax averages over different keys as one: weighted by the exponentials of their log-sum-exp.
 
-    Works where lse is -inf (nothing so far), as long as part_lse is finite.
+    Where lse is NO_KEY (nothing so far) this is the part, in every bit.
     """
     top = paddle.maximum(lse, part_lse)
     weight, part_weight = paddle.exp(lse - top), paddle.exp(part_lse - top)
@@ -130,10 +133,10 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
 
 
 def _scores(queries: Tensor, keys: Tensor, rows: int, scale: float, causal: bool) -> Tensor:
-    """[B, Hk, G * Sq, Sk]; a key after its query, in a causal square, is -inf."""
+    """[B, Hk, G * Sq, Sk]; a key after its query, in a causal square, is NO_KEY."""
     scores = paddle.matmul(queries, keys, transpose_y=True) * scale
     if not causal:
         return scores
-    later = paddle.triu(paddle.full([rows, rows], -float("inf")), diagonal=1)  # [Sq, Sk]
+    later = paddle.triu(paddle.full([rows, rows], NO_KEY, "float32"), diagonal=1)  # [Sq, Sk]
     batch, kv_heads, folded, cols = scores.shape
     return (scores.reshape([batch, kv_heads, -1, rows, cols]) + later).reshape([batch, kv_heads, folded, cols])

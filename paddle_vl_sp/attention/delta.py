@@ -11,6 +11,9 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F  # noqa: N812
 
+from paddle_vl_sp.attention.blocks import NO_KEY
+from paddle_vl_sp.layout import SeqLayout
+
 CHUNK = 64  # positions that the delta rule treats at once
 
 
@@ -34,16 +37,17 @@ def gated_delta_rule(
         state += outer(k[t], beta[t] * (v[t] - k[t] @ state))
         out[t] = scale * q[t] @ state                              # scale = 1 / sqrt(Dk) unless given
     """
+    bounds = _bounds(q.shape[1], cu_seqlens)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     dtype, heads = v.dtype, v.shape[2]
-    q, k, v, g, beta = (x.astype("float32") for x in (q, k, v, g, beta))
-    if normalize:
-        q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q * scale, k))
-    bounds = list(cu_seqlens or (0, q.shape[1]))
-    segments = [slice(begin, end) for begin, end in pairwise(bounds) if begin < end]
-    outs = [_one_sequence(*(x[:, segment] for x in (q, k, v, g, beta))) for segment in segments]
-    return paddle.concat(outs or [v], axis=1).astype(dtype)
+    with paddle.amp.auto_cast(enable=False):
+        q, k, v, g, beta = (x.astype("float32") for x in (q, k, v, g, beta))
+        if normalize:
+            q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q * scale, k))
+        segments = [slice(begin, end) for begin, end in pairwise(bounds) if begin < end]
+        outs = [_one_sequence(*(x[:, segment] for x in (q, k, v, g, beta))) for segment in segments]
+        return paddle.concat(outs or [v], axis=1).astype(dtype)
 
 
 def causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Sequence[int] | None = None) -> Tensor:
@@ -61,9 +65,14 @@ def causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Sequence[int] | None = No
     return F.silu(total)
 
 
+def _bounds(length: int, cu_seqlens: Sequence[int] | None) -> Sequence[int]:
+    """The boundaries of the segments, held against the sequence's length; of one segment without cu_seqlens."""
+    return SeqLayout(length, cu_seqlens=cu_seqlens).cu_seqlens or (0, length)
+
+
 def _age(length: int, cu_seqlens: Sequence[int] | None) -> npt.NDArray[np.int64]:
     """How many positions of its segment come before each.   cu_seqlens 0 3 5  ->  0 1 2 0 1"""
-    bounds = np.asarray(cu_seqlens or (0, length), dtype=np.int64)
+    bounds = np.asarray(_bounds(length, cu_seqlens), dtype=np.int64)
     return np.arange(length, dtype=np.int64) - np.repeat(bounds[:-1], np.diff(bounds))
 
 
@@ -78,12 +87,13 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> T
     g, beta = (_chunked(x.unsqueeze(-1)) for x in (g, beta))  # [B, H, N, C, 1]
     chunk = q.shape[3]
     total = paddle.cumsum(g, axis=3)
-    later = paddle.triu(paddle.full([chunk, chunk], -float("inf")), diagonal=1)
+    later = paddle.triu(paddle.full([chunk, chunk], NO_KEY, "float32"), diagonal=1)
     decay = paddle.exp(total - total.transpose([0, 1, 2, 4, 3]) + later)  # [B, H, N, C, C], lower triangular
     written = k * beta
     coupling = paddle.tril(paddle.matmul(written, k, transpose_y=True) * decay, -1)
     right = paddle.concat([v * beta, written * paddle.exp(total)], axis=-1)
-    solved = paddle.linalg.triangular_solve(coupling + paddle.eye(chunk), right, upper=False, unitriangular=True)
+    system = coupling + paddle.eye(chunk, dtype="float32")
+    solved = paddle.linalg.triangular_solve(system, right, upper=False, unitriangular=True)
     values, reads = solved.split([v.shape[-1], k.shape[-1]], axis=-1)
     scores = paddle.matmul(q, k, transpose_y=True) * decay
     outs = _carried(q * paddle.exp(total), k * paddle.exp(total[:, :, :, -1:] - total), values, reads, scores, total)
@@ -94,7 +104,7 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> T
 def _carried(q: Tensor, k: Tensor, values: Tensor, reads: Tensor, scores: Tensor, total: Tensor) -> list[Tensor]:
     """Chunk after chunk, with the state [B, H, Dk, Dv] handed on."""
     batch, heads, chunks, _, width = q.shape
-    state = paddle.zeros([batch, heads, width, values.shape[-1]])
+    state = paddle.zeros([batch, heads, width, values.shape[-1]], "float32")
     outs = []
     for n in range(chunks):
         written = values[:, :, n] - paddle.matmul(reads[:, :, n], state)
@@ -109,5 +119,5 @@ def _chunked(x: Tensor) -> Tensor:
     chunk = min(CHUNK, length)
     missing = -length % chunk
     if missing:
-        x = paddle.concat([x, paddle.zeros([batch, missing, heads, width])], axis=1)
+        x = paddle.concat([x, paddle.zeros([batch, missing, heads, width], "float32")], axis=1)
     return x.reshape([batch, -1, chunk, heads, width]).transpose([0, 3, 1, 2, 4])

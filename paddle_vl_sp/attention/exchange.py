@@ -61,11 +61,11 @@ def _exchange_on_gloo(sends: Sequence[tuple[int, Tensor]], expects: Sequence[tup
     if group.nranks % 2:
         _exchange_by_gathering(sends, expects, group)
         return
-    dtype = (sends or expects)[0][1].dtype
+    like = (sends or expects)[0][1]
     for partner in partners(group.rank, group.nranks):
-        outgoing = _bundle([x for peer, x in sends if peer == partner], dtype)
+        outgoing = _bundle([x for peer, x in sends if peer == partner], like)
         wanted = [x for peer, x in expects if peer == partner]
-        incoming = paddle.empty([max(sum(x.size for x in wanted), 1)], dtype)
+        incoming = _room([max(sum(x.size for x in wanted), 1)], like)
         there = {"dst": group.ranks[partner]}, {"src": group.ranks[partner]}
         if group.rank < partner:
             dist.send(outgoing, group=group, **there[0])
@@ -102,8 +102,8 @@ def _exchange_by_gathering(
             paddle.assign(paddle.to_tensor(value), output=x)
 
 
-def _bundle(tensors: Sequence[Tensor], dtype: Any) -> Tensor:
-    return paddle.concat([x.flatten() for x in tensors if x.size] or [paddle.zeros([1], dtype)])
+def _bundle(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    return paddle.concat([x.flatten() for x in tensors if x.size] or [_room([1], like)])
 
 
 def _unbundle(bundle: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -114,10 +114,15 @@ def _unbundle(bundle: Tensor, tensors: Sequence[Tensor]) -> None:
         begin += x.size
 
 
+def _room(shape: Sequence[int], like: Tensor) -> Tensor:
+    """For what arrives; zeros, since FLAGS_check_nan_inf may end the process at what `paddle.empty` finds there."""
+    return like.new_zeros(list(shape))
+
+
 def pass_on(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group) -> tuple[list[Tensor], Messages]:
     """Sends the tensors to the next rank of the ring and expects the previous one's, of these shapes."""
     following, previous = (group.rank + 1) % group.nranks, (group.rank - 1) % group.nranks
-    arriving = [paddle.empty(list(shape), x.dtype) for shape, x in zip(shapes, tensors, strict=True)]
+    arriving = [_room(shape, x) for shape, x in zip(shapes, tensors, strict=True)]
     messages = Messages([(following, x) for x in tensors], [(previous, x) for x in arriving], group)
     return arriving, messages
 
@@ -128,7 +133,7 @@ def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: 
     One collective where the backend has it and all parts are alike; messages where it has not or they are not.
     """
     me = group.rank
-    arriving = [paddle.empty(list(shape), parts[me].dtype) for shape in shapes]
+    arriving = [_room(shape, parts[me]) for shape in shapes]
     alike = len({tuple(x.shape) for x in parts} | {tuple(shape) for shape in shapes}) == 1
     if not is_gloo(group) and alike and parts[me].size:
         dist.alltoall(arriving, [part.contiguous() for part in parts], group=group)

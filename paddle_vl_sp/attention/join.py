@@ -12,9 +12,11 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp.attention.exchange import Group, gather_shares
+from paddle_vl_sp.attention.float16 import moved
 from paddle_vl_sp.attention.padding import checked_bounds, source_places
 from paddle_vl_sp.collectives import summed
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.once import differentiable_once
 
 
 def unshard(
@@ -46,7 +48,7 @@ def unshard(
         place_of = place_of[np.flatnonzero(source >= 0)]
     order = paddle.to_tensor(place_of, place=x.place)
     if group.nranks == 1:
-        return paddle.gather(x, order, axis=axis)
+        return _gather(x, order, axis)
     result: Tensor = _Unshard.apply(x, order, [share.local_len for share in shares], axis, group, grad)
     return result
 
@@ -55,16 +57,17 @@ class _Unshard(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, lengths: list[int], axis: int, group: Group, grad: str) -> Tensor:
         ctx.order, ctx.lengths, ctx.axis, ctx.group, ctx.grad = order, lengths, axis, group, grad
-        return paddle.gather(gather_shares(x, lengths, axis, group), order, axis=axis)
+        return _gather(gather_shares(x, lengths, axis, group), order, axis)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         whole = summed(grad.clone(), ctx.group) if ctx.grad == "partial" else grad
         begin = sum(ctx.lengths[: ctx.group.rank])
         end = begin + ctx.lengths[ctx.group.rank]
         place = paddle.full([sum(ctx.lengths)], -1, "int64")  # of each arrived row, its place in the result
         place = paddle.scatter(place, ctx.order, paddle.arange(ctx.order.shape[0]))[begin:end]
-        return _gather_or_zero(whole, place, ctx.axis)
+        return moved(lambda x: _gather_or_zero(x, place, ctx.axis), whole)
 
 
 def _gather_or_zero(x: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -73,6 +76,10 @@ def _gather_or_zero(x: Tensor, index: Tensor, axis: int) -> Tensor:
         return x.slice([axis], [0], [0])
     kept = (index >= 0).astype(x.dtype).reshape([-1 if i == axis else 1 for i in range(len(x.shape))])
     return paddle.gather(x, index.clip(min=0), axis=axis) * kept
+
+
+def _gather(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    return moved(lambda y: paddle.gather(y, index, axis=axis), x)
 
 
 def _all_shares(layout: SeqLayout, group: Group) -> list[SeqLayout]:

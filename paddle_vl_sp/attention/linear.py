@@ -43,29 +43,28 @@ def gated_delta_net_sp(
     if layout is not None and cu_seqlens is None:
         cu_seqlens = layout.cu_seqlens
     lengths = share_lengths(q, layout, group)
+    cu_seqlens = SeqLayout(sum(lengths), cu_seqlens=cu_seqlens).cu_seqlens  # refused here, before anything is sent
+    weights = None if conv_weight is None else _weights_of_heads((q, k, v), conv_weight, group)
     q, k = sequence_to_heads(paddle.concat([q, k], axis=-1), lengths, group).split(2, axis=-1)
     v = sequence_to_heads(v, lengths, group)
     g, beta = sequence_to_heads(paddle.stack([g, beta.astype(g.dtype)], axis=-1), lengths, group).unbind(-1)
-    if conv_weight is not None:
-        q, k, v = _convolved(q, k, v, conv_weight, group, cu_seqlens)
+    if weights is not None:
+        q, k, v = (causal_conv(x, weight, cu_seqlens) for x, weight in zip((q, k, v), weights, strict=True))
     return heads_to_sequence(delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens), lengths, group)
 
 
-def _convolved(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, group: Group, cu_seqlens: Sequence[int] | None
-) -> tuple[Tensor, ...]:
-    """q, k, v [B, S, heads of this rank, D] through their channels of the convolution."""
-    shapes = [(x.shape[2] * group.nranks, x.shape[3]) for x in (q, k, v)]
-    sizes = [heads * width for heads, width in shapes]
+def _weights_of_heads(shares: Sequence[Tensor], weight: Tensor, group: Group) -> list[Tensor]:
+    """The convolution of this rank's heads of q, k and v, [heads / nranks, D, K] each, out of that of all channels."""
+    sizes = [x.shape[2] * x.shape[3] for x in shares]
     if weight.shape[0] != sum(sizes):
         raise ValueError(f"conv_weight has {weight.shape[0]} channels, q, k and v have {sizes}, together {sum(sizes)}")
     parts = weight.reshape([weight.shape[0], -1]).split(sizes, axis=0)
-    results = []
-    for x, part, (heads, width) in zip((q, k, v), parts, shapes, strict=True):
-        share = x.shape[2]
-        mine = part.reshape([heads, width, -1])[group.rank * share : (group.rank + 1) * share]
-        results.append(causal_conv(x, mine.astype(x.dtype), cu_seqlens))
-    return tuple(results)
+    mine = []
+    for x, part in zip(shares, parts, strict=True):
+        count = x.shape[2] // group.nranks
+        own = slice(group.rank * count, (group.rank + 1) * count)
+        mine.append(part.reshape([x.shape[2], x.shape[3], -1])[own].astype(x.dtype))
+    return mine
 
 
 def _refuse_ring(layout: SeqLayout | None, group: Group) -> None:

@@ -13,37 +13,40 @@ from paddle_vl_sp.attention.exchange import Group
 from paddle_vl_sp.attention.join import unshard
 from paddle_vl_sp.collectives import is_alone, summed
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.once import differentiable_once
 
 
 def sequence_parallel_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    group: Group,
+    group: Group | None,
     weights: Tensor | None = None,
     num_tokens: float | Tensor | None = None,
     ignore_index: int = IGNORE,
     averaged_gradients: bool = False,
 ) -> Tensor:
-    """The mean cross entropy over the valid tokens of the whole sequence, the same scalar on every rank.
+    """The mean cross entropy over the tokens of the whole sequence that are not ignored, the same on every rank.
 
     logits       [B, S_local, V], labels [B, S_local]: shifted already, ignore_index where there is none
-    group        all ranks that hold a part of the sequence
-    weights      [B, S_local], per token: the mean is weighted by them
+    group        all ranks that hold a part of the sequence; None where one holds the whole
+    weights      [B, S_local], per token: the mean is weighted by them; they may need a gradient
     num_tokens   divide by this instead of the group's count: the tokens of a whole accumulation of micro-batches
     averaged_gradients   for trainers that average parameter gradients over the group where they should sum: the
                  gradient (not the loss) is multiplied by the group's size
 
-    Equivalent to cross_entropy on the whole sequence. The gradient is d(mean) / d(own logits), without communication:
-    parameter gradients *summed* over the group are those of one process. Without any valid token the loss is 0, and
-    so are the gradients.
+    On the whole sequence, with losses = cross_entropy(reduction="none"):  losses[labels != ignore_index].mean().
+    (Paddle's own mean divides by the ignored tokens too where ignore_index is negative.) The gradient is
+    d(mean) / d(own logits), without communication: parameter gradients *summed* over the group are those of one
+    process. Without any valid token the loss is 0, and so are the gradients.
     """
+    scale = float(group.nranks) if averaged_gradients and group is not None else 1.0
     losses = token_losses(logits, labels, ignore_index=ignore_index)
-    valid = (labels != ignore_index).astype("float32")
-    parts = valid if weights is None else valid * weights.astype("float32")
-    own = paddle.stack([(losses * parts).sum(), parts.sum()])  # [2]
-    scale = float(group.nranks) if averaged_gradients else 1.0
-    mean: Tensor = _GlobalMean.apply(own, _divisor(num_tokens), group, scale)
+    with paddle.amp.auto_cast(enable=False):
+        valid = (labels != ignore_index).astype("float32")
+        parts = valid if weights is None else valid * weights.astype("float32")
+        own = paddle.stack([(losses * parts).sum(), parts.sum()])  # [2]
+        mean: Tensor = _GlobalMean.apply(own, _divisor(num_tokens), group, scale)
     return mean
 
 
@@ -56,10 +59,10 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) 
         )
     if not labels.size:
         return logits.astype("float32").sum(-1)  # [B, 0], still in the graph
-    logits = logits.astype("float32")
-    return paddle.nn.functional.cross_entropy(
-        logits, labels.unsqueeze(-1), reduction="none", ignore_index=ignore_index
-    ).squeeze(-1)
+    with paddle.amp.auto_cast(enable=False):
+        return paddle.nn.functional.cross_entropy(
+            logits.astype("float32"), labels.unsqueeze(-1), reduction="none", ignore_index=ignore_index
+        ).squeeze(-1)
 
 
 def gathered_losses(losses: Tensor, *, layout: SeqLayout, group: Group) -> Tensor:
@@ -72,18 +75,22 @@ class _GlobalMean(PyLayer):  # type: ignore[misc]
     """(own sum, own count) -> sum over the group / count over the group; backward stays on the rank."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, divisor: Tensor | None, group: Group, scale: float) -> Tensor:
+    def forward(ctx: Any, own: Tensor, divisor: Tensor | None, group: Group | None, scale: float) -> Tensor:
         total = own.astype("float64")
         if not is_alone(group):
             total = summed(total, group)
         count = total[1] if divisor is None else divisor
-        ctx.inverse = paddle.where(count > 0, scale / count, paddle.zeros_like(count))
-        return (total[0] * ctx.inverse / scale).astype("float32")
+        one = paddle.ones_like(count)
+        inverse = paddle.where(count > 0, 1.0 / paddle.where(count > 0, count, one), paddle.zeros_like(count))
+        mean = total[0] * inverse
+        ctx.of_sum = inverse * scale
+        ctx.of_count = -mean * ctx.of_sum if divisor is None else paddle.zeros_like(mean)
+        return mean.astype("float32")
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = (grad * ctx.inverse).astype("float32")
-        return paddle.stack([own, paddle.zeros_like(own)])
+        return (grad.astype("float64") * paddle.stack([ctx.of_sum, ctx.of_count])).astype("float32")
 
 
 def _divisor(num_tokens: float | Tensor | None) -> Tensor | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import paddle
 from paddle import Tensor
 
+from paddle_vl_sp.attention.blocks import NO_KEY
+
 
 def full_attention(
     q: Tensor,
@@ -23,7 +25,7 @@ def full_attention(
     k, v = (paddle.repeat_interleave(x, heads // k.shape[2], axis=2) for x in (k, v))
     scores = paddle.einsum("bqhd,bkhd->bhqk", q, k) * scale
     mask = visible(length, causal, cu_seqlens)
-    weights = paddle.nn.functional.softmax(paddle.where(mask, scores, paddle.full_like(scores, -float("inf"))), axis=-1)
+    weights = paddle.nn.functional.softmax(paddle.where(mask, scores, paddle.full_like(scores, NO_KEY)), axis=-1)
     return paddle.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -43,7 +45,7 @@ def recurrent_delta_rule(
     batch, length, heads, width = v.shape
     q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q, k))
     q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    empty = paddle.zeros([batch, heads, q.shape[-1], width])
+    empty = paddle.zeros([batch, heads, q.shape[-1], width], v.dtype)
     state, outs = empty, []
     for t in range(length):
         state = empty if t in (cu_seqlens or (0,)) else state

@@ -9,11 +9,12 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from paddle_vl_sp.attention.blocks import Kernel, attend, attend_backward
+from paddle_vl_sp.attention.blocks import NO_KEY, Kernel, attend, attend_backward
 from paddle_vl_sp.attention.exchange import Group, Messages, pass_on
 from paddle_vl_sp.attention.kernels import choose_kernel
 from paddle_vl_sp.attention.schedule import Schedule, ring_schedule, ring_share
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.once import differentiable_once
 
 
 def ring_attention(
@@ -100,7 +101,7 @@ class _RingAttention(PyLayer):  # type: ignore[misc]
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
         batch, rows, heads, _ = q.shape
         out = paddle.zeros([batch, rows, heads, v.shape[-1]], "float32")
-        lse = paddle.full([batch, rows, heads], -float("inf"), "float32")
+        lse = paddle.full([batch, rows, heads], NO_KEY, "float32")
         with paddle.amp.auto_cast(enable=False):
             _forward(ring, out, lse, q, k, v)
         result = out.astype(q.dtype)
@@ -110,6 +111,7 @@ class _RingAttention(PyLayer):  # type: ignore[misc]
         return result
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensor()
         with paddle.amp.auto_cast(enable=False), paddle.no_grad():

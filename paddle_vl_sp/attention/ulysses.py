@@ -13,8 +13,10 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp.attention.exchange import Group, all_to_all
-from paddle_vl_sp.attention.ring import check_heads, packed_attention
+from paddle_vl_sp.attention.float16 import moved
+from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.once import differentiable_once
 
 
 def ulysses_attention(
@@ -36,6 +38,7 @@ def ulysses_attention(
     attention   called with the whole sequence and Hq / nranks heads: attention(q, k, v, causal=..., scale=...);
                 None is attention over the segments of cu_seqlens. For ring x Ulysses, where this group is the sp cut:
                 functools.partial(ring_attention, layout=layout, group=ring_group)
+                It must have the boundaries of a packed layout itself: bound to it, or in the layout of its ring
     layout      needed only where ranks hold unequal shares; its cu_seqlens count, and its cut is held against the group
 
     Two ranks, two heads, four positions; a letter is one position of one head::
@@ -48,6 +51,7 @@ def ulysses_attention(
         cu_seqlens = layout.cu_seqlens
     inner = _inner_attention(attention, cu_seqlens, layout, group)
     lengths = share_lengths(q, layout, group)
+    check_one_row(SeqLayout(sum(lengths), cu_seqlens=cu_seqlens), q)  # refused here, before anything is sent
     _check_query_heads(q.shape[2], group.nranks)
     k, v = (_enough_heads(x, group.nranks) for x in (k, v))
     q, k, v = (sequence_to_heads(x, lengths, group) for x in (q, k, v))
@@ -115,12 +119,22 @@ def _inner_attention(
                 "attention=functools.partial(ring_attention, layout=layout, group=ring_group)"
             )
         return partial(packed_attention, cu_seqlens=cu_seqlens)
-    if cu_seqlens is not None:
+    # with cp_size > 1 the attention is a ring, whose own layout says where segments end
+    packed = layout is not None and layout.cp_size == 1 and layout.cu_seqlens is not None
+    if cu_seqlens is not None or (packed and not _has_boundaries(attention)):
         raise ValueError(
             "cu_seqlens is for the attention that is built in: bind it to your own, "
-            "attention=functools.partial(yours, cu_seqlens=...), or give ring_attention a layout with cu_seqlens"
+            "attention=functools.partial(yours, cu_seqlens=...), or give ring_attention a layout with cu_seqlens; an "
+            "attention that knows the boundaries otherwise takes a layout without cu_seqlens"
         )
     return attention
+
+
+def _has_boundaries(attention: Callable[..., Tensor]) -> bool:
+    """Whether boundaries, or a layout that has them, are bound to the attention."""
+    bound: dict[str, Any] = getattr(attention, "keywords", {})
+    named = any(name.startswith("cu_seqlens") and value is not None for name, value in bound.items())
+    return named or getattr(bound.get("layout"), "cu_seqlens", None) is not None
 
 
 def _check_query_heads(heads: int, nranks: int) -> None:
@@ -141,7 +155,7 @@ def _enough_heads(x: Tensor, nranks: int) -> Tensor:
             f"{heads} key heads and {nranks} ranks: one must be a multiple of the other; use a group whose size "
             "divides the key heads, and the ring for the rest (choose_degrees)"
         )
-    return paddle.repeat_interleave(x, nranks // heads, axis=2)
+    return moved(lambda y: paddle.repeat_interleave(y, nranks // heads, axis=2), x)
 
 
 class _SequenceToHeads(PyLayer):  # type: ignore[misc]
@@ -151,6 +165,7 @@ class _SequenceToHeads(PyLayer):  # type: ignore[misc]
         return _to_heads(x, lengths, group)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _to_sequence(grad, ctx.lengths, ctx.group)
 
@@ -162,6 +177,7 @@ class _HeadsToSequence(PyLayer):  # type: ignore[misc]
         return _to_sequence(x, lengths, group)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _to_heads(grad, ctx.lengths, ctx.group)
 

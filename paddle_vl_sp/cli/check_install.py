@@ -26,7 +26,13 @@ FLEET = (
     "https://github.com/PaddlePaddle/PaddleFormers"
 )
 OFF = "PADDLE_VL_SP"
-SWITCHES = (OFF, "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK", "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT")
+SWITCHES = {
+    OFF: ("0", "1"),
+    "PADDLE_VL_SP_BACKEND": ("auto", "op", "python"),
+    "PADDLE_VL_SP_CHECK": ("0", "1"),
+    "PADDLE_VL_SP_LOG": ("debug", "info", "warning", "error"),
+    "PADDLE_VL_SP_REPORT": ("0", "1"),
+}
 
 
 def installed(package: str) -> str:
@@ -78,7 +84,14 @@ def first_line(*command: str) -> str:
 
 
 def _check_switches() -> Check:
+    """An unknown word is taken out of this process's environment, so that the rest can be looked at."""
     told = " ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
+    wrong = [name for name, words in SWITCHES.items() if os.environ.get(name, words[0]).lower() not in words]
+    for name in wrong:
+        del os.environ[name]
+    if wrong:
+        mend = "; ".join(f"{name} is one of {', '.join(SWITCHES[name])}" for name in wrong)
+        return Check(FAIL, "switches", told, mend)
     if os.environ.get(OFF) == "0":
         return Check(WARN, "switches", f"{told}: the package changes nothing in PaddleFormers", f"unset {OFF}")
     return Check(PASS, "switches", told or "none set")

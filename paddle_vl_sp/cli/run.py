@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -72,12 +71,23 @@ def _check(arguments: argparse.Namespace) -> None:
     wrong = [setting for setting in arguments.settings if "=" not in setting]
     if wrong:
         raise WrongUse(f"settings are key=value, got {', '.join(wrong)}")
-    named = [setting for setting in arguments.settings if setting.startswith(f"{KEY}=")]
-    named += re.findall(
-        rf'^\s*"?{KEY}"?\s*:.*$', arguments.config.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
-    if any(str(PLUGIN) not in name for name in named):
-        raise WrongUse(
-            f"{named[0].strip()!r} is asked for already, and PaddleFormers takes one {KEY}: in that file, write "
-            "`from paddle_vl_sp.formers import apply_to_qwen3_vl; apply_to_qwen3_vl()`, then start it as usual"
-        )
+    named = [setting.partition("=")[2] for setting in arguments.settings if setting.startswith(f"{KEY}=")]
+    for other in [*named, _named_in(arguments.config)]:
+        if other and other != str(PLUGIN):
+            raise WrongUse(
+                f"{KEY} is {other!r} already, and PaddleFormers takes one: in that file, write "
+                "`from paddle_vl_sp.formers import apply_to_qwen3_vl; apply_to_qwen3_vl()`, then start it as usual"
+            )
+
+
+def _named_in(config: Path) -> str:
+    """The file to execute that the configuration names; JSON is YAML. What cannot be read is PaddleFormers' to tell."""
+    if importlib.util.find_spec("yaml") is None:  # PaddleFormers brings it
+        return ""
+    import yaml
+
+    try:
+        read = yaml.safe_load(config.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:
+        return ""
+    return str(read.get(KEY) or "") if isinstance(read, dict) else ""

@@ -68,7 +68,9 @@ def _check_marks(tower: Any) -> None:
     unmarked = [
         name
         for name, parameter in tower.named_parameters()
-        if not parameter.stop_gradient and not getattr(parameter, "sequence_parallel", False)
+        if not parameter.stop_gradient
+        and not getattr(parameter, "sequence_parallel", False)
+        and not getattr(parameter, "is_distributed", False)  # which encode_shared refuses, by its own words
     ]
     if unmarked:
         raise ValueError(

@@ -17,16 +17,21 @@ BUCKET = 2**24  # elements in one all-reduce
 
 
 def sum_parameter_grads(module: Any, group: Any) -> None:
-    """Sums the gradients of the module's parameters over the group, in place: the whole gradient on every rank.
+    """Sums the gradients of the module's replicated parameters over the group, in place: whole on every rank.
 
-    Call it on every rank after the last backward of an optimizer step, before clipping and the step. Only for work that
-    was shared (encode_shared): a replicated tower behind complete_grad has whole gradients already. A parameter without
-    a gradient on this rank counts as zero, and gets one where any rank has one. Master gradients (`main_grad`) are
-    summed where they are. On ranks that the data-parallel reduction joins anyway, that sums them, and this must not.
+    A parameter that is tensor-parallel (`is_distributed`) is left as it is: the ranks hold different parts of it, and
+    its layer makes its gradient whole. A group of None means nobody: nothing is summed.
+
+    Call it on every rank after the last backward of an optimizer step, before clipping and the step. Only for
+    parameters that saw this rank's part alone, of the images (encode_shared) or of the sequence: a replicated tower
+    behind complete_grad has whole gradients already. A parameter without a gradient on this rank counts as zero, and
+    gets one where any rank has one. Master gradients (`main_grad`) are summed where they are. On ranks that the
+    data-parallel reduction joins anyway, that sums them, and this must not.
     """
+    collectives.warn_of_no_group(group, "sum_parameter_grads", "no gradient was summed")
     if collectives.is_alone(group):
         return
-    parameters = [parameter for parameter in module.parameters() if not parameter.stop_gradient]
+    parameters = [each for each in module.parameters() if not each.stop_gradient and not _is_cut(each)]
     if not parameters:
         return
     with paddle.no_grad():
@@ -41,15 +46,17 @@ def sum_parameter_grads(module: Any, group: Any) -> None:
 
 
 def mark_for_sum(module: Any) -> None:
-    """Marks the parameters for Paddle's own sequence-parallel callback, which sums their gradients over the tensor-
-    parallel group at every backward. Before the trainer is built; then leave sum_parameter_grads out.
+    """Marks the parameters for Paddle's own sequence-parallel hooks, or the callback of PaddleFormers' trainer, which
+    sum their gradients over the tensor-parallel group once an optimizer step. Before the trainer is built; then leave
+    sum_parameter_grads out. Parameters that are tensor-parallel (`is_distributed`) are not marked.
 
-    The callback waits for every rank in every backward: encode with idle="dummy".
+    They need a gradient on every rank: encode with idle="dummy".
     """
     from paddle.distributed.fleet.utils.sequence_parallel_utils import mark_as_sequence_parallel_parameter
 
     for parameter in module.parameters():
-        mark_as_sequence_parallel_parameter(parameter)
+        if not _is_cut(parameter):
+            mark_as_sequence_parallel_parameter(parameter)
 
 
 def refuse_tensor_parallel(encode: Any, group: Any) -> None:
@@ -79,7 +86,7 @@ def _grad(parameter: Tensor) -> Tensor | None:
 
 def _grad_or_zeros(parameter: Tensor, dtype: str) -> Tensor:
     grad = _grad(parameter)
-    return paddle.zeros(parameter.shape, dtype=dtype) if grad is None else grad
+    return parameter.new_zeros(parameter.shape, dtype=dtype) if grad is None else grad
 
 
 def _agreed_dtypes(parameters: list[Tensor], group: Any) -> list[tuple[Tensor, str]]:

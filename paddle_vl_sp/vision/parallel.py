@@ -14,6 +14,7 @@ from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.comm import GRADS, RowKind, agree_rows
 from paddle_vl_sp.consensus import fingerprint
 from paddle_vl_sp.gather import gather_rows, view_of
+from paddle_vl_sp.once import differentiable_once
 from paddle_vl_sp.run_report import note_shared
 from paddle_vl_sp.uneven import MODES
 from paddle_vl_sp.vision.gradients import refuse_tensor_parallel
@@ -58,7 +59,8 @@ def encode_shared(
                      nothing is gathered; 1, the default, is for a single image, 0 for always sharing
 
     One small collective tells the ranks each other's errors, the batch's fingerprint, and the rows' kind; one gather
-    moves features and levels together. An error on one rank is raised on all. A grid on a device is read once.
+    moves features and levels together. An error on one rank is raised on all. A grid on a device is read once. A group
+    of one, or None, which means nobody, encodes all. There is no second gradient (create_graph=True).
     """
     error, work, outs, form = None, None, None, -1
     try:
@@ -83,7 +85,7 @@ def encode_shared(
             outs = [_OwnGradient.apply(x, group) for x in outs]
         return _as_encoded(outs, kind.form)
     note_shared(work.share.imbalance)
-    outs = outs or _no_rows(kind)
+    outs = outs or _no_rows(kind, group)
     rows = gather_rows(outs, work.share.rows, group, mode, grad, kind.needs_grad)
     return _as_encoded(rows, kind.form)
 
@@ -92,10 +94,10 @@ def _as_encoded(xs: Sequence[Tensor], form: int) -> Any:
     return xs[0] if form < 0 else (xs[0], list(xs[1:]))
 
 
-def _no_rows(kind: RowKind) -> list[Tensor]:
+def _no_rows(kind: RowKind, group: Any) -> list[Tensor]:
     """What a rank that skipped brings to the gather."""
-    number = 1 + max(kind.form, 0)
-    return [paddle.zeros([0, kind.width // number], dtype=kind.dtype) for _ in range(number)]
+    number, place = 1 + max(kind.form, 0), collectives.wire_place(group)
+    return [paddle.zeros([0, kind.width // number], dtype=kind.dtype, device=place) for _ in range(number)]
 
 
 class _OwnGradient(PyLayer):  # type: ignore[misc]
@@ -107,6 +109,7 @@ class _OwnGradient(PyLayer):  # type: ignore[misc]
         return view_of(x)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         begin, end = ctx.own
         others = paddle.zeros_like(grad)

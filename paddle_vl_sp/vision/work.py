@@ -45,7 +45,7 @@ class Work:
             expected = int(self.own_grid.prod(axis=1).sum()) // self.merge_size**2
         else:
             side = self.merge_size
-            blank = paddle.zeros([side * side, pixels.shape[1]], dtype=pixels.dtype)
+            blank = pixels.new_zeros([side * side, pixels.shape[1]])
             result = encode(blank, _grid_as(np.array([[1, side, side]], dtype=np.int64), grid_like))
             expected = 1
         outs, form = _taken_apart(result)

@@ -6,7 +6,7 @@ from paddle.distributed.fleet.utils import recompute
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import packed_attention, padded_layout, ring_attention, shard_batch
-from paddle_vl_sp.attention.blocks import Blockwise, attend
+from paddle_vl_sp.attention.blocks import NO_KEY, Blockwise, attend
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import ring_schedule
 from paddle_vl_sp.testing import FakeGroup
@@ -21,7 +21,7 @@ def ring_outputs(x, bounds, size):
     result = np.full(padded.shape, np.nan, "float32")
     for layout in layouts:
         q = paddle.to_tensor(padded[:, layout.positions()])
-        out, lse = paddle.zeros(q.shape), paddle.full(q.shape[:3], -float("inf"))
+        out, lse = paddle.zeros(q.shape), paddle.full(q.shape[:3], NO_KEY)
         for source, blocks in zip(layouts, ring_schedule(layout, True), strict=True):
             keys = paddle.to_tensor(padded[:, source.positions()])
             attend(out, lse, q, keys, keys, blocks, Blockwise(), q.shape[-1] ** -0.5)

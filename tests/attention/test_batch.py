@@ -56,8 +56,8 @@ def test_shares_equal_the_slow_way(lengths, cut, shift, on_paddle):
     for (start, _), first, end in zip(layouts[0].segments().tolist(), bounds, bounds[1:], strict=False):
         for name, x in batch.items():
             values = x[..., first:end]
-            if name == "labels" and shift:
-                values = np.append(values[..., 1:], [[-100]], axis=-1)
+            if name in ("labels", "loss_weights") and shift:
+                values = np.append(values[..., 1:], [[-100 if name == "labels" else 0]], axis=-1)
             padded[name][..., start : start + end - first] = values
     given_batch = {name: paddle.to_tensor(x) for name, x in batch.items()} if on_paddle else batch
     for layout in layouts:
@@ -99,6 +99,52 @@ def test_what_has_no_sequence_is_whole_and_the_rest_must_be_named():
     assert named["table"] is pixels
     with pytest.raises(ValueError, match=r"attention_mask \[1, 1, 4, 4\] says who sees whom"):
         shard_batch({"attention_mask": np.ones((1, 1, 4, 4))}, layout)
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "loss_weights"])
+def test_what_says_which_labels_count_is_shifted_with_them(name):
+    """A prompt 5 6 and its answer 7 8, packed behind another sample: trained on 7 and 8, predicted from 6 and 7."""
+    batch = {"input_ids": np.array([[1, 2, 5, 6, 7, 8]]), name: np.array([[0, 1, 0, 0, 1, 1]])}
+    batch["labels"] = batch["input_ids"]
+    share = shard_batch(batch, SeqLayout(6, cu_seqlens=(0, 2, 6)), shift_labels=True)
+    assert share["labels"].tolist() == [[2, -100, 6, 7, 8, -100]]
+    assert share[name].tolist() == [[1, 0, 0, 1, 1, 0]]
+    assert shard_batch(batch, SeqLayout(6, cu_seqlens=(0, 2, 6)))[name] is not share[name]
+    assert shard_batch(batch, SeqLayout(6, cu_seqlens=(0, 2, 6)))[name].tolist() == batch[name].tolist()
+
+
+def test_a_known_name_that_is_named_whole_is_whole():
+    layout = SeqLayout(4, sp_size=2, sp_rank=1)
+    table, mask = np.arange(7), np.ones((1, 1, 4, 4))
+    batch = {"input_ids": np.arange(4)[None], "token_type_ids": table, "attention_mask": mask, "loss_mask": [1, 2]}
+    share = shard_batch(batch, layout, whole=["token_type_ids", "attention_mask", "loss_mask"])
+    assert share["input_ids"].tolist() == [[2, 3]]
+    assert share["token_type_ids"] is table
+    assert share["attention_mask"] is mask
+    assert share["loss_mask"] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [[[1, 2, 3, 4]], ((1, 2, 3, 4),), "1 2 3 4"])
+def test_a_known_name_must_hold_an_array(value):
+    """A list that is passed on uncut gives every rank the whole of it."""
+    layout = SeqLayout(4, sp_size=2, sp_rank=1)
+    with pytest.raises(ValueError, match=f"'labels' is a {type(value).__name__}, .*array or a tensor.*whole="):
+        shard_batch({"input_ids": np.arange(4)[None], "labels": value}, layout)
+    with pytest.raises(ValueError, match="'domain' is a "):
+        shard_batch({"input_ids": np.arange(4)[None], "domain": value}, layout, padding={"domain": 0})
+    assert shard_batch({"input_ids": np.arange(4)[None], "labels": None}, layout)["labels"] is None
+
+
+def test_float16_arrays_on_the_cpu():
+    """Exact: Paddle's CPU has no gather for float16."""
+    x = paddle.to_tensor([[0.5, 65504.0, -3.0]], dtype="float16", stop_gradient=False)
+    share = shard_batch({"loss_weights": x}, SeqLayout(4, sp_size=2, sp_rank=1))["loss_weights"]
+    assert share.dtype == paddle.float16
+    assert share.tolist() == [[-3.0, 0.0]]
+    joined = unshard(x, SeqLayout(3), FakeGroup(0, 1), axis=1)
+    assert joined.dtype == paddle.float16
+    np.testing.assert_array_equal(joined.numpy(), x.numpy())
+    assert paddle.grad((joined * 2).sum(), x)[0].tolist() == [[2, 2, 2]]
 
 
 def test_the_input_is_not_written():

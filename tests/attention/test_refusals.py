@@ -1,17 +1,23 @@
 """What is refused, before anything is sent: the message names what was got, what was expected and how to mend it."""
 
+from functools import partial
+
+import numpy as np
 import paddle
 import pytest
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import (
     gated_delta_net_sp,
+    gated_delta_rule,
     packed_attention,
     ring_attention,
     sequence_parallel_loss,
     token_losses,
     ulysses_attention,
 )
+from paddle_vl_sp.attention.delta import causal_conv
+from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.testing import FakeGroup
 
@@ -99,6 +105,54 @@ def test_ulysses_layouts():
 
 def test_ulysses_boundaries_belong_to_the_built_in_attention():
     refused("bind it to your own", ulysses_attention, *qkv(), group=TWO, attention=packed_attention, cu_seqlens=(0, 8))
+    packed = SeqLayout(8, sp_size=2, sp_rank=1, cu_seqlens=(0, 3, 8))
+    opaque = [full_attention, lambda q, k, v, **options: v, partial(full_attention, cu_seqlens=None)]
+    for attention in opaque:
+        refused(
+            "bind it to your own.*a layout without cu_seqlens",
+            ulysses_attention, *qkv(), group=TWO, attention=attention, layout=packed,
+        )  # fmt: skip
+
+
+def test_ulysses_takes_an_attention_that_has_the_boundaries():
+    """On a group of one, where nothing moves: the segments of the layout, 1e-6; and whoever knows better."""
+    one, layout = FakeGroup(0, 1), SeqLayout(8, cu_seqlens=(0, 3, 8))
+    q, k, v = (paddle.randn(x.shape) for x in qkv(8))
+    expected = full_attention(q, k, v, cu_seqlens=(0, 3, 8)).numpy()
+    bound = [partial(full_attention, cu_seqlens=(0, 3, 8)), partial(ring_attention, layout=layout, group=one), None]
+    for attention in bound:
+        out = ulysses_attention(q, k, v, group=one, attention=attention, layout=layout)
+        np.testing.assert_allclose(out.numpy(), expected, atol=1e-6)
+    out = ulysses_attention(q, k, v, group=one, attention=full_attention, layout=SeqLayout(8))
+    assert not np.allclose(out.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "reason"),
+    [
+        ((0, 5, 7), "cu_seqlens ends at 7, but seq_len is 8"),
+        ((0, 20), "cu_seqlens ends at 20, but seq_len is 8"),
+        ((3, 8), "cu_seqlens must start at 0"),
+        ((0, 5, 5, 8), "strictly increasing, got 5 then 5"),
+    ],
+)
+def test_boundaries_must_be_those_of_the_sequence(bounds, reason):
+    """On every rank, before anything is sent: FakeGroup cannot send."""
+    x, q = delta(8), qkv(8)
+    refused(reason, gated_delta_rule, *x, cu_seqlens=bounds)
+    refused(reason, causal_conv, x[0], paddle.ones([2, 8, 4], "float32"), bounds)
+    refused(reason, packed_attention, *q, cu_seqlens=bounds)
+    refused(reason, gated_delta_net_sp, *delta(4), group=TWO, cu_seqlens=bounds)
+    refused(reason, ulysses_attention, *qkv(), group=TWO, cu_seqlens=bounds)
+
+
+def test_boundaries_are_any_integers():
+    """Exact: numpy's as well as Python's."""
+    x = [paddle.rand(each.shape) for each in delta(8)]
+    for rule in (gated_delta_rule, lambda q, *_, cu_seqlens: causal_conv(q, paddle.ones([2, 8, 4]), cu_seqlens)):
+        outs = [rule(*x, cu_seqlens=bounds) for bounds in ((0, 3, 8), np.array([0, 3, 8]), [0, 3, 8])]
+        for out in outs[1:]:
+            np.testing.assert_array_equal(out.numpy(), outs[0].numpy())
 
 
 def delta(rows=4, key_heads=2, value_heads=4, **shapes):
@@ -129,10 +183,9 @@ def test_linear_attention_shapes():
 
 
 def test_linear_attention_channels():
-    one = FakeGroup(0, 1)
     refused(
         "conv_weight has 60 channels, q, k and v have .16, 16, 32., together 64",
-        gated_delta_net_sp, *delta(), group=one, conv_weight=paddle.zeros([60, 4]),
+        gated_delta_net_sp, *delta(), group=TWO, conv_weight=paddle.zeros([60, 4]),
     )  # fmt: skip
 
 

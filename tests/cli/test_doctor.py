@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -264,3 +265,17 @@ def test_words_can_be_pasted():
     words = call("doctor", "--no-upstream").stdout
     assert words.isprintable() or set(words) - set(filter(str.isprintable, words)) == {"\n"}
     assert words.splitlines()[-1].endswith("PASS")
+
+
+@pytest.mark.parametrize("name", ["PADDLE_VL_SP_CHECK", "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_BACKEND"])
+def test_a_switch_with_an_unknown_word_fails_and_the_rest_is_looked_at(name, monkeypatch):
+    """What names it, with the words there are, and not a traceback of the first check that reads it."""
+    monkeypatch.setenv(name, "perhaps")
+    done = subprocess.run(
+        [sys.executable, "-m", "paddle_vl_sp", "doctor", "--json"], capture_output=True, text=True, check=False
+    )
+    checks = {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 1
+    assert checks["switches"]["state"] == "FAIL"
+    assert f"{name} is one of" in checks["switches"]["mend"]
+    assert checks["serving"]["state"] in ("PASS", "WARN")

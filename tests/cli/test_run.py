@@ -52,13 +52,21 @@ def test_json_stays_alone_on_stdout(config, monkeypatch, capfd):
     assert json.loads(told.out)["exit_code"] == 3
 
 
-@pytest.mark.parametrize("where", ["yaml", "setting"])
+WRITTEN = {
+    "yaml": "stage: VL-SFT\ncustom_register_path: /mine.py\n",
+    "quoted": "'custom_register_path': /mine.py\n",
+    "flow": "{stage: VL-SFT, custom_register_path: /mine.py}\n",
+    "json": '{"stage": "VL-SFT", "custom_register_path": "/mine.py"}',
+    "setting": "stage: VL-SFT\n",
+}
+
+
+@pytest.mark.parametrize("where", WRITTEN)
 def test_another_registered_file_is_not_dropped(config, where, capsys):
     """PaddleFormers takes one: exit code 2, with what to write into that file."""
     arguments = ["run", "--dry-run", "train", str(config)]
-    if where == "yaml":
-        config.write_text("stage: VL-SFT\ncustom_register_path: /mine.py\n")
-    else:
+    config.write_text(WRITTEN[where])
+    if where == "setting":
         arguments.append("custom_register_path=/mine.py")
     assert main(arguments) == 2
     assert "apply_to_qwen3_vl()" in capsys.readouterr().err
@@ -66,8 +74,9 @@ def test_another_registered_file_is_not_dropped(config, where, capsys):
 
 def test_our_own_registered_file_may_stand_there(config):
     """Nothing is asked for twice over."""
-    config.write_text(f"custom_register_path: {PLUGIN}\n")
-    assert main(["run", "--dry-run", "train", str(config)]) == 0
+    for value in (PLUGIN, "null", '""'):
+        config.write_text(f"custom_register_path: {value}\n")
+        assert main(["run", "--dry-run", "train", str(config)]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["train", "gone.yaml"], ["train", __file__]])

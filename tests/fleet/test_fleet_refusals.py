@@ -102,7 +102,7 @@ def spoiled(ids, spoil):
         ("int32", "must be int64, got .'int32'."),
         ("two-dimensional", "1-D and of one length"),
         ("one missing", "no visual_gather_indices"),
-        ("out of range", "not one for 16 rows"),
+        ("out of range", "not a plan for 16 rows"),
         ("backwards", "gather indices must increase"),
         ("repeated", "must be different rows"),
     ],

@@ -26,8 +26,18 @@ def made_up(error=1e-6, drift=0.0):
 def test_table_says_the_numbers():
     """Losses, errors, drift and counts of both."""
     told = demo.table([True] * 3, [made_up(), made_up()])
-    for number in ("3 of 3 steps", "5.10000", "5.00000", "1.0e-01", "8.0e-01", "2.00%", "0.00%", "20", "0 waits"):
+    for number in ("3 of 3 steps", "5.10000", "5.00000", "1.0e+00", "8.0e-01", "2.00%", "0.00%", "20", "20 (0)"):
         assert number in told
+    assert "as it does without sequence parallelism" in told
+    assert "please report it" in demo.table([True], [made_up(error=0.1)])
+    assert max(map(len, told.splitlines())) <= 120
+
+
+def test_without_paddleformers(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert demo.main() == 1
+    assert "pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("nranks", [2, 4])

@@ -18,6 +18,7 @@ from paddle_vl_sp.attention import (
     gated_delta_net_sp,
     gathered_losses,
     groups_from_fleet,
+    packed_attention,
     padded_layout,
     ring_attention,
     sequence_parallel_loss,
@@ -277,6 +278,58 @@ def unshard_gradients(front):
         np.testing.assert_array_equal(got.numpy(), np.broadcast_to(factor * weight, x.shape)[:, layout.positions()])
 
 
+def float16_movement():
+    """Shares joined, with both gradients, and key heads repeated: exact in float16, which the CPU cannot gather."""
+    group = dist.get_group(0)
+    layout = SeqLayout(4 * group.nranks, cp_size=group.nranks, cp_rank=group.rank)
+    x = whole(0, 2, layout.seq_len, 3).astype("float16")
+    for grad, factor in (("partial", group.nranks), ("whole", 1)):
+        local = paddle.to_tensor(x[:, layout.positions()], stop_gradient=False)
+        joined = unshard(local, layout, group, axis=1, grad=grad)
+        np.testing.assert_array_equal(joined.numpy(), x)
+        assert np.unique(paddle.grad((joined * 2).sum(), local)[0].numpy()).tolist() == [2 * factor]
+
+    layout = SeqLayout(8, sp_size=group.nranks, sp_rank=group.rank)
+    arrays = [each.astype("float16") for each in attention_arrays(1, 8, 4, 1)[:3]]
+    results = []
+    for share, attend in ((layout, partial(ulysses_attention, group=group)), (SeqLayout(8), packed_attention)):
+        leaves = [paddle.to_tensor(each[:, share.positions()], stop_gradient=False) for each in arrays]
+        out = attend(*leaves)
+        results.append([each.numpy() for each in (out, paddle.grad(out.sum(), leaves)[0])])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, expected[:, layout.positions()], atol=1e-3)
+
+
+def second_gradients():
+    """Refused on every rank, before anything is sent."""
+    group = dist.get_group(0)
+    cp = SeqLayout(8, cp_size=group.nranks, cp_rank=group.rank)
+    functions = {
+        "RingAttention": lambda x: ring_attention(x, x, x, layout=cp, group=group),
+        "HeadsToSequence": lambda x: ulysses_attention(x, x, x, group=group),
+        "Unshard": lambda x: unshard(x, cp, group, axis=1),
+    }
+    for name, function in functions.items():
+        x = cut(whole(0, 1, 8, 4, 8), cp.positions())
+        out = function(x)
+        with pytest.raises(OSError, match=f"{name} has no second gradient"):
+            paddle.grad((out * out).sum(), [x], create_graph=True)
+
+
+def search_for_nan():
+    """FLAGS_check_nan_inf ends the process at infinite numbers, also at those in memory that nobody has written yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paddle, "empty", lambda shape, dtype: paddle.full(shape, float("nan"), dtype))
+        paddle.set_flags({"FLAGS_check_nan_inf": 1})
+        try:
+            ring_case([5, 7], causal=False)
+            ulysses_case([5, 8])
+            loss_on_some_ranks_only()
+        finally:
+            paddle.set_flags({"FLAGS_check_nan_inf": 0})
+
+
 def unshard_both():
     """cp rank after cp rank, sp rank after sp rank, on four ranks."""
     group = dist.get_group(0)
@@ -297,33 +350,38 @@ def loss_case(lengths, *, weighted=False, num_tokens=None, as_tensor=False, aver
     weights = (
         np.random.default_rng(3).random((1, length)).astype("float32") if weighted else np.ones((1, length), "float32")
     )
-    labels = np.full_like(ids, -100)
+    labels, shifted = np.full_like(ids, -100), np.zeros_like(weights)
     for first, end in itertools.pairwise(bounds):
         labels[0, first : end - 1] = ids[0, first + 1 : end]
+        shifted[0, first : end - 1] = weights[0, first + 1 : end]
 
     expected_matrix = paddle.to_tensor(matrix, stop_gradient=False)
     logits = paddle.matmul(paddle.to_tensor(hidden), expected_matrix)
     losses = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(labels), reduction="none", axis=-1).reshape(
         [1, -1]
     )
-    valid = paddle.to_tensor((labels != -100) * weights)
-    expected = (losses * valid).sum() / (num_tokens or valid.sum())
-    expected_grad = paddle.grad(expected, [expected_matrix])[0].numpy()
+    valid = paddle.to_tensor(shifted, stop_gradient=False)
+    counted = valid * paddle.to_tensor((labels != -100).astype("float32"))
+    expected = (losses * counted).sum() / (num_tokens or counted.sum())
+    expected_grad, expected_of_weights = (x.numpy() for x in paddle.grad(expected, [expected_matrix, valid]))
 
     batch = {"labels": ids, "loss_weights": weights}
     share = shard_batch(batch, layout, cu_seqlens=bounds, shift_labels=True)
     rows = rows_of(layout, lengths)
     parameter = paddle.to_tensor(matrix, stop_gradient=False)
     local = paddle.matmul(cut(hidden, rows), parameter)
+    own_weights = paddle.to_tensor(share["loss_weights"], stop_gradient=not weighted)
     loss = sequence_parallel_loss(
         local, paddle.to_tensor(share["labels"]), group=group,
         num_tokens=paddle.to_tensor(num_tokens) if as_tensor else num_tokens,
-        weights=paddle.to_tensor(share["loss_weights"]) if weighted else None, averaged_gradients=averaged,
+        weights=own_weights if weighted else None, averaged_gradients=averaged,
     )  # fmt: skip
-    grad = paddle.grad(loss, [parameter])[0]
+    grad, *of_weights = paddle.grad(loss, [parameter, own_weights] if weighted else [parameter])
     dist.all_reduce(grad)
     close(loss, expected, "loss")
     close(grad.numpy() / (group.nranks if averaged else 1), expected_grad, "parameter gradient")
+    if weighted:
+        close(of_weights[0].numpy()[:, rows >= 0], expected_of_weights[:, rows[rows >= 0]], "gradient of the weights")
     metric = gathered_losses(token_losses(local, paddle.to_tensor(share["labels"])), layout=layout, group=group)
     segments = layout.segments()[:, 0]
     real = np.concatenate([start + np.arange(n) for start, n in zip(segments, lengths, strict=False)])
@@ -479,6 +537,9 @@ CASES = {
     "batch, round trip": batch_round_trip,
     "unshard, gradients": partial(unshard_gradients, front=False),
     "unshard, gradients, uneven": partial(unshard_gradients, front=True),
+    "float16": float16_movement,
+    "second gradients": second_gradients,
+    "FLAGS_check_nan_inf": search_for_nan,
     "loss": partial(loss_case, [6, 10, 3]),
     "loss, weighted": partial(loss_case, [5, 7], weighted=True),
     "loss, given number of tokens": partial(loss_case, [5, 8], num_tokens=40),

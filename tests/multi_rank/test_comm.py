@@ -1,5 +1,8 @@
 """Gathers, complete gradients, replicas over gloo. Bar: bit-exact, also the sums, which are of small whole numbers."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import paddle
 import paddle.distributed as dist
@@ -8,10 +11,12 @@ import pytest
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, collectives, plan_visual, replace_rows
 from paddle_vl_sp.comm import agree, all_gather_rows, complete_grad
 from paddle_vl_sp.consensus import check_same, fingerprint
+from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.gather import gather_rows
 from paddle_vl_sp.replicas import check_replicas, sync_replicas
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.uneven import UnevenRows
+from paddle_vl_sp.vision.gradients import sum_parameter_grads
 from rank_cases import hold, outcomes, same_error_everywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -186,6 +191,40 @@ def gather_in_any_order():
             assert x.grad.numpy().tobytes() == expected[begin : begin + len(x)].tobytes()
 
 
+def gathers_over_sub_groups():
+    """Rows of a grid, in another order than the world's; only even worlds have such sub-groups."""
+    world_size, me = dist.get_world_size(), dist.get_rank()
+    if world_size % 2:
+        return
+    group = SubGroup([me - me % 2 + 1, me - me % 2])
+    for mode in ("max", "sum", "ragged"):
+        for counts in ([2, 1], [0, 2]):
+            x = leaf(block(me, counts[group.rank], 3))
+            whole = all_gather_rows(x.clone(), counts, group, mode=mode, check=True)
+            blocks = [block(rank, count, 3) for rank, count in zip(group.ranks, counts, strict=True)]
+            assert bits(whole) == b"".join(map(bits, blocks))
+            (whole * (group.rank + 1)).sum().backward()
+            assert (x.grad == 3).all()
+    x = paddle.full([2], group.rank + 1.0)
+    dist.reduce(x, dst=group.ranks[0], group=group)
+    assert (x == (3 if group.rank == 0 else 2)).all()  # the others keep what they had
+
+
+def a_second_gradient_is_refused():
+    """Paddle makes none of a PyLayer: what comes out is wrong, or nothing, without a word."""
+    group = world()
+    plan = VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 2)
+    for name, make in {
+        "CompleteGrad": lambda x: complete_grad([x], plan, group)[0],
+        "GatherRows": lambda x: all_gather_rows(x, [2] * group.nranks, group),
+    }.items():
+        x = leaf(paddle.ones([2, 3]))
+        with pytest.raises(OSError, match=f"ValueError: {name} has no second gradient"):
+            paddle.grad(make(x * x).sum(), [x], create_graph=True)
+        (first,) = paddle.grad(make(x * x).sum(), [x])
+        assert (first == 2 * group.nranks).all()
+
+
 def an_idle_rank_comes_to_the_backward():
     """Its x is a constant; without the agreement it would leave the others waiting."""
     group = world()
@@ -223,6 +262,14 @@ def a_gather_of_differing_ranks_is_an_error_on_all():
     same_error_everywhere(gather(x[:1] if odd else x), group, f"rank {last} of .* failed", r"\[1\] rows", "says 2")
     same_error_everywhere(gather(x, grad="whole" if odd else "partial"), group, f"rank {last} .fingerprint", "differs")
     same_error_everywhere(gather(x, mode="least" if odd else "max"), group, "'auto', 'max'.*'least'")
+    for wrong in (None, np.ones([2, 3], "float32"), [x, None]):
+        same_error_everywhere(
+            gather(wrong if odd else x), group, f"rank {last} of .* failed", "x must be a Paddle tensor, or a list"
+        )
+    with pytest.raises(RuntimeError, match=f"rank {last} of .* failed.*TypeError"):
+        gather(x, counts=None if odd else counts)()
+    other = np.array(counts) if odd else counts
+    assert gather(x, counts=other)().shape == [2 * group.nranks, 3]  # the same numbers of another type
 
 
 def wrong_arguments_are_told():
@@ -256,6 +303,25 @@ def different_batches_are_seen():
     check_same(fingerprint(ids), "ids", group)
     ids[1, 3] += group.rank == 1
     same_error_everywhere(lambda: check_same(fingerprint(ids), "ids", group), group, "same ids: rank 1", "from rank 0")
+
+
+def no_group_where_there_are_ranks_is_told():
+    group, module = world(), small_module()
+    module(paddle.ones([1, 3])).sum().backward()
+    calls = {
+        "check_replicas": lambda of: check_replicas(module, of),
+        "sync_replicas": lambda of: sync_replicas(module, of),
+        "sum_parameter_grads": lambda of: sum_parameter_grads(module, of),
+        "agree": lambda of: agree(None, of),
+        "": lambda of: complete_grad([paddle.ones([2, 3])], VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 2), of),
+    }
+    for name, call in calls.items():
+        for of, expected in ((None, [name] if name else []), (group, []), (SimpleNamespace(nranks=1, rank=0), [])):
+            with mock.patch.object(collectives, "logger") as logger:
+                call(of)
+            told = [words % tuple(rest) for (words, *rest), _ in logger.warning.call_args_list]
+            assert [line.split()[0] for line in told] == expected
+            assert all("group=None" in line and "get_group(0)" in line for line in told)
 
 
 TOWER_INPUT = np.random.default_rng(1).integers(-3, 4, size=[9, 4]).astype("float32")  # [N, C]
@@ -413,6 +479,22 @@ def nan_and_16_bit_replicas():
     assert drift.largest == (0.0, *[float("inf")] * (group.nranks - 1))
 
 
+def infinite_replicas():
+    group, module = world(), small_module()
+    infinity, own = float("inf"), float(group.rank)
+    with paddle.no_grad():
+        paddle.assign(paddle.to_tensor([infinity, -infinity]), output=module[1].bias)
+        assert check_replicas(module, group) == []
+        paddle.assign(paddle.to_tensor([infinity, 4 + own]), output=module[1].bias)
+        (drift,) = check_replicas(module, group)
+        assert drift.largest == tuple(range(group.nranks))
+        assert drift.relative == (group.nranks - 1) / 4  # of the largest finite value
+        paddle.assign(paddle.to_tensor([infinity if group.rank else -infinity, 4.0]), output=module[1].bias)
+        (drift,) = check_replicas(module, group)
+        assert drift.largest == (0.0, *[infinity] * (group.nranks - 1))
+        assert drift.relative == infinity
+
+
 CASES = [
     gather_moves_every_bit,
     gather_keeps_nan,
@@ -423,12 +505,15 @@ CASES = [
     autograds_own_buffer_is_left_alone,
     strided_rows_and_strided_gradients,
     gather_in_any_order,
+    gathers_over_sub_groups,
+    a_second_gradient_is_refused,
     an_idle_rank_comes_to_the_backward,
     nothing_needs_a_gradient,
     a_gather_of_differing_ranks_is_an_error_on_all,
     wrong_arguments_are_told,
     one_error_is_everyones,
     different_batches_are_seen,
+    no_group_where_there_are_ranks_is_told,
     feature_gradients_are_complete,
     without_completion_they_are_not,
     completion_is_one_collective,
@@ -438,6 +523,7 @@ CASES = [
     replicas_of_another_shape_are_refused,
     replicas_leave_tensor_parallel_parameters_alone,
     nan_and_16_bit_replicas,
+    infinite_replicas,
 ]
 
 
@@ -453,3 +539,35 @@ def results(request):
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_all_ranks(results, case):
     hold(results, case)
+
+
+def test_fingerprints_tell_things_apart():
+    floats = np.array([0.1, 0.9])
+    different = [
+        (1, 23),
+        (12, 3),
+        (123,),
+        ("1", 23),
+        (np.array([1]), 23),
+        (np.array([1, 23]),),
+        (floats,),
+        (floats[::-1],),
+        (floats.astype("float32"),),
+        (np.zeros(2),),
+        (np.zeros(2, "int64"),),
+        ([np.arange(3000)],),  # whose repr leaves most of it out
+        ([np.arange(3000) ^ (np.arange(3000) == 1500)],),
+        ([1], 2),
+        ([1, 2],),
+        (),
+    ]
+    assert len({fingerprint(*values) for values in different}) == len(different)
+    assert fingerprint(floats) == fingerprint(paddle.to_tensor(floats))
+    assert fingerprint((np.int64(2), 0.5)) == fingerprint([2, np.float64(0.5)])
+
+
+def test_what_travels_stays_where_the_rows_are():
+    """A gloo group on a machine with a GPU: the default device is not that of the rows."""
+    made = paddle.zeros([6, 2])
+    rows = SimpleNamespace(shape=[3, 2], size=0, dtype="float32", new_empty=lambda shape: made[: shape[0]])
+    assert collectives.gathered(rows, SimpleNamespace(nranks=2)).data_ptr() == made.data_ptr()

@@ -120,6 +120,30 @@ def features_kept_apart_by_kind():
         np.testing.assert_array_equal(plan.gather_indices, own[in_order])
 
 
+def whatever_plan_visual_accepts():
+    group = world()
+    mine = all_ranks(SeqLayout(48, sp_size=group.nranks))[group.rank]
+    ids = np.random.default_rng(3).choice([1, IMAGE, VIDEO], size=[2, 48])
+    local, images = ids[:, mine.positions()], int((ids == IMAGE).sum())
+    both = images + int((ids == VIDEO).sum())
+    for wanted, number in (
+        ((IMAGE, IMAGE), images),
+        ((IMAGE, VIDEO, IMAGE), both),
+        ([IMAGE, VIDEO], both),
+        (np.array(IDS), both),
+        (np.array(IDS), np.int64(both)),
+        (np.array(IDS), np.array(both)),
+        (np.array([IMAGE], dtype="int32"), np.int32(images)),
+    ):
+        options = {"num_features": number, "sequence_first": True}
+        expected = plan_visual(ids, wanted, mine, **options)
+        hold_equal(plan_visual_local(local, wanted, mine, group=group, **options), expected)
+    options = {"num_features": np.array([images, both - images]), "sequence_first": True}  # one for each kind
+    hold_equal(
+        plan_visual_local(local, IDS, mine, group=group, **options), plan_visual(ids, IDS, mine, sequence_first=True)
+    )
+
+
 def wrong_numbers_are_everyones_error():
     group = world()
     mine = all_ranks(SeqLayout(48, sp_size=group.nranks))[group.rank]
@@ -171,6 +195,7 @@ CASES = [
     equal_to_the_plan_of_the_full_ids,
     masks_and_tensors,
     features_kept_apart_by_kind,
+    whatever_plan_visual_accepts,
     wrong_numbers_are_everyones_error,
     few_bytes_travel,
 ]

@@ -9,11 +9,13 @@ import paddle
 import paddle.distributed as dist
 import pytest
 from paddle.autograd import PyLayer
+from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
 from paddle_vl_sp import SeqLayout, add_rows, collectives, plan_visual, replace_rows
 from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.consensus import exchange
+from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.replicas import check_replicas
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.vision import gradients
@@ -523,6 +525,13 @@ def sums_go_in_buckets():
         assert (parameter.main_grad == sum(range(1, group.nranks + 1)) * 10.0**i).all()
 
 
+def no_second_gradient_of_replicated_work():
+    model = tower()
+    features, _ = shared(model, grid_of("two images"), grad="whole", replicate_below=10**6)
+    with pytest.raises(OSError, match="OwnGradient has no second gradient"):
+        paddle.grad(features.sum(), [model.merger.project.weight], create_graph=True)
+
+
 CASES = [
     features_and_gradients_equal_one_process,
     idle_ranks_may_skip,
@@ -545,6 +554,7 @@ CASES = [
     every_wiring_has_the_whole_gradient_and_a_second_sum_is_seen,
     every_wiring_trains_as_one_process,
     paddles_callback_sums_marked_parameters,
+    no_second_gradient_of_replicated_work,
     sum_of_gradients_fills_gaps,
     sums_go_in_buckets,
 ]
@@ -562,6 +572,29 @@ def results(request):
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_all_ranks(results, case):
     hold(results, case)
+
+
+def sums_leave_cut_weights_alone():
+    """Paddle's own tensor-parallel layer behind a norm that every rank has: the norm is summed, the shards are not."""
+    nranks = dist.get_world_size()
+    with enable_tensor_parallel_on_cpu():
+        group = init_tensor_parallel(nranks)
+        column = fleet.meta_parallel.ColumnParallelLinear(4, 3 * nranks, has_bias=True, gather_output=False)
+        model = paddle.nn.Sequential(paddle.nn.LayerNorm(4), column)
+        x = paddle.arange(12, dtype="float32").reshape([3, 4]) ** 2
+        (model(x) ** 2).sum().backward()
+    before = grads(model)
+    sum_parameter_grads(model, group)
+    expected = [collectives.summed(paddle.to_tensor(grad), group).numpy() for grad in before[:2]] + before[2:]
+    for got, wanted in zip(grads(model), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert np.abs(before[2]).max() > 0
+    mark_for_sum(model)
+    return [bool(getattr(parameter, "sequence_parallel", False)) for parameter in model.parameters()]
+
+
+def test_weights_that_are_cut_are_not_summed():
+    assert run_ranks(sums_leave_cut_weights_alone, 2) == [[True, True, False, False]] * 2
 
 
 def test_one_rank_needs_no_group():

@@ -1,5 +1,7 @@
 """A group of one, or none: nobody to talk to, everything is as it came, and errors are raised as they are."""
 
+from unittest import mock
+
 import paddle
 import pytest
 
@@ -8,6 +10,7 @@ from paddle_vl_sp import (
     agree,
     all_gather_rows,
     check_replicas,
+    collectives,
     complete_grad,
     encode_shared,
     plan_visual_local,
@@ -44,6 +47,16 @@ def test_replicas_cannot_differ(group):
     model = paddle.nn.Linear(2, 2)
     assert check_replicas(model, group) == []
     sync_replicas(model, group)
+
+
+def test_no_group_is_nothing_to_tell_in_one_process():
+    model = paddle.nn.Linear(2, 2)
+    with mock.patch.object(collectives, "logger") as logger:
+        agree(None, None)
+        check_replicas(model, None)
+        sync_replicas(model, None)
+        sum_parameter_grads(model, None)
+    logger.warning.assert_not_called()
 
 
 @alone

@@ -148,7 +148,8 @@ def test_what_a_library_was_built_for_is_read_without_loading_it():
 def test_layouts_and_plans_on_the_host_import_no_paddle():
     code = """
 import sys, numpy as np, paddle_vl_sp as v
-v.plan_visual(np.ones((1, 4), dtype=bool), None, v.SeqLayout(4, sp_size=2), sequence_first=True, padded=True).check()
+mask, layout = np.ones((1, 4), dtype=bool), v.SeqLayout(4, sp_size=2)
+v.plan_visual(mask, None, layout, sequence_first=True, num_features=4, padded=True).check()
 print([name for name in sys.modules if name.startswith("paddle") and not name.startswith("paddle_vl_sp")])
 """
     assert python(code)[1] == ["[]"]

@@ -185,3 +185,27 @@ def test_refusals_say_what_was_got_and_what_was_expected(tensor, tokens, placeho
         tokens = paddle.to_tensor(tokens)
     with pytest.raises(ValueError, match=message):
         plan_visual(tokens, placeholders, layout, sequence_first=False, num_features=num_features)
+
+
+def test_a_padded_plan_that_was_not_told_cannot_be_checked():
+    plan = plan_visual(np.array([[IMAGE, 0]]), KINDS, SeqLayout(2), sequence_first=False, padded=True)
+    with pytest.raises(ValueError, match=r"was not told how many feature rows .* its 1 visual tokens: plan_visual"):
+        plan.check()
+
+
+@pytest.mark.parametrize("make", [np.array, paddle.to_tensor])
+def test_a_travelled_plan_is_held_against_the_features_that_are_there(make):
+    arrays = make([1, 3]), make([0, 1])
+    assert VisualPlan.from_indices(*arrays, (1, 4), 2, visual=2).num_features == 2
+    for rows in (1, 5):
+        with pytest.raises(ValueError, match=f"the batch has 2 visual tokens but {rows} feature rows"):
+            VisualPlan.from_indices(*arrays, (1, 4), rows, visual=2)
+
+
+@pytest.mark.parametrize(
+    ("update", "gather"),
+    [([1, 1], [0, 1]), ([1, 2], [1, 1]), ([1, 2], [1, 0]), ([1, 4], [0, 1]), ([1, 2], [0, 2]), ([1, 2], [-1, 0])],
+)
+def test_pairs_on_the_host_that_are_no_plan_are_refused(update, gather):
+    with pytest.raises(ValueError, match="not a plan for 4 rows and 2 feature rows"):
+        VisualPlan.from_indices(np.array(update), np.array(gather), (1, 4), 2)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracle
-from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, ops, plan_visual, replace_rows
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
@@ -358,3 +358,43 @@ def test_pairs_outside_their_tables_are_skipped():
     out.sum().backward()
     assert features.grad.numpy()[:, 0].tolist() == [1, 0, 1]
     assert hidden.grad.numpy()[0, :, 0].tolist() == [1, 0, 0, 1]
+
+
+DOUBLE = {
+    "add": (add_rows, lambda hidden, features, at: hidden + at @ features),
+    "replace": (replace_rows, lambda hidden, features, at: hidden * (1 - at.sum(-1, keepdim=True)) + at @ features),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+@pytest.mark.parametrize("wanted", ["both", "features", "hidden"])
+def test_gradients_of_gradients(name, wanted):
+    """A gradient penalty against the same by a matrix, in float64: 1e-12; of both, and of one alone."""
+    if ops.backend().name != "op":
+        pytest.skip("plain Paddle has no second gradient of scatter, and says so")
+    move, by_matrix = DOUBLE[name]
+    plan = plan_visual(paddle.to_tensor([[False, True, True, False]]), None, SeqLayout(4), sequence_first=False)
+    at = paddle.zeros([4, 2], "float64")
+    at[1, 0] = at[2, 1] = 1.0
+
+    def penalty(way):
+        hidden, features = drawn([1, 4, 3], "float64", 1, False), drawn([2, 3], "float64", 2, False)
+        out = way(hidden * 2, features * features)
+        asked = {"both": [hidden, features], "features": [features], "hidden": [hidden]}[wanted]
+        grads = paddle.grad((out**3).sum(), asked, create_graph=True)
+        sum((grad * grad).sum() for grad in grads).backward()
+        return hidden.grad.numpy(), features.grad.numpy()
+
+    got = penalty(lambda hidden, features: move(hidden, features, plan))
+    for ours, theirs in zip(got, penalty(lambda hidden, features: by_matrix(hidden, features, at)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_in_place_has_no_second_gradient_and_says_so():
+    plan = plan_visual(paddle.to_tensor([[False, True]]), None, SeqLayout(2), sequence_first=False)
+    hidden, features = drawn([1, 2, 3], "float32", 1, False), drawn([1, 3], "float32", 2, False)
+    out = add_rows(hidden * 2, features * features, plan, inplace=True)
+    with pytest.raises((RuntimeError, OSError), match=r"has no second gradient|grad op"):
+        sum(
+            (grad * grad).sum() for grad in paddle.grad((out**3).sum(), [hidden, features], create_graph=True)
+        ).backward()

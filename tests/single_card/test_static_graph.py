@@ -125,12 +125,24 @@ class PublicRows(paddle.nn.Layer):
         return add_rows(replace_rows(hidden, features, plan), features, plan, inplace=True)
 
 
+@pytest.mark.parametrize("serves", ["op", "python"])
 @pytest.mark.parametrize("full_graph", [True, False])
-def test_the_public_functions_inside_a_traced_model(full_graph):
+def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypatch):
+    if serves == "python":
+        monkeypatch.setattr(ops, "backend", lambda: ops.Backend("python", (), "as on a device without operators"))
     graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
     for batch, seq_len in SHAPES:
         inputs = drawn(batch, seq_len)
         assert np.array_equal(graph(*inputs).numpy(), PublicRows()(*inputs).numpy())
+
+
+def test_an_exact_plan_in_a_traced_graph_is_refused():
+    def plan(tokens):
+        return plan_visual(tokens, (1,), SeqLayout(4), sequence_first=True).update_indices
+
+    graph = paddle.jit.to_static(plan, full_graph=True, input_spec=[InputSpec([1, 4], "int64")])
+    with pytest.raises(ValueError, match="an exact plan has a size that is in the data"):
+        graph(paddle.to_tensor([[0, 1, 1, 0]]))
 
 
 @pytest.mark.parametrize(

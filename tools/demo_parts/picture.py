@@ -28,7 +28,7 @@ def draw(figure: Any, found: list[dict[str, Any]]) -> None:
 
 
 def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
-    """mask [B, S]: where a batch's visual tokens are; the plain class cuts the flattened batch."""
+    """mask [B, S]: where a batch's visual tokens are; PaddleFormers' plain classes cut the flattened batch."""
     samples, seq_len = mask.shape
     flat = mask.reshape(1, -1)
     layouts = [SeqLayout(flat.shape[1], sp_size=nranks, sp_rank=rank) for rank in range(nranks)]
@@ -50,8 +50,8 @@ def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
         where = (float(np.flatnonzero(owners == rank).mean()), 0)
         panel.annotate(told, where, (0, 4), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
     figure.suptitle(
-        "Why: each rank has a part of the batch (full colour: visual tokens, pale: text),\n"
-        "and its tower learns from that part alone, unless somebody sums the gradients over the ranks",
+        "Why: sequence parallelism gives each rank a part of every batch (full colour: visual tokens, pale: text),\n"
+        "and its tower learns from that part alone, unless the gradients are summed over the ranks",
         fontsize=11,
     )
     figure.tight_layout(rect=(0, 0, 1, 1.03))
