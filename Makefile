@@ -25,6 +25,7 @@ coverage: $(VENV)/.built
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 
+bench: export PYTHONWARNINGS = ignore
 bench: $(VENV)/.built
 	$(PY) tools/bench/bench_plan.py
 	$(PY) tools/bench/bench_rows.py

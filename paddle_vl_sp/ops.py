@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +15,12 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor
+from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from paddle_vl_sp import by_rule, reference
 from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.log import logger
-
-with warnings.catch_warnings():  # that ccache would build faster, to those who build nothing
-    warnings.simplefilter("ignore")
-    from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 BACKENDS = ("auto", "op", "python")
 SWITCH = "PADDLE_VL_SP_BACKEND"
