@@ -42,7 +42,7 @@ CHECK_PYTHON := import sys; v = sys.version_info[:2]; \
 $(VENV)/.ready: requirements.txt
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	@echo "installing Paddle, PaddleFormers and what the tests need into $(VENV): about 2 GB, some minutes, once"
-	@[ "$$($(PY) -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || $(PYTHON) -m venv --clear $(VENV)
+	@{ $(PY) -m pip --version && [ "$$($(PY) -V)" = "$$($(PYTHON) -V)" ]; } > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --upgrade "pip>=23" "setuptools>=64,<80" wheel
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@

@@ -185,7 +185,7 @@ def check_feature_count(visual: int, num_features: int, kind: str = "visual") ->
 def _check_pairs(plan: VisualPlan) -> None:
     """Of arrays on the host: what row functions take for granted."""
     used = plan.update_indices >= 0
-    update, gather = plan.update_indices[used], plan.gather_indices[used]
+    update, gather = (indices[used].astype(np.int64) for indices in (plan.update_indices, plan.gather_indices))
     unknown = plan.num_features < 0
     in_range = (update < plan.num_rows).all() and ((gather >= 0) & (unknown | (gather < plan.num_features))).all()
     if not in_range or (np.diff(gather) <= 0).any() or (np.bincount(update) > 1).any():

@@ -10,20 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp import traffic
+from paddle_vl_sp.collectives import is_alone
 from paddle_vl_sp.consensus import exchange
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.plan import VisualPlan
 
 Integers = npt.NDArray[np.int64]
 
-COLUMNS = ("own", "visual", "rows", "batch", "levels", "row bytes", "is cut", "is plain", "syncs")
+COLUMNS = ("own", "rows", "batch", "levels", "row bytes", "is cut", "is plain", "syncs")
 PENDING = 1024  # forwards whose counts may stay on the device before they are read
 
 _open: list[RunReport] = []
 
 
 class RunReport:
-    """Counts every training forward with visual tokens while it is open, and waits for no device before it is read.
+    """Counts every training forward with visual tokens while it is open; waits for a device only when it is read.
+
+    (And once in 1024 forwards, so that unread counts do not pile up there.)
 
     ::
 
@@ -36,7 +39,7 @@ class RunReport:
     """
 
     def __init__(self) -> None:
-        self._group: Any = None
+        self._group: Any = None  # that of the first forward
         self._pending: list[tuple[Any, list[int]]] = []  # (counts [2], perhaps on a device; the other columns)
         self._read = np.empty((0, len(COLUMNS)), dtype=np.int64)
         self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
@@ -83,13 +86,22 @@ class RunReport:
 
     def _take_in(self) -> None:
         """Reads the counts that are still where the plans are."""
-        rows = [[*np.asarray(counts).tolist(), *others] for counts, others in self._pending]
+        rows = [[int(np.asarray(counts)[0]), *others] for counts, others in self._pending]
         self._read = np.concatenate([self._read, np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))])
         self._pending.clear()
 
     def _note(self, plan: VisualPlan, others: list[int], group: Any) -> None:
-        if group is not None and group.nranks > 1:
+        group = None if is_alone(group) else group
+        if not self.num_forwards:
             self._group = group
+        if _members(group) != _members(self._group):
+            logger.warning(
+                "a RunReport counts the forwards of one group, that of the first: those of %s are left out, beside %s; "
+                "one report for each",
+                _members(group),
+                _members(self._group),
+            )
+            return
         self._pending.append((plan.counts, others))
         if len(self._pending) >= PENDING:
             self._take_in()
@@ -136,7 +148,7 @@ def note_forward(
         logger.debug("%s", _told(plan, num_levels, group, syncs))
     if not _open or not _is_training():
         return
-    is_cut = group is not None and group.nranks > 1
+    is_cut = not is_alone(group)
     row_bytes = hidden.shape[-1] * hidden.element_size()
     for report in _open:
         report._note(plan, [plan.num_rows, batch, num_levels, row_bytes, int(is_cut), int(is_plain), syncs], group)
@@ -161,6 +173,10 @@ def told(summary: dict[str, Any]) -> str:
     )
 
 
+def _members(group: Any) -> str:
+    return "no group" if group is None else f"ranks {list(group.ranks)}"
+
+
 def _is_training() -> bool:
     import paddle
 
@@ -169,7 +185,7 @@ def _is_training() -> bool:
 
 def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
     """own [ranks, F]: the visual tokens of every rank in every forward; facts [F, columns] of this rank."""
-    _, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs = facts.T
+    _, rows, batch, levels, row_bytes, is_cut, is_plain, syncs = facts.T
     busiest, mean = own.max(axis=0), own.mean(axis=0)
     imbalance = np.divide(busiest, mean, out=np.ones_like(mean), where=mean > 0)
     moved = levels * traffic.bytes_here(rows, busiest, row_bytes)
@@ -177,7 +193,7 @@ def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
     waited = np.maximum(levels * traffic.syncs_upstream(batch, is_cut, is_plain) - syncs, 0)
     return {
         "forwards": len(facts),
-        "visual_tokens": int(visual.sum()),
+        "visual_tokens": int(own.sum()),
         "tokens_of_ranks": own.sum(axis=1).tolist(),
         "imbalance": float(imbalance.mean()) if len(facts) else 1.0,
         "worst_imbalance": float(imbalance.max(initial=1.0)),

@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.cli.answer import Problem
+from paddle_vl_sp.cli.answer import Problem, WrongUse
 from paddle_vl_sp.cli.drawing import saved
 from paddle_vl_sp.cli.quiet import quiet
 from paddle_vl_sp.cli.terminal import Progress
@@ -35,8 +35,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4), help="sequence-parallel ranks")
     parser.add_argument("--pictures", default=".", type=Path, help="the folder for demo.png and demo-owners.png")
     given = parser.parse_args()
-    os.environ |= {"GLOG_minloglevel": "3", "PADDLE_VL_SP_LOG": "warning"}  # the table tells
-    warnings.simplefilter("ignore")
+    if not given.pictures.is_dir():
+        parser.error(f"--pictures {given.pictures}: there is no such folder")
     if importlib.util.find_spec("paddleformers") is None:
         print(
             "this trains PaddleFormers' Qwen3-VL, and paddleformers is not installed: make demo, or\n"
@@ -44,6 +44,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    os.environ |= {"GLOG_minloglevel": "3", "PADDLE_VL_SP_LOG": "warning"}  # the table tells
+    warnings.simplefilter("ignore")
     begin = time.monotonic()
     equal, found = run(given.steps, given.ranks)
     print(table(equal, found))
@@ -166,7 +168,7 @@ def pictures(found: list[dict[str, Any]], folder: Path) -> str:
     try:
         for name, (height, draw) in told.items():
             saved(folder / name, height, draw)
-    except Problem as error:
+    except (Problem, WrongUse) as error:
         return f"no pictures: {error}"
     return f"pictures: {', '.join(str(folder / name) for name in told)}"
 

@@ -25,12 +25,12 @@ FLEET = (
     "if you train on it, see PaddleFormers' installation page for paddlefleet's index: "
     "https://github.com/PaddlePaddle/PaddleFormers"
 )
-OFF = "PADDLE_VL_SP"
+OFF, LOG = "PADDLE_VL_SP", "PADDLE_VL_SP_LOG"
 SWITCHES = {
     OFF: ("0", "1"),
     "PADDLE_VL_SP_BACKEND": ("auto", "op", "python"),
     "PADDLE_VL_SP_CHECK": ("0", "1"),
-    "PADDLE_VL_SP_LOG": ("debug", "info", "warning", "error"),
+    LOG: ("debug", "info", "warning", "error"),
     "PADDLE_VL_SP_REPORT": ("0", "1"),
 }
 
@@ -83,10 +83,16 @@ def first_line(*command: str) -> str:
     return next(iter(done.stdout.splitlines()), f"{command[0]} says nothing")
 
 
+def _word(name: str) -> str:
+    """As the package reads it: the level of the log in any case, or empty."""
+    word = os.environ[name]
+    return (word.lower() or "info") if name == LOG else word
+
+
 def _check_switches() -> Check:
     """An unknown word is taken out of this process's environment, so that the rest can be looked at."""
     told = " ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
-    wrong = [name for name, words in SWITCHES.items() if os.environ.get(name, words[0]).lower() not in words]
+    wrong = [name for name, words in SWITCHES.items() if name in os.environ and _word(name) not in words]
     for name in wrong:
         del os.environ[name]
     if wrong:

@@ -28,9 +28,9 @@ SUFFIXES = (".png", ".svg")
 def saved(path: Path, height: float, draw: Callable[[Any], None]) -> None:
     """Makes a figure of this height in inches, lets `draw` fill it and saves it as the path's suffix says."""
     if path.suffix.lower() not in SUFFIXES:
-        raise WrongUse(f"--out must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        raise WrongUse(f"a picture must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise WrongUse(f"--out {path}: there is no folder {path.parent}")
+        raise WrongUse(f"{path}: there is no folder {path.parent}")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # the first picture on a machine tells of its fonts
     try:
         import matplotlib
@@ -47,7 +47,7 @@ def saved(path: Path, height: float, draw: Callable[[Any], None]) -> None:
         try:
             figure.savefig(path)
         except OSError as error:
-            raise WrongUse(f"--out {path} cannot be written: {error}; give a path that can") from error
+            raise WrongUse(f"{path} cannot be written: {error}; give a path that can") from error
         finally:
             pyplot.close(figure)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from paddle_vl_sp.cli.answer import PROBLEM, Answer, Problem, WrongUse
 from paddle_vl_sp.cli.check_install import FORMERS
@@ -80,14 +82,22 @@ def _check(arguments: argparse.Namespace) -> None:
             )
 
 
-def _named_in(config: Path) -> str:
-    """The file to execute that the configuration names; JSON is YAML. What cannot be read is PaddleFormers' to tell."""
+def _yaml(text: str) -> Any:
     if importlib.util.find_spec("yaml") is None:  # PaddleFormers brings it
-        return ""
+        return None
     import yaml
 
     try:
-        read = yaml.safe_load(config.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _named_in(config: Path) -> str:
+    """The file to execute that the configuration names. What cannot be read is PaddleFormers' to tell."""
+    text = config.read_text(encoding="utf-8", errors="replace")
+    try:
+        read = json.loads(text) if config.suffix == ".json" else _yaml(text)
+    except ValueError:
         return ""
     return str(read.get(KEY) or "") if isinstance(read, dict) else ""

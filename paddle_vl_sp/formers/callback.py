@@ -50,15 +50,17 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.stop()
-        VisualReport._at_work = None
+        if VisualReport._at_work is self:
+            VisualReport._at_work = None
         self.summary = self.run.read()
         logger.info("%s", told(self.summary))
 
 
 def report_to(trainer: Any) -> VisualReport:
-    """Puts a VisualReport before all other callbacks of the trainer, so that they log its scalars."""
-    report = VisualReport()
-    trainer.callback_handler.callbacks.insert(0, report)
+    """Puts a VisualReport, the trainer's if it has one, before all other callbacks, so that they log its scalars."""
+    callbacks = trainer.callback_handler.callbacks
+    report = next((each for each in callbacks if isinstance(each, VisualReport)), None) or VisualReport()
+    callbacks[:] = [report, *(each for each in callbacks if not isinstance(each, VisualReport))]
     return report
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ import paddle
 from paddle_vl_sp.comm import complete_grad
 from paddle_vl_sp.formers import shared_tower
 from paddle_vl_sp.formers.deepstack import Rows, adds_by_plan, tensor_parallel_group
-from paddle_vl_sp.formers.fingerprint import OURS
 from paddle_vl_sp.formers.loader import LoadedPlans
 from paddle_vl_sp.joint import joint_features
 from paddle_vl_sp.layout import SeqLayout
@@ -22,6 +22,7 @@ from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.rows import replace_rows
 from paddle_vl_sp.run_report import note_forward
 
+HANDED = "_paddle_vl_sp_visual"
 KINDS = {  # kind: (its pixels, its grid, the method that encodes it)
     "image": ("pixel_values", "image_grid_thw", "get_image_features"),
     "video": ("pixel_values_videos", "video_grid_thw", "get_video_features"),
@@ -30,7 +31,7 @@ KINDS = {  # kind: (its pixels, its grid, the method that encodes it)
 
 @dataclass(frozen=True, eq=False)
 class Visual:
-    """What the model's forward hands to the text model's, as its keyword `visual`."""
+    """What the model's forward hands to the text model's, past whatever stands between the two."""
 
     mask: Any  # bool [B, S]
     plan: VisualPlan | None  # of the uncut sequence; None: to be made from the mask
@@ -48,7 +49,10 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
         kinds = [kind for kind, (pixels, _, _) in KINDS.items() if given.get(pixels) is not None]
-        if given.get("input_ids") is None or not kinds or not inserts_by_plan(self):
+        if given.get("input_ids") is None or not kinds:
+            return original(self, *args, **kwargs)
+        if has_own_mask(self):
+            shared_tower.refuse_own_mask(self)
             return original(self, *args, **kwargs)
         embeds = given.get("inputs_embeds")
         if embeds is None:
@@ -57,16 +61,30 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         given["inputs_embeds"], visual = _inserted(embeds, features, given["input_ids"], self.config, loaded)
         for kind in kinds:
             given[KINDS[kind][0]] = None
-        return original(*call.args, **call.kwargs, visual=visual)
+        with _handed(self.language_model, visual):
+            return original(*call.args, **call.kwargs)
 
     return forward
 
 
-def inserts_by_plan(model: Any) -> bool:
-    """Whether no subclass has put its own in between: it would miss what the original hands on."""
-    owner: Any = next(each for each in type(model).__mro__ if hasattr(each.__dict__.get("forward"), OURS))
-    own_mask = type(model).get_placeholder_mask is not owner.get_placeholder_mask
-    return hasattr(model.language_model.forward, OURS) and not own_mask
+def has_own_mask(model: Any) -> bool:
+    """Whether a subclass says itself where the features go: then PaddleFormers' forward must ask it."""
+    return bool(type(model).get_placeholder_mask.__module__.partition(".")[0] != "paddleformers")
+
+
+@contextmanager
+def _handed(text_model: Any, visual: Visual) -> Iterator[None]:
+    """Lays it beside the text model: a keyword would not pass a subclass or a wrapper that hands on what it knows."""
+    text_model.__dict__[HANDED] = visual
+    try:
+        yield
+        if HANDED in text_model.__dict__ and visual.levels:
+            raise ValueError(
+                f"the forward of {type(text_model).__name__} did not reach PaddleFormers' own, which adds the "
+                "deepstack features: call super().forward, or leave paddle_vl_sp out (PADDLE_VL_SP=0)"
+            )
+    finally:
+        text_model.__dict__.pop(HANDED, None)
 
 
 def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,13 +92,15 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, visual: Visual | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
-        visual = visual or _handed_over(given)
+        visual = self.__dict__.pop(HANDED, None) or _handed_over(given)
         if visual is None or not visual.levels:
             return original(*call.args, **call.kwargs)
-        plan, levels = _of_this_rank(visual, self.config.sequence_parallel)
+        embeds = given.get("inputs_embeds")
+        like = visual.levels[0] if embeds is None else embeds
+        plan, levels = _of_this_rank(visual, self.config.sequence_parallel, like)
         given["visual_pos_masks"] = Rows(plan, visual.mask) if adds_by_plan(self) else visual.mask
         given["deepstack_visual_embeds"] = levels
         return original(*call.args, **call.kwargs)
@@ -139,17 +159,16 @@ def _handed_over(given: dict[str, Any]) -> Visual | None:
     return Visual(mask, None, list(levels))
 
 
-def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, list[Any]]:
+def _of_this_rank(visual: Visual, sequence_parallel: bool, hidden: Any) -> tuple[VisualPlan, list[Any]]:
     """The plan of the text model's hidden states; under sequence parallelism, a cut of the flattened batch [B * S]."""
     batch, seq_len = visual.mask.shape
-    main, num_levels = visual.levels[0], len(visual.levels)
-    num_features = main.shape[0]
+    num_features, num_levels = visual.levels[0].shape[0], len(visual.levels)
     syncs = 0 if visual.loaded else 1
     if not sequence_parallel:
         plan = visual.plan or plan_visual(
             visual.mask, None, SeqLayout(seq_len), sequence_first=False, num_features=num_features
         )
-        note_forward(plan, main, batch=batch, num_levels=num_levels, syncs=syncs, is_plain=True)
+        note_forward(plan, hidden, batch=batch, num_levels=num_levels, syncs=syncs, is_plain=True)
         return plan, visual.levels
     group = tensor_parallel_group()
     layout = SeqLayout(batch * seq_len, sp_size=group.nranks, sp_rank=group.rank)
@@ -160,5 +179,5 @@ def _of_this_rank(visual: Visual, sequence_parallel: bool) -> tuple[VisualPlan, 
         plan = plan_visual(flat, None, layout, sequence_first=False, num_features=num_features)
     if visual.plan and not visual.loaded:
         syncs += 1  # for the plan of the uncut sequence
-    note_forward(plan, main, batch=batch, num_levels=num_levels, group=group, syncs=syncs, is_plain=True)
+    note_forward(plan, hidden, batch=batch, num_levels=num_levels, group=group, syncs=syncs, is_plain=True)
     return plan, complete_grad(visual.levels, plan, group)

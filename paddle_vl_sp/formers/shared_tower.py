@@ -43,24 +43,23 @@ def plain_model_of(model: Any) -> Any:
     """The layer that encodes and inserts, by a forward of ours."""
     for layer in model.sublayers(include_self=True):
         if hasattr(type(layer).forward, OURS) and hasattr(layer, "visual"):
-            return _without_own_methods(layer)
+            refuse_own_mask(layer, is_to_be_shared=True)
+            return layer
     raise ValueError(
         f"vision_dp needs a plain Qwen3-VL model whose methods are replaced, got {type(model).__name__}: the tower of "
         "the model on PaddleFleet is tensor-parallel over the same ranks, so its images cannot be shared among them"
     )
 
 
-def _without_own_methods(inner: Any) -> Any:
-    """A subclass whose own methods PaddleFormers' forward must ask has its images encoded there, by every rank."""
-    from paddle_vl_sp.formers.plain import inserts_by_plan
+def refuse_own_mask(inner: Any, is_to_be_shared: bool = False) -> None:
+    """PaddleFormers' own forward, which such a subclass needs, has every rank encode every image."""
+    from paddle_vl_sp.formers.plain import has_own_mask
 
-    if not inserts_by_plan(inner):
+    if (is_to_be_shared or is_shared(inner)) and has_own_mask(inner):
         raise ValueError(
-            "vision_dp=True with a subclass that has its own get_placeholder_mask, or a text model with its own "
-            f"forward ({type(inner).__name__}, {type(inner.language_model).__name__}): such a model is run by "
-            "PaddleFormers' own forward, which shares nothing; leave vision_dp out"
+            f"vision_dp=True with a subclass that has its own get_placeholder_mask ({type(inner).__name__}): "
+            "PaddleFormers' own forward runs it, which shares nothing; leave vision_dp out"
         )
-    return inner
 
 
 def _check_marks(tower: Any) -> None:

@@ -143,7 +143,7 @@ def test_rank_colours_can_be_told_apart_without_red_and_green():
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--out", "a.gif", *BATCH), "--out must end in .png or .svg"),
+        (("--out", "a.gif", *BATCH), "a picture must end in .png or .svg"),
         (("--out", "no-such/a.png", *BATCH), "there is no folder no-such"),
         (("--out", "a.png", "--kind", "bench"), "needs --bench FILE"),
         (("--out", "a.png", "--kind", "bench", "--bench", "gone.json"), "cannot be read"),

@@ -57,6 +57,7 @@ WRITTEN = {
     "quoted": "'custom_register_path': /mine.py\n",
     "flow": "{stage: VL-SFT, custom_register_path: /mine.py}\n",
     "json": '{"stage": "VL-SFT", "custom_register_path": "/mine.py"}',
+    "json with tabs": '{\n\t"custom_register_path": "/mine.py"\n}',
     "setting": "stage: VL-SFT\n",
 }
 
@@ -65,6 +66,9 @@ WRITTEN = {
 def test_another_registered_file_is_not_dropped(config, where, capsys):
     """PaddleFormers takes one: exit code 2, with what to write into that file."""
     arguments = ["run", "--dry-run", "train", str(config)]
+    if where.startswith("json"):
+        config = config.with_suffix(".json")
+        arguments[-1] = str(config)
     config.write_text(WRITTEN[where])
     if where == "setting":
         arguments.append("custom_register_path=/mine.py")

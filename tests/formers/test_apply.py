@@ -281,17 +281,23 @@ def test_vision_dp_marks_and_unmarks():
 
 
 def test_vision_dp_refuses_models_that_upstream_runs():
-    """A text model with its own forward: the tower would be run by all, and its gradients summed."""
+    """Their tower would be run by all, and its gradients summed: at once, and where the class changes later."""
 
-    class Own(modeling.Qwen3VLTextModel):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+    class Own(modeling.Qwen3VLModelDeprecated):
+        def get_placeholder_mask(self, *args, **kwargs):
+            return super().get_placeholder_mask(*args, **kwargs)
 
     model = tiny.tiny_qwen3_vl()
     model.model.language_model.config.sequence_parallel = True
-    model.model.language_model.__class__ = Own
-    with pytest.raises(ValueError, match=r"a text model with its own forward .*Own.* leave vision_dp out"):
+    inner, known = model.model, type(model.model)
+    inner.__class__ = Own
+    with pytest.raises(ValueError, match=r"its own get_placeholder_mask \(Own\).* leave vision_dp out"):
         apply_to_qwen3_vl(model, vision_dp=True)
+    inner.__class__ = known
+    apply_to_qwen3_vl(model, vision_dp=True)
+    inner.__class__ = Own
+    with pytest.raises(ValueError, match="its own get_placeholder_mask"):
+        loss_of(model, tiny.draw_batch(SAMPLES["image"]))
 
 
 def ran(code, **environment):

@@ -213,9 +213,70 @@ class OwnMask(modeling.Qwen3VLModelDeprecated):
         return super().get_placeholder_mask(*args, **kwargs)
 
 
-@pytest.mark.parametrize("part", [OwnText, OwnMask])
+class Narrow(modeling.Qwen3VLTextModel):
+    """Takes what PaddleFormers' model hands over, by name."""
+
+    def forward(
+        self,
+        input_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        cache_position=None,
+        visual_pos_masks=None,
+        deepstack_visual_embeds=None,
+        **_,
+    ):
+        return super().forward(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_pos_masks=visual_pos_masks,
+            deepstack_visual_embeds=deepstack_visual_embeds,
+            return_dict=True,
+        )
+
+
+class Deaf(modeling.Qwen3VLTextModel):
+    def forward(self, inputs_embeds=None, **_):
+        return modeling.BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+
+
+@pytest.mark.parametrize("kind", ["several", "both"])
+@pytest.mark.parametrize("target", ["Qwen3VLTextModel", "Qwen3VLModelDeprecated"])
+def test_wrappers_put_over_ours_change_nothing(target, kind, monkeypatch):
+    """Bit-exact: a timer, say, that knows nothing of us and keeps no attributes.
+
+    PaddleFormers' metaclass drops return_dict on the way to it, with us or without.
+    """
+    batch = tiny.draw_batch(SAMPLES[kind], 96, seed=3)
+    model = tiny.tiny_qwen3_vl()
+    with apply_to_qwen3_vl():
+        wanted = float(loss_of(model, batch))
+        owner = getattr(modeling, target)
+        inner = owner.forward
+        monkeypatch.setattr(
+            owner, "forward", lambda self, *a, **named: inner(self, *a, **{**named, "return_dict": True})
+        )
+        assert float(loss_of(model, batch)) == wanted
+        monkeypatch.undo()
+
+
+def test_a_text_model_that_never_calls_paddleformers_is_an_error():
+    """It would train without deepstack."""
+    model = tiny.tiny_qwen3_vl()
+    model.language_model.__class__ = Deaf
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match="the forward of Deaf did not reach PaddleFormers' own"):
+        loss_of(model, batches(1)[0])
+    assert "_paddle_vl_sp_visual" not in vars(model.language_model)
+
+
+@pytest.mark.parametrize("part", [OwnText, Narrow, OwnMask])
 def test_subclasses_with_methods_of_their_own_are_asked(part):
-    """Bit-exact: upstream's forward runs, and deepstack is added by plan all the same."""
+    """Bit-exact; deepstack is added by plan all the same."""
 
     def run():
         model = tiny.tiny_qwen3_vl()

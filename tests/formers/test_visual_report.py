@@ -132,6 +132,16 @@ def test_trainings_do_not_mix(tmp_path, caplog):
     assert sum("forwards with" in message for message in caplog.messages) == 2
 
 
+def test_asked_for_twice_it_is_there_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", [*trainer_module.DEFAULT_CALLBACKS, VisualReport])
+    trainer = a_trainer(tmp_path)
+    report = report_to(trainer)
+    assert report_to(trainer) is report
+    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, VisualReport)]
+    assert found == [report]
+    assert trainer.callback_handler.callbacks[0] is report
+
+
 def test_logs_of_an_evaluation_are_left_alone():
     report, logs = VisualReport(), {"eval_loss": 1.0}
     report.on_train_begin(None, None, None)

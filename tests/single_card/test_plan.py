@@ -202,6 +202,13 @@ def test_a_travelled_plan_is_held_against_the_features_that_are_there(make):
             VisualPlan.from_indices(*arrays, (1, 4), rows, visual=2)
 
 
+def test_what_travelled_without_a_kind_of_its_own():
+    """An empty array of a batch of text, and unsigned indices."""
+    assert VisualPlan.from_indices(np.array([]), np.array([]), (1, 4), 0).counts.tolist() == [0, 0]
+    unsigned = np.array([1, 2], np.uint64)
+    assert VisualPlan.from_indices(unsigned, unsigned - np.uint64(1), (1, 4), 2).counts.tolist() == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("update", "gather"),
     [([1, 1], [0, 1]), ([1, 2], [1, 1]), ([1, 2], [1, 0]), ([1, 4], [0, 1]), ([1, 2], [0, 2]), ([1, 2], [-1, 0])],

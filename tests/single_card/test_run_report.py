@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from paddle_vl_sp import RunReport, SeqLayout, note_forward, plan_visual, run_report
 from paddle_vl_sp.cli.batch import Batch
 from paddle_vl_sp.cli.costs import Model, costs_of
+from paddle_vl_sp.testing import FakeGroup
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 from timing import counted_syncs
@@ -54,10 +55,10 @@ def test_counts_of_one_rank():
     }
 
 
-def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs):
+def oracle(own, rows, batch, levels, row_bytes, is_cut, is_plain, syncs):
     """The same dict, forward by forward."""
     ratios, empty, here, avoided, waited, spared = [], [], 0, 0, 0, 0
-    for f in range(len(visual)):
+    for f in range(len(rows)):
         counts = [rank[f] for rank in own]
         busiest = max(counts)
         ratios.append(busiest / (sum(counts) / len(counts)) if sum(counts) else 1.0)
@@ -71,8 +72,8 @@ def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs)
         waited += syncs[f]
         spared += max(levels[f] * searches - syncs[f], 0)
     return {
-        "forwards": len(visual),
-        "visual_tokens": sum(visual),
+        "forwards": len(rows),
+        "visual_tokens": sum(map(sum, own)),
         "tokens_of_ranks": [sum(rank) for rank in own],
         "imbalance": sum(ratios) / len(ratios) if ratios else 1.0,
         "worst_imbalance": max(ratios, default=1.0),
@@ -85,13 +86,13 @@ def oracle(own, visual, rows, batch, levels, row_bytes, is_cut, is_plain, syncs)
 
 
 numbers = st.integers(0, 1000)
-a_forward = st.tuples(*[numbers] * 5, st.booleans(), st.booleans(), st.integers(0, 20))
+a_forward = st.tuples(*[numbers] * 4, st.booleans(), st.booleans(), st.integers(0, 20))
 
 
 @given(st.lists(a_forward, max_size=5), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_summary_over_ranks_against_the_slow_way(forwards, nranks, draw):
     own = [[draw.choice([0, draw.randrange(1000)]) for _ in forwards] for _ in range(nranks)]
-    facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 9)
+    facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 8)
     got = run_report._summary(np.array(own, np.int64).reshape(nranks, -1), facts)
     wanted = oracle(own, *(column.tolist() for column in facts.T[1:]))
     assert got.keys() == wanted.keys()
@@ -104,7 +105,7 @@ def test_the_numbers_are_those_of_inspect():
     costs = costs_of(Batch(mask, (), layouts), Model(WIDTH, 4, LEVELS))
     plans = [plan_visual(mask, None, layout, sequence_first=True) for layout in layouts]
     own = np.array([[len(plan.update_indices)] for plan in plans])
-    facts = np.array([[own[0, 0], mask.sum(), 16, 2, LEVELS, WIDTH * 4, 1, 0, 1]])
+    facts = np.array([[own[0, 0], 16, 2, LEVELS, WIDTH * 4, 1, 0, 1]])
     got = run_report._summary(own, facts)
     layer, syncs = costs["deepstack_layer"], costs["syncs"]
     assert got["bytes_here"] == LEVELS * layer["bytes_here"]
@@ -128,6 +129,14 @@ def test_windows_and_what_is_outside():
     assert report.read(3)["visual_tokens"] == sum(int(some_mask(seed=seed).sum()) for seed in (3, 4))
 
 
+def test_a_report_is_of_one_group(caplog):
+    with RunReport() as report, caplog.at_level(logging.WARNING, "paddle_vl_sp"):
+        forward(some_mask())
+        forward(some_mask(), SeqLayout(12, sp_size=2, sp_rank=1), group=FakeGroup(1, 2))
+    assert report.num_forwards == 1
+    assert "those of ranks [0, 1] are left out, beside no group" in caplog.text
+
+
 def test_two_reports_at_once():
     with RunReport() as whole:
         forward(some_mask())
@@ -139,7 +148,7 @@ def test_two_reports_at_once():
 def test_nothing_was_seen():
     with RunReport() as report:
         forward(np.zeros((2, 12), bool))
-    assert report.read() == oracle([[]], *[[]] * 8)
+    assert report.read() == oracle([[]], *[[]] * 7)
     assert "0 forwards" in run_report.told(report.read())
 
 
