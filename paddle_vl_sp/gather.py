@@ -13,6 +13,7 @@ from paddle.autograd import PyLayer
 from paddle.base import core
 
 from paddle_vl_sp import collectives, ops
+from paddle_vl_sp.float16 import moved
 from paddle_vl_sp.once import differentiable_once
 from paddle_vl_sp.uneven import Indices, UnevenRows
 
@@ -124,6 +125,4 @@ def _taken(x: Tensor, index: Indices) -> Tensor:
     if size == 0 or bool((np.diff(index) == 1).all()):
         return x if size == x.shape[0] else x[first : first + size]
     at = ops.on_place(index, x.place)
-    if x.place.is_cpu_place() and x.dtype == paddle.float16:  # the CPU has no such gather
-        return paddle.gather(x.astype("float32"), at).astype("float16")
-    return paddle.gather(x, at)
+    return moved(lambda rows: paddle.gather(rows, at), x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import index as as_int
@@ -192,6 +192,15 @@ def _integer(name: str, value: object) -> int:
         return as_int(value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def of_all_ranks(layout: SeqLayout) -> list[SeqLayout]:
+    """The same cut for every rank, cp rank after cp rank, within one cp rank sp rank after sp rank."""
+    return [
+        replace(layout, cp_rank=cp_rank, sp_rank=sp_rank)
+        for cp_rank in range(layout.cp_size)
+        for sp_rank in range(layout.sp_size)
+    ]
 
 
 def _check_rank(kind: str, rank: int, size: int) -> None:

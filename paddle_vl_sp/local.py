@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.consensus import agree_on, exchange, fingerprint, hold_same
-from paddle_vl_sp.layout import SeqLayout, consecutive
+from paddle_vl_sp.layout import SeqLayout, consecutive, of_all_ranks
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, checked_ids
 
 Integers = npt.NDArray[np.int64]
@@ -186,8 +186,7 @@ def _check_totals(totals: Integers, expected: list[int]) -> None:
 
 
 def _all_parts(layout: SeqLayout) -> list[Integers]:
-    ranks = [(cp, sp) for cp in range(layout.cp_size) for sp in range(layout.sp_size)]
-    return [replace(layout, cp_rank=cp, sp_rank=sp).intervals() for cp, sp in ranks]
+    return [share.intervals() for share in of_all_ranks(layout)]
 
 
 def _most_runs(parts: list[Integers]) -> int:

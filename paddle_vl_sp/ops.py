@@ -18,7 +18,7 @@ from paddle import Tensor
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from paddle_vl_sp import by_rule, reference
-from paddle_vl_sp.choices import check_choice
+from paddle_vl_sp.choices import check_choice, is_on
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.log import logger
 
@@ -65,10 +65,7 @@ def backend() -> Backend:
 
 def checking() -> bool:
     """Whether PADDLE_VL_SP_CHECK=1 asks for comparisons with the usual ways, asked anew every time."""
-    value = os.environ.get(CHECK, "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"{CHECK} must be 0 or 1, got {value!r}")
-    return value == "1"
+    return is_on(CHECK, "0")
 
 
 class OperatorsUnavailable(ImportError):
@@ -100,8 +97,8 @@ def _load_operators(folder: Path) -> dict[str, str]:
     if not libraries:
         raise OperatorsUnavailable(f"there are no compiled operators in {folder}")
     info = build_info(libraries[-1])
-    running = {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
-    if {key: info.get(key) for key in running} != running:  # loading it could abort the process
+    running = running_paddle()
+    if not is_built_for(running, info):  # loading it could abort the process
         raise OperatorsUnavailable(
             f"the operators were built for Paddle {info.get('paddle')} ({info.get('commit')}), "
             f"this is {running['paddle']} ({running['commit']})"
@@ -111,6 +108,14 @@ def _load_operators(folder: Path) -> dict[str, str]:
     except (OSError, RuntimeError, ValueError) as error:
         raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}") from error
     return info
+
+
+def running_paddle() -> dict[str, str]:
+    return {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
+
+
+def is_built_for(running: dict[str, str], info: dict[str, str]) -> bool:
+    return {key: info.get(key) for key in running} == running
 
 
 def build_info(library: Path) -> dict[str, str]:

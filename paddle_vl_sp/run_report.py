@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from array import array
+from bisect import bisect_left
 from types import TracebackType
 from typing import Any
 
@@ -41,12 +43,12 @@ class RunReport:
     def __init__(self) -> None:
         self._group: Any = None  # that of the first forward
         self._pending: list[tuple[Any, list[int]]] = []  # (counts [2], perhaps on a device; the other columns)
-        self._read = np.empty((0, len(COLUMNS)), dtype=np.int64)
+        self._read = array("q")  # row after row of COLUMNS
         self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
 
     @property
     def num_forwards(self) -> int:
-        return len(self._read) + len(self._pending)
+        return len(self._read) // len(COLUMNS) + len(self._pending)
 
     @property
     def is_open(self) -> bool:
@@ -76,7 +78,7 @@ class RunReport:
         vision_imbalance  of the tower's work, where it was shared out: mean
         """
         self._take_in()
-        facts = self._read[since:]
+        facts = np.array(self._read[since * len(COLUMNS) :], dtype=np.int64).reshape(-1, len(COLUMNS))
         own = facts[:, 0][None]  # [ranks, F]
         if self._group is not None:
             num = int(exchange([len(facts)], self._group).min())
@@ -86,8 +88,8 @@ class RunReport:
 
     def _take_in(self) -> None:
         """Reads the counts that are still where the plans are."""
-        rows = [[int(np.asarray(counts)[0]), *others] for counts, others in self._pending]
-        self._read = np.concatenate([self._read, np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))])
+        for counts, others in self._pending:
+            self._read.extend([int(np.asarray(counts)[0]), *others])
         self._pending.clear()
 
     def _note(self, plan: VisualPlan, others: list[int], group: Any) -> None:
@@ -107,7 +109,7 @@ class RunReport:
             self._take_in()
 
     def _vision(self, since: int) -> dict[str, float]:
-        shares = [imbalance for forward, imbalance in self._shares if forward >= since]
+        shares = [imbalance for _, imbalance in self._shares[bisect_left(self._shares, (since,)) :]]
         return {"vision_imbalance": float(np.mean(shares))} if shares else {}
 
     def __enter__(self) -> RunReport:

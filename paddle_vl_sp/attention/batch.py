@@ -10,8 +10,8 @@ import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.attention.float16 import moved
 from paddle_vl_sp.attention.padding import checked_bounds, source_places
+from paddle_vl_sp.float16 import moved
 from paddle_vl_sp.layout import SeqLayout
 
 IGNORE = -100  # the label of a place without one

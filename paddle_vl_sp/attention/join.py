@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp.attention.exchange import Group, gather_shares
-from paddle_vl_sp.attention.float16 import moved
 from paddle_vl_sp.attention.padding import checked_bounds, source_places
 from paddle_vl_sp.collectives import summed
-from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.float16 import moved
+from paddle_vl_sp.layout import SeqLayout, of_all_ranks
 from paddle_vl_sp.once import differentiable_once
 
 
@@ -89,8 +88,4 @@ def _all_shares(layout: SeqLayout, group: Group) -> list[SeqLayout]:
             f"the group must hold all {layout.cp_size} x {layout.sp_size} ranks of the layout, this one being number "
             f"{place}; it says rank {group.rank} of {group.nranks}"
         )
-    return [
-        replace(layout, cp_rank=cp_rank, sp_rank=sp_rank)
-        for cp_rank in range(layout.cp_size)
-        for sp_rank in range(layout.sp_size)
-    ]
+    return of_all_ranks(layout)

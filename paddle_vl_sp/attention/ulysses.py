@@ -13,8 +13,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp.attention.exchange import Group, all_to_all
-from paddle_vl_sp.attention.float16 import moved
 from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
+from paddle_vl_sp.float16 import moved
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.once import differentiable_once
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.cli.answer import WrongUse
-from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout
+from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, of_all_ranks
 
 PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
 QWEN3_VL_IDS = (151655, 151656)
@@ -83,13 +83,8 @@ def layouts_of(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence
     if arguments.cp < 1 or arguments.sp < 1:
         raise WrongUse(f"--cp and --sp must be at least 1, got {arguments.cp} and {arguments.sp}")
     cut: dict[str, Any] = {"cp_mode": arguments.mode, "remainder": arguments.remainder, "cu_seqlens": cu_seqlens}
-    sizes = {"cp_size": arguments.cp, "sp_size": arguments.sp}
     try:
-        return [
-            SeqLayout(seq_len, cp_rank=cp, sp_rank=sp, **sizes, **cut)
-            for cp in range(arguments.cp)
-            for sp in range(arguments.sp)
-        ]
+        return of_all_ranks(SeqLayout(seq_len, cp_size=arguments.cp, sp_size=arguments.sp, **cut))
     except ValueError as error:
         raise WrongUse(str(error).replace("remainder='front'", "--remainder front")) from error
 

@@ -60,8 +60,8 @@ def check_parity() -> Check:
 
 def _built_for(library: Path) -> Check:
     info = ops.build_info(library)
-    running = {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
-    if any(info.get(key) != value for key, value in running.items()):
+    running = ops.running_paddle()
+    if not ops.is_built_for(running, info):
         told = f"{library.name} was built for Paddle {_short(info)}, this is {_short(running)}: it is not loaded"
         return Check(FAIL, "operators", told, ops.rebuild())
     if paddle.is_compiled_with_cuda() and info["cuda"] == "0":

@@ -10,7 +10,7 @@ from typing import Any
 from paddle_vl_sp.cli.check_install import FLEET, FORMERS, importable
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 from paddle_vl_sp.formers import apply_to_qwen3_vl
-from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, OURS, SIGNATURES, fingerprint, formers_version, unknown
+from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, OURS, fingerprint, formers_version, leant_on, unknown
 from paddle_vl_sp.formers.patch import FAMILIES, SWITCH, Family, switched_off
 from paddle_vl_sp.formers.report import ABSENT
 
@@ -55,8 +55,7 @@ def _methods(family: Family, module: Any) -> Iterator[Check]:
         if owner is None:
             yield Check(FAIL, owner_name, f"not in {family.module} of paddleformers {formers_version()}", MEND)
             continue
-        leant_on = [name.partition(".")[2] for name in SIGNATURES if name.startswith(f"{owner_name}.")]
-        for method in [*methods, *leant_on]:
+        for method in [*methods, *leant_on(owner_name)]:
             yield _verdict(owner, method, "would be replaced" if method in methods else "is leant on")
 
 

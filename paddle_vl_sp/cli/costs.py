@@ -10,7 +10,7 @@ import numpy as np
 from paddle_vl_sp import traffic
 from paddle_vl_sp.cli.batch import MERGE, Batch
 from paddle_vl_sp.plan import VisualPlan, plan_visual
-from paddle_vl_sp.vision.share import POLICIES, share_images, tower_alpha, vision_items
+from paddle_vl_sp.vision.share import POLICIES, imbalance, share_images, tower_alpha, vision_items
 
 ALPHA = tower_alpha(1152, 4304)  # of Qwen3-VL's tower
 HEAD = 6
@@ -53,12 +53,6 @@ def costs_of(batch: Batch, model: Model) -> dict[str, Any]:
 def layout_of(batch: Batch) -> dict[str, Any]:
     one = batch.layouts[0]
     return {"cp_size": one.cp_size, "cp_mode": one.cp_mode, "sp_size": one.sp_size, "remainder": one.remainder}
-
-
-def imbalance(loads: list[int] | list[float]) -> float:
-    """The largest over the mean: 1.0 is perfect; of nothing, 1.0."""
-    total = sum(loads)
-    return max(loads) * len(loads) / total if total else 1.0
 
 
 def vision_of(batch: Batch, model: Model) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.cli.batch import Batch
-from paddle_vl_sp.cli.costs import Model, imbalance, plans_of, vision_of
+from paddle_vl_sp.cli.costs import Model, plans_of, vision_of
 from paddle_vl_sp.cli.drawing import BLUE, GREEN, GREY, ORANGE, rank_colours
+from paddle_vl_sp.vision.share import imbalance
 
 COLUMNS = 1600  # a picture has no more
 PALE = 0.2  # how much of its colour text keeps

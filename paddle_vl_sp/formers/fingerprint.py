@@ -35,6 +35,11 @@ KNOWN_VERSIONS = ("1.2.0",)
 OURS = "_paddle_vl_sp_original"  # on a function of ours: what it replaces
 
 
+def leant_on(owner_name: str) -> list[str]:
+    """The methods of a class that ours call."""
+    return [name.partition(".")[2] for name in SIGNATURES if name.startswith(f"{owner_name}.")]
+
+
 def fingerprint(function: Callable[..., Any]) -> str:
     """The first 16 hexadecimal digits of the sha256 of the function's source; "no source" where there is none."""
     try:

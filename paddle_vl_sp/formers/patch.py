@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from paddle_vl_sp import ops
-from paddle_vl_sp.choices import check_choice
+from paddle_vl_sp.choices import check_choice, is_on
 from paddle_vl_sp.formers import deepstack, fleet_layer, plain
-from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, SIGNATURES, formers_version, unknown
+from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, formers_version, leant_on, unknown
 from paddle_vl_sp.formers.norms import mark_head_norms, text_init
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.formers.standing import Change, Make, replace, share, take_back
@@ -120,10 +119,7 @@ def _announce(report: PatchReport) -> None:
 
 
 def switched_off() -> bool:
-    value = os.environ.get(SWITCH, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"{SWITCH} must be 0 or 1, got {value!r}")
-    return value == "0"
+    return not is_on(SWITCH, "1")
 
 
 def _loaded(lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
@@ -184,8 +180,7 @@ def _changes(family: Family, module: Any) -> list[str]:
         if owner is None:
             changes.append(f"{family.module} has no {owner_name}")
             continue
-        relied_on = [name.partition(".")[2] for name in SIGNATURES if name.startswith(f"{owner_name}.")]
-        changes += [why for method in [*methods, *relied_on] if (why := unknown(owner, method))]
+        changes += [why for method in [*methods, *leant_on(owner_name)] if (why := unknown(owner, method))]
     return changes
 
 

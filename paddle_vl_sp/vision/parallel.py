@@ -117,6 +117,7 @@ class _OwnGradient(PyLayer):  # type: ignore[misc]
 
 
 def _check_choices(encode: Any, group: Any, idle: str, grad: str, mode: str) -> None:
-    for name, value, choices in (("idle", idle, IDLE), ("grad", grad, GRADS), ("mode", mode, ("auto", *MODES))):
-        check_choice(name, value, choices)
+    check_choice("idle", idle, IDLE)
+    check_choice("grad", grad, GRADS)
+    check_choice("mode", mode, ("auto", *MODES))
     refuse_tensor_parallel(encode, group)

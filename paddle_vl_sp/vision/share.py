@@ -43,8 +43,7 @@ class VisionShare:
     @property
     def imbalance(self) -> float:
         """The largest load over the mean load: 1.0 is perfect, num_ranks means that one rank does it all."""
-        total = sum(self.loads)
-        return max(self.loads) * self.num_ranks / total if total else 1.0
+        return imbalance(self.loads)
 
     @cached_property
     def rows(self) -> UnevenRows:
@@ -74,6 +73,12 @@ class VisionShare:
             moved = [f"{mode} {self.rows.wire_rows(mode) * row_bytes * ring / 2**20:.1f} MiB" for mode in MODES]
             lines.append(f"  each rank sends {', '.join(moved)}; auto takes {self.rows.best_mode(row_bytes)}")
         return "\n".join(lines)
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """The largest over the mean; of nothing, 1.0."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0
 
 
 def share_images(

@@ -13,11 +13,12 @@ from commands import call, call_json, call_without
 from paddleformers.transformers.qwen3_vl import modeling
 
 import paddle_vl_sp
-from paddle_vl_sp import ops
+from paddle_vl_sp import log, ops
 from paddle_vl_sp.cli import check_install, doctor, main
 from paddle_vl_sp.cli.check_operators import check_operators, check_paddle, check_parity
 from paddle_vl_sp.cli.check_upstream import check_upstream
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN
+from paddle_vl_sp.formers import callback, patch
 from paddle_vl_sp.formers.patch import FAMILIES
 
 PACKAGE = Path(paddle_vl_sp.__file__).parent
@@ -279,3 +280,12 @@ def test_a_switch_with_an_unknown_word_fails_and_the_rest_is_looked_at(name, mon
     assert checks["switches"]["state"] == "FAIL"
     assert f"{name} is one of" in checks["switches"]["mend"]
     assert checks["serving"]["state"] in ("PASS", "WARN")
+
+
+def test_the_doctors_words_are_the_packages():
+    """It must not import what raises at an unknown word, so it has the words itself."""
+    assert check_install.SWITCHES[ops.SWITCH] == ops.BACKENDS
+    assert check_install.SWITCHES[log.SWITCH] == log.LEVELS
+    assert {ops.CHECK, patch.SWITCH, callback.SWITCH} == {
+        name for name, words in check_install.SWITCHES.items() if words == ("0", "1")
+    }

@@ -192,10 +192,9 @@ def test_masks_handed_to_the_text_model_by_others(monkeypatch):
 
 
 class OwnText(modeling.Qwen3VLTextModel):
-    """Hands on what it knows, and nothing else."""
+    """Takes some by name, and hands all on."""
 
     def forward(self, input_ids=None, inputs_embeds=None, visual_pos_masks=None, deepstack_visual_embeds=None, **known):
-        known = {key: value for key, value in known.items() if key != "visual"}
         return super().forward(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -214,30 +213,14 @@ class OwnMask(modeling.Qwen3VLModelDeprecated):
 
 
 class Narrow(modeling.Qwen3VLTextModel):
-    """Takes what PaddleFormers' model hands over, by name."""
+    """Hands on what PaddleFormers' model hands over, by name, and nothing else."""
 
-    def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        cache_position=None,
-        visual_pos_masks=None,
-        deepstack_visual_embeds=None,
-        **_,
-    ):
-        return super().forward(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            visual_pos_masks=visual_pos_masks,
-            deepstack_visual_embeds=deepstack_visual_embeds,
-            return_dict=True,
-        )
+    HANDED_OVER = ("input_ids", "position_ids", "attention_mask", "past_key_values", "inputs_embeds")
+    VISUAL = ("visual_pos_masks", "deepstack_visual_embeds")
+
+    def forward(self, **named):
+        known = {name: named.get(name) for name in (*self.HANDED_OVER, *self.VISUAL)}
+        return super().forward(**known, return_dict=True)
 
 
 class Deaf(modeling.Qwen3VLTextModel):

@@ -11,7 +11,7 @@ PACKAGE = Path(paddle_vl_sp.__file__).parent
 # Each module or sub-package may import itself and those before it.
 ORDER = [
     *("choices", "log", "once", "layout", "reference", "native", "by_rule", "ops", "plan", "joint", "rows", "export"),
-    *("traffic", "collectives", "uneven", "consensus", "run_report", "gather", "comm", "replicas", "local"),
+    *("traffic", "collectives", "uneven", "consensus", "run_report", "float16", "gather", "comm", "replicas", "local"),
     *("vision", "attention", "emulate", "cpu_tensor_parallel", "testing", "fleet", "formers", "cli"),
 ]
 FRAMEWORKS = {"paddlefleet": "fleet", "paddleformers": "formers"}
