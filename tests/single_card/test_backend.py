@@ -47,6 +47,12 @@ def with_operators():
         pytest.skip("no custom operators: the header of this report says why")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None or ops.SWITCH in os.environ, reason="no g++, or another choice")
+def test_with_a_compiler_the_operators_are_what_is_tested():
+    """Without them, hundreds of tests skip or run in plain Paddle, and all is green."""
+    assert ops.backend().name == "op", f"{ops.backend()}; {ops.rebuild()}"
+
+
 def test_python_can_be_asked_for():
     done, lines = python(USE, PADDLE_VL_SP_BACKEND="python")
     assert lines == ["8.0", "python: PADDLE_VL_SP_BACKEND=python"]
