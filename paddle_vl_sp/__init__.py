@@ -1,53 +1,26 @@
 """Sequence-parallel vision-language training for PaddlePaddle: plan the visual rows once, use the plan everywhere."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from paddle_vl_sp.lazy import MovedModule, lazy_exports
 
 if TYPE_CHECKING:
-    from paddle_vl_sp.comm import all_gather_rows, complete_grad
-    from paddle_vl_sp.consensus import agree
+    from paddle_vl_sp.backends.load import backend
+    from paddle_vl_sp.comm.agree import agree
+    from paddle_vl_sp.comm.gather import all_gather_rows
+    from paddle_vl_sp.comm.grads import complete_grad, mark_for_sum, sum_parameter_grads
+    from paddle_vl_sp.comm.local_plan import plan_visual_local
+    from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
     from paddle_vl_sp.formers import PatchReport, apply_to_qwen3_vl, revert
-    from paddle_vl_sp.joint import joint_features
+    from paddle_vl_sp.interleave import joint_features
     from paddle_vl_sp.layout import SeqLayout
-    from paddle_vl_sp.local import plan_visual_local
-    from paddle_vl_sp.ops import backend
     from paddle_vl_sp.plan import VisualPlan, plan_visual
-    from paddle_vl_sp.replicas import check_replicas, sync_replicas
+    from paddle_vl_sp.report import RunReport, note_forward
     from paddle_vl_sp.rows import add_rows, replace_rows
-    from paddle_vl_sp.run_report import RunReport, note_forward
-    from paddle_vl_sp.vision.gradients import mark_for_sum, sum_parameter_grads
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import VisionShare, share_images
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "PatchReport": "formers",
-    "RunReport": "run_report",
-    "SeqLayout": "layout",
-    "VisionShare": "vision.share",
-    "VisualPlan": "plan",
-    "add_rows": "rows",
-    "agree": "consensus",
-    "all_gather_rows": "comm",
-    "apply_to_qwen3_vl": "formers",
-    "backend": "ops",
-    "check_replicas": "replicas",
-    "complete_grad": "comm",
-    "encode_shared": "vision.parallel",
-    "joint_features": "joint",
-    "mark_for_sum": "vision.gradients",
-    "note_forward": "run_report",
-    "plan_visual": "plan",
-    "plan_visual_local": "local",
-    "replace_rows": "rows",
-    "revert": "formers",
-    "share_images": "vision.share",
-    "sum_parameter_grads": "vision.gradients",
-    "sync_replicas": "replicas",
-}
 
 __all__ = [
     "PatchReport",
@@ -76,15 +49,35 @@ __all__ = [
     "sync_replicas",
 ]
 
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "PatchReport": "formers",
+        "RunReport": "report",
+        "SeqLayout": "layout",
+        "VisionShare": "vision.share",
+        "VisualPlan": "plan",
+        "add_rows": "rows",
+        "agree": "comm.agree",
+        "all_gather_rows": "comm.gather",
+        "apply_to_qwen3_vl": "formers",
+        "backend": "backends.load",
+        "check_replicas": "comm.replicas",
+        "complete_grad": "comm.grads",
+        "encode_shared": "vision.parallel",
+        "joint_features": "interleave",
+        "mark_for_sum": "comm.grads",
+        "note_forward": "report",
+        "plan_visual": "plan",
+        "plan_visual_local": "comm.local_plan",
+        "replace_rows": "rows",
+        "revert": "formers",
+        "share_images": "vision.share",
+        "sum_parameter_grads": "comm.grads",
+        "sync_replicas": "comm.replicas",
+    },
+)
 
-def __getattr__(name: str) -> Any:
-    """Imports what is asked for when it is asked for: layouts and plans on the host need no Paddle."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+consensus = MovedModule(f"{__name__}.consensus", f"{__name__}.comm.agree")
+emulate = MovedModule(f"{__name__}.emulate", f"{__name__}.testing.subgroup")
+local = MovedModule(f"{__name__}.local", f"{__name__}.comm.local_plan")

@@ -14,19 +14,19 @@ import paddle
 from paddle import Tensor
 from paddle.static import InputSpec
 
-from paddle_vl_sp import by_rule, native, ops
-from paddle_vl_sp.choices import check_choice
+from paddle_vl_sp.backends import load, operators, traced
+from paddle_vl_sp.backends.operators import interval_table
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.log import logger
-from paddle_vl_sp.native import interval_table
 from paddle_vl_sp.plan import checked_ids
+from paddle_vl_sp.settings import BACKEND, SWITCHES, check_choice
 
 __all__ = ["DeepstackAdd", "IndexBuilder", "interval_table", "save"]
 
-if ops.backend().name != "op":
+if load.backend().name != "op":
     logger.warning(
         "programs saved with the operators cannot run in this process, Paddle may crash on them: %s",
-        ops.backend().reason,
+        load.backend().reason,
     )
 
 
@@ -85,7 +85,7 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
     def forward(self, tokens: Tensor, intervals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         if (intervals is not None) != self.packed:
             raise ValueError("a packed builder takes interval_table(layout) beside the tokens, any other does not")
-        build = _build_by_operator if self.serving == "op" else by_rule.build_plan
+        build = _build_by_operator if self.serving == "op" else traced.build_plan
         update, gather, counts = build(tokens, intervals, self.ids, self.rule, self.sequence_first, self.padded)
         return update, gather, counts
 
@@ -112,7 +112,7 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
         ]
 
     def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-        add = native.add_rows if self.serving == "op" else by_rule.add_rows
+        add = operators.add_rows if self.serving == "op" else traced.add_rows
         return add(hidden, features, update, gather)
 
 
@@ -131,17 +131,17 @@ def _build_by_operator(
     sequence_first: bool,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = by_rule.of_fitting_length(tokens, rule)
-    update, gather, counts = native.build_plan_of(tokens, table, ids, rule, -1, sequence_first, -1, padded)
+    tokens = traced.of_fitting_length(tokens, rule)
+    update, gather, counts = operators.build_plan_of(tokens, table, ids, rule, -1, sequence_first, -1, padded)
     if padded and table is not None:
-        update, gather = by_rule.of_even_shares(update, rule), by_rule.of_even_shares(gather, rule)
+        update, gather = traced.of_even_shares(update, rule), traced.of_even_shares(gather, rule)
     return update, gather, counts
 
 
 def _serving(backend: str) -> str:
     """ "op" or "python"."""
-    check_choice("backend", backend, ops.BACKENDS)
-    available = ops.backend()
+    check_choice("backend", backend, SWITCHES[BACKEND])
+    available = load.backend()
     if backend == "op" and available.name != "op":
         raise ValueError(f"backend 'op' needs the operators, but they are not loaded: {available.reason}")
     return available.name if backend == "auto" else backend

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.choices import check_choice
+from paddle_vl_sp.settings import check_choice
 
 CP_MODES = ("zigzag", "contiguous")
 REMAINDERS = ("error", "front")
@@ -194,7 +194,7 @@ def _integer(name: str, value: object) -> int:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
-def of_all_ranks(layout: SeqLayout) -> list[SeqLayout]:
+def layouts_of_all_ranks(layout: SeqLayout) -> list[SeqLayout]:
     """The same cut for every rank, cp rank after cp rank, within one cp rank sp rank after sp rank."""
     return [
         replace(layout, cp_rank=cp_rank, sp_rank=sp_rank)

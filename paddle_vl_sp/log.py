@@ -1,4 +1,4 @@
-"""What the package says by itself: through one logger, heard without any set-up, and not by every rank.
+"""The package's one logger: works without any set-up, and does not repeat a message on every rank.
 
 PADDLE_VL_SP_LOG  debug, info (default), warning or error
 
@@ -13,10 +13,7 @@ import os
 import sys
 from typing import Any
 
-from paddle_vl_sp.choices import check_choice
-
-SWITCH = "PADDLE_VL_SP_LOG"
-LEVELS = ("debug", "info", "warning", "error")
+from paddle_vl_sp.settings import LOG, setting
 
 NAME = "paddle_vl_sp"
 
@@ -24,7 +21,7 @@ _logger = logging.getLogger(NAME)
 _warned: set[str] = set()
 
 
-class _WhereNobodyListens(logging.Handler):
+class _StderrUntilConfigured(logging.Handler):
     """Writes to stderr as long as the program has no handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -32,34 +29,33 @@ class _WhereNobodyListens(logging.Handler):
             print(record.getMessage(), file=sys.stderr, flush=True)
 
 
-class _Named(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Says whose words they are: Paddle's log format names file and line only."""
+class _Prefixed(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Names the package: Paddle's log format has file and line only."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         return f"{NAME}: {msg}", kwargs
 
 
-logger = _Named(_logger, {})
+logger = _Prefixed(_logger, {})
 
 
-def _is_said_here(record: logging.LogRecord) -> bool:
+def _is_logged_here(record: logging.LogRecord) -> bool:
     if record.levelno == logging.INFO:
         return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
     if record.levelno != logging.WARNING:
         return True
     message = record.getMessage()
-    is_news = message not in _warned
+    is_new = message not in _warned
     _warned.add(message)
-    return is_news and os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
+    return is_new and os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
 
 
 def _set_up() -> None:
-    wanted = os.environ.get(SWITCH, "").lower()
-    check_choice(SWITCH, wanted or "info", LEVELS)
-    if wanted or _logger.level == logging.NOTSET:  # else the program has set it
-        _logger.setLevel((wanted or "info").upper())
-    _logger.addFilter(_is_said_here)
-    _logger.addHandler(_WhereNobodyListens())
+    level = setting(LOG).upper()
+    if os.environ.get(LOG) or _logger.level == logging.NOTSET:  # else the program has set it
+        _logger.setLevel(level)
+    _logger.addFilter(_is_logged_here)
+    _logger.addHandler(_StderrUntilConfigured())
 
 
 _set_up()

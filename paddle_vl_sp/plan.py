@@ -20,8 +20,9 @@ class VisualPlan:
     update_indices  int64 [n]  rows of this rank's flattened hidden states; each at most once
     gather_indices  int64 [n]  feature rows; increasing
     row_shape       (S_local, B) or (B, S_local): the leading shape of the hidden states the plan is for
-    num_features    N, the feature rows of the whole batch; -1 where a padded plan was not told
-    measured        int64 [2]  (n, N) as counted from the tokens; None where the arrays' lengths say it
+    num_features    N, the feature rows of the whole batch; None for a padded plan that was not given it
+    counts          int64 [2]  (n, N) as counted from the tokens, where the indices live; reading it from a device
+                    costs a synchronisation. For a padded plan the only place that knows
 
     In a padded plan, n is fixed and unused pairs are (-1, -1) at the end.
     """
@@ -29,8 +30,7 @@ class VisualPlan:
     update_indices: Any
     gather_indices: Any
     row_shape: tuple[int, int]
-    num_features: int
-    measured: Any = None
+    num_features: int | None
 
     @classmethod
     def from_indices(
@@ -38,14 +38,14 @@ class VisualPlan:
         update_indices: Any,
         gather_indices: Any,
         row_shape: Sequence[int],
-        num_features: int,
+        num_features: int | None,
         *,
         visual: int | None = None,
     ) -> VisualPlan:
         """The plan that travelled as two arrays, put together again.
 
-        visual  the number of visual tokens that were counted where the plan was made, its num_features: held against
-                the feature rows that there are. Arrays on the host are looked at: rows differ, feature rows increase.
+        visual  the number of visual tokens that were counted where the plan was made, its num_features: compared with
+                the feature rows that there are. Arrays on the host are checked: rows differ, feature rows increase.
         """
         shapes = list(update_indices.shape), list(gather_indices.shape)
         are_numbers = all(isinstance(size, int) for shape in shapes for size in shape)  # not so in a traced graph
@@ -55,9 +55,11 @@ class VisualPlan:
                 "[n, 1] arrays before handing them over"
             )
         first, second = row_shape
-        plan = cls(update_indices, gather_indices, (int(first), int(second)), int(num_features))
+        if num_features is not None and num_features < 0:  # what a tensor's shape says in a traced graph
+            num_features = None
+        plan = cls(update_indices, gather_indices, (int(first), int(second)), num_features)
         if visual is not None:
-            check_feature_count(visual, plan.num_features)
+            check_feature_count(visual, num_features)
         if isinstance(update_indices, np.ndarray):
             _check_pairs(plan)
         return plan
@@ -74,33 +76,31 @@ class VisualPlan:
 
     @cached_property
     def counts(self) -> Any:
-        """(n, N) as int64 [2], where the indices live; reading it from a device costs a synchronisation."""
-        if self.measured is not None:
-            return self.measured
         used = (self.update_indices >= 0).sum()
+        num_features = -1 if self.num_features is None else self.num_features
         if self.on_host:
-            return np.array([used, self.num_features], dtype=np.int64)
+            return np.array([used, num_features], dtype=np.int64)
         import paddle
 
-        return paddle.stack([used, paddle.full_like(used, self.num_features)])
+        return paddle.stack([used, paddle.full_like(used, num_features)])
 
     def check(self) -> None:
         """Reads `counts` and raises if the tokens do not match the feature rows that the plan was made for."""
         _, visual = self.counts.tolist()
-        if self.num_features < 0:
+        if self.num_features is None:
             raise ValueError(
-                f"the plan was not told how many feature rows there are, so nothing holds its {visual} visual tokens: "
+                f"the plan was not given the number of feature rows, so its {visual} visual tokens cannot be checked: "
                 "plan_visual(..., num_features=features.shape[0])"
             )
         check_feature_count(visual, self.num_features)
 
     def to(self, place: Any) -> VisualPlan:
         """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place), without waiting for the copy."""
-        from paddle_vl_sp.ops import on_place
+        from paddle_vl_sp.backends.dispatch import on_place
 
-        measured = None if self.measured is None else on_place(self.measured, place)
         update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
-        return VisualPlan(update, gather, self.row_shape, self.num_features, measured)
+        plan = VisualPlan(update, gather, self.row_shape, self.num_features)
+        return _with_counts(plan, on_place(self.counts, place)) if "counts" in self.__dict__ else plan
 
 
 def plan_visual(
@@ -117,7 +117,7 @@ def plan_visual(
     tokens           ids [B, S] (int32 or int64), or a bool mask [B, S] with placeholder_ids=None;
                      a numpy array gives a plan of numpy arrays, a Paddle tensor one of tensors on its device
     sequence_first   whether the hidden states are [S_local, B, H] or [B, S_local, H]
-    num_features     features.shape[0], where the caller knows it: held against the tokens
+    num_features     features.shape[0], where the caller knows it: compared with the tokens
     padded           fixed size, no host synchronisation; a mismatch shows in `check()`
 
     Two samples of six tokens, v visual, cut for two sequence-parallel ranks; what rank 1 gets::
@@ -134,25 +134,31 @@ def plan_visual(
     _check_layout(tokens, layout)
     if num_features is not None and num_features < 0:
         raise ValueError(f"num_features must not be negative, got {num_features}; leave it out if it is not known")
-    announced = -1 if num_features is None else int(num_features)
+    limit = -1 if num_features is None else int(num_features)
     if isinstance(tokens, np.ndarray):
-        update, gather, counts = _plan_on_host(tokens, ids, layout, sequence_first, announced, padded)
+        update, gather, counts = _plan_on_host(tokens, ids, layout, sequence_first, limit, padded)
     else:
-        from paddle_vl_sp import ops
+        from paddle_vl_sp.backends import dispatch
 
-        update, gather, counts = ops.build_plan(tokens, ids, layout, sequence_first, announced, padded)
+        update, gather, counts = dispatch.build_plan(tokens, ids, layout, sequence_first, limit, padded)
     batch = int(tokens.shape[0])
     row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
     if padded:
-        return VisualPlan(update, gather, row_shape, announced, counts)
+        return _with_counts(VisualPlan(update, gather, row_shape, num_features), counts)
     visual = int(counts[1])
     if num_features is not None:
-        check_feature_count(visual, announced)
+        check_feature_count(visual, num_features)
     return VisualPlan(update, gather, row_shape, visual)
 
 
+def _with_counts(plan: VisualPlan, counts: Any) -> VisualPlan:
+    """The plan, whose maker knows its counts already."""
+    plan.__dict__["counts"] = counts
+    return plan
+
+
 def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The placeholder ids as a tuple, or None for a bool mask, after holding the kind of tokens against them."""
+    """The placeholder ids as a tuple, or None for a bool mask, after checking that the tokens are of that kind."""
     if not hasattr(tokens, "dtype"):
         raise ValueError(f"tokens must be a numpy array or a Paddle tensor [B, S], got {type(tokens).__name__}")
     kind = str(tokens.dtype).removeprefix("paddle.")
@@ -174,7 +180,7 @@ def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int
     return tuple(int(i) for i in ids)
 
 
-def check_feature_count(visual: int, num_features: int, kind: str = "visual") -> None:
+def check_feature_count(visual: int, num_features: int | None, kind: str = "visual") -> None:
     if visual != num_features:
         raise ValueError(
             f"the batch has {visual} {kind} tokens but {num_features} feature rows: every placeholder takes exactly "
@@ -183,11 +189,11 @@ def check_feature_count(visual: int, num_features: int, kind: str = "visual") ->
 
 
 def _check_pairs(plan: VisualPlan) -> None:
-    """Of arrays on the host: what row functions take for granted."""
+    """Of arrays on the host: what the row functions assume."""
     used = plan.update_indices >= 0
     update, gather = (indices[used].astype(np.int64) for indices in (plan.update_indices, plan.gather_indices))
-    unknown = plan.num_features < 0
-    in_range = (update < plan.num_rows).all() and ((gather >= 0) & (unknown | (gather < plan.num_features))).all()
+    limit = np.inf if plan.num_features is None else plan.num_features
+    in_range = (update < plan.num_rows).all() and ((gather >= 0) & (gather < limit)).all()
     if not in_range or (np.diff(gather) <= 0).any() or (np.bincount(update) > 1).any():
         raise ValueError(
             f"the indices are not a plan for {plan.num_rows} rows and {plan.num_features} feature rows: update indices "

@@ -15,11 +15,11 @@ def replace_rows(hidden: Any, features: Any, plan: VisualPlan) -> Any:
     Pure movement, exact in every dtype; features are converted to hidden's dtype. Gradients: features get that of
     their rows, in their own dtype, zero where this rank does not use them; hidden gets zero at the replaced rows.
     """
-    from paddle_vl_sp import ops
+    from paddle_vl_sp.backends import dispatch
 
-    if not ops.is_tracing():  # where shapes are not numbers; the operators guard memory
+    if not dispatch.is_tracing():  # where shapes are not numbers; the operators guard memory
         _check(hidden, features, plan)
-    return ops.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
+    return dispatch.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
 
 
 def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = False) -> Any:
@@ -29,16 +29,16 @@ def add_rows(hidden: Any, features: Any, plan: VisualPlan, *, inplace: bool = Fa
     Gradients: features get that of their rows, in their own dtype, zero where this rank does not use them.
     In place, nothing but the rows is touched; it is for hidden states that no other operation needs as they were.
     """
-    from paddle_vl_sp import ops
+    from paddle_vl_sp.backends import dispatch
 
-    if not ops.is_tracing():
+    if not dispatch.is_tracing():
         _check(hidden, features, plan)
         if inplace and hidden.is_leaf and not hidden.stop_gradient:
             raise ValueError(
                 "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
                 "pass inplace=False, or hidden states that an operation made"
             )
-    return ops.add_rows(hidden, features, plan.update_indices, plan.gather_indices, inplace)
+    return dispatch.add_rows(hidden, features, plan.update_indices, plan.gather_indices, inplace)
 
 
 def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
@@ -61,7 +61,7 @@ def _check(hidden: Any, features: Any, plan: VisualPlan) -> None:
             f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{num_rows}, H]), got "
             f"{list(hidden.shape)}: plan with the layout, batch and sequence_first of these hidden states"
         )
-    if not _agree([plan.num_features], [features.shape[0]]):
+    if plan.num_features is not None and not _agree([plan.num_features], [features.shape[0]]):
         raise ValueError(
             f"the plan is for {plan.num_features} feature rows, got {features.shape[0]}: use the features of the "
             "batch that was planned"

@@ -1,4 +1,4 @@
-"""Test modules share oracle.py and strategies.py; the report says which implementation serves."""
+"""Test modules share oracle.py and strategies.py; the report says which implementation is in use."""
 
 import importlib.util
 import os
@@ -17,17 +17,17 @@ def pytest_report_header():
     fleet = importlib.util.find_spec("paddlefleet")
     return [
         f"paddle_vl_sp: {backend()}",
-        f"paddlefleet: {fleet.origin if fleet else 'not installed, the test double in tests/fleet/double serves'}",
+        f"paddlefleet: {fleet.origin if fleet else 'not installed, the test double in tests/fleet/double is used'}",
     ]
 
 
 @pytest.fixture(params=["op", "python"])
 def implementation(request, monkeypatch):
     """Runs the test with the custom operators, then with plain Paddle; says so where there are no operators."""
-    from paddle_vl_sp import ops, reference
+    from paddle_vl_sp.backends import dispatch, load, plain
 
-    if request.param == "op" and ops.backend().name != "op":
+    if request.param == "op" and load.backend().name != "op":
         pytest.skip("no custom operators: the header of this report says why")
     if request.param == "python":
-        monkeypatch.setattr(ops, "_serving", lambda _: reference)
+        monkeypatch.setattr(dispatch, "_implementation", lambda _: plain)
     return request.param

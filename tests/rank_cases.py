@@ -26,7 +26,7 @@ def hold(results, name):
 
 def same_error_everywhere(call, group, *parts):
     """Every rank must raise a ValueError with these parts; the words must be the same on all."""
-    from paddle_vl_sp.consensus import check_same, fingerprint
+    from paddle_vl_sp.comm.agree import check_same, fingerprint
 
     with pytest.raises(ValueError, match="(?s)" + ".*".join(parts)) as caught:
         call()

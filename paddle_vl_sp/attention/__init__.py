@@ -1,14 +1,14 @@
 """Attention over a sequence that several ranks share: ring, Ulysses, both, linear; its batches and its loss."""
 
-from paddle_vl_sp.attention.batch import shard_batch
 from paddle_vl_sp.attention.delta import gated_delta_rule
-from paddle_vl_sp.attention.join import unshard
+from paddle_vl_sp.attention.groups import choose_degrees, groups_from_fleet, groups_from_ranks
 from paddle_vl_sp.attention.linear import gated_delta_net_sp
-from paddle_vl_sp.attention.loss import gathered_losses, sequence_parallel_loss, token_losses
-from paddle_vl_sp.attention.padding import padded_layout
 from paddle_vl_sp.attention.ring import packed_attention, ring_attention
-from paddle_vl_sp.attention.topology import choose_degrees, groups_from_fleet, groups_from_ranks
 from paddle_vl_sp.attention.ulysses import ulysses_attention
+from paddle_vl_sp.sequence.batch import shard_batch
+from paddle_vl_sp.sequence.join import unshard
+from paddle_vl_sp.sequence.loss import gathered_losses, sequence_parallel_loss, token_losses
+from paddle_vl_sp.sequence.padding import padded_layout
 
 __all__ = [
     "choose_degrees",

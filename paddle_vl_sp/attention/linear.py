@@ -8,8 +8,8 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.attention.delta import causal_conv, gated_delta_rule
-from paddle_vl_sp.attention.exchange import Group
 from paddle_vl_sp.attention.ulysses import heads_to_sequence, sequence_to_heads, share_lengths
+from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.layout import SeqLayout
 
 

@@ -10,11 +10,12 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp.attention.blocks import NO_KEY, Kernel, attend, attend_backward
-from paddle_vl_sp.attention.exchange import Group, Messages, pass_on
 from paddle_vl_sp.attention.kernels import choose_kernel
 from paddle_vl_sp.attention.schedule import Schedule, ring_schedule, ring_share
+from paddle_vl_sp.autograd import differentiable_once
+from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.comm.exchange import Messages, pass_on
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.once import differentiable_once
 
 
 def ring_attention(

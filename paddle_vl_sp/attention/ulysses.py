@@ -12,11 +12,11 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from paddle_vl_sp.attention.exchange import Group, all_to_all
 from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
-from paddle_vl_sp.float16 import moved
+from paddle_vl_sp.autograd import differentiable_once, via_float32
+from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.comm.exchange import all_to_all
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.once import differentiable_once
 
 
 def ulysses_attention(
@@ -155,7 +155,7 @@ def _enough_heads(x: Tensor, nranks: int) -> Tensor:
             f"{heads} key heads and {nranks} ranks: one must be a multiple of the other; use a group whose size "
             "divides the key heads, and the ring for the rest (choose_degrees)"
         )
-    return moved(lambda y: paddle.repeat_interleave(y, nranks // heads, axis=2), x)
+    return via_float32(lambda y: paddle.repeat_interleave(y, nranks // heads, axis=2), x)
 
 
 class _SequenceToHeads(PyLayer):  # type: ignore[misc]

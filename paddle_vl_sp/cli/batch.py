@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.cli.answer import WrongUse
-from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, of_all_ranks
+from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, layouts_of_all_ranks
 
 PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
 QWEN3_VL_IDS = (151655, 151656)
@@ -84,7 +84,7 @@ def layouts_of(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence
         raise WrongUse(f"--cp and --sp must be at least 1, got {arguments.cp} and {arguments.sp}")
     cut: dict[str, Any] = {"cp_mode": arguments.mode, "remainder": arguments.remainder, "cu_seqlens": cu_seqlens}
     try:
-        return of_all_ranks(SeqLayout(seq_len, cp_size=arguments.cp, sp_size=arguments.sp, **cut))
+        return layouts_of_all_ranks(SeqLayout(seq_len, cp_size=arguments.cp, sp_size=arguments.sp, **cut))
     except ValueError as error:
         raise WrongUse(str(error).replace("remainder='front'", "--remainder front")) from error
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import paddle_vl_sp
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
+from paddle_vl_sp.settings import ENABLED, SWITCHES, setting
 
 PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
 PADDLE = (
@@ -25,14 +26,6 @@ FLEET = (
     "if you train on it, see PaddleFormers' installation page for paddlefleet's index: "
     "https://github.com/PaddlePaddle/PaddleFormers"
 )
-OFF, LOG = "PADDLE_VL_SP", "PADDLE_VL_SP_LOG"
-SWITCHES = {
-    OFF: ("0", "1"),
-    "PADDLE_VL_SP_BACKEND": ("auto", "op", "python"),
-    "PADDLE_VL_SP_CHECK": ("0", "1"),
-    LOG: ("debug", "info", "warning", "error"),
-    "PADDLE_VL_SP_REPORT": ("0", "1"),
-}
 
 
 def installed(package: str) -> str:
@@ -83,23 +76,25 @@ def first_line(*command: str) -> str:
     return next(iter(done.stdout.splitlines()), f"{command[0]} says nothing")
 
 
-def _word(name: str) -> str:
-    """As the package reads it: the level of the log in any case, or empty."""
-    word = os.environ[name]
-    return (word.lower() or "info") if name == LOG else word
+def _is_unknown(switch: str) -> bool:
+    try:
+        setting(switch)
+    except ValueError:
+        return True
+    return False
 
 
 def _check_switches() -> Check:
     """An unknown word is taken out of this process's environment, so that the rest can be looked at."""
     told = " ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
-    wrong = [name for name, words in SWITCHES.items() if name in os.environ and _word(name) not in words]
+    wrong = [name for name in SWITCHES if _is_unknown(name)]
     for name in wrong:
         del os.environ[name]
     if wrong:
         mend = "; ".join(f"{name} is one of {', '.join(SWITCHES[name])}" for name in wrong)
         return Check(FAIL, "switches", told, mend)
-    if os.environ.get(OFF) == "0":
-        return Check(WARN, "switches", f"{told}: the package changes nothing in PaddleFormers", f"unset {OFF}")
+    if os.environ.get(ENABLED) == "0":
+        return Check(WARN, "switches", f"{told}: the package changes nothing in PaddleFormers", f"unset {ENABLED}")
     return Check(PASS, "switches", told or "none set")
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import paddle
 
-from paddle_vl_sp import ops
+from paddle_vl_sp.backends import dispatch, load
 from paddle_vl_sp.cli.check_install import PADDLE
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 from paddle_vl_sp.cli.parity import QUICK, local_cases
+from paddle_vl_sp.settings import BACKEND
 
-PACKAGE = Path(ops.__file__).parent
+PACKAGE = Path(dispatch.__file__).parent
 OLDEST = (3, 3)
 
 
@@ -35,7 +36,7 @@ def check_operators() -> Iterator[Check]:
     if libraries:
         found = _built_for(libraries[-1])
     else:
-        found = Check(WARN, "operators", "none compiled: plain Paddle serves, more slowly", ops.rebuild())
+        found = Check(WARN, "operators", "none compiled: plain Paddle serves, more slowly", load.rebuild())
     yield found
     yield _serving(found)
 
@@ -59,14 +60,14 @@ def check_parity() -> Check:
 
 
 def _built_for(library: Path) -> Check:
-    info = ops.build_info(library)
-    running = ops.running_paddle()
-    if not ops.is_built_for(running, info):
+    info = load.build_info(library)
+    running = load.running_paddle()
+    if not load.is_built_for(running, info):
         told = f"{library.name} was built for Paddle {_short(info)}, this is {_short(running)}: it is not loaded"
-        return Check(FAIL, "operators", told, ops.rebuild())
+        return Check(FAIL, "operators", told, load.rebuild())
     if paddle.is_compiled_with_cuda() and info["cuda"] == "0":
         told = f"{library.name} was built without CUDA: plain Paddle serves the GPU"
-        return Check(WARN, "operators", told, f"with nvcc on the PATH, {ops.rebuild()}")
+        return Check(WARN, "operators", told, f"with nvcc on the PATH, {load.rebuild()}")
     cuda = "CPU" if info["cuda"] == "0" else f"CPU and sm_{info['cuda'].replace(',', ', sm_')}"
     return Check(PASS, "operators", f"{library.name}, built for Paddle {_short(info)}, {cuda}")
 
@@ -78,21 +79,21 @@ def _short(info: dict[str, Any]) -> str:
 def _serving(operators: Check) -> Check:
     """The reason and the mend stand with the operators, unless they look right and do not load."""
     if _refusal():
-        return Check(FAIL, "serving", _refusal(), f"unset {ops.SWITCH}, or mend the operators")
-    serves = ops.backend()
+        return Check(FAIL, "serving", _refusal(), f"unset {BACKEND}, or mend the operators")
+    serves = load.backend()
     if serves.name == "op":
         return Check(PASS, "serving", str(serves))
-    if os.environ.get(ops.SWITCH) == "python":
-        return Check(WARN, "serving", f"plain Paddle, as {ops.SWITCH}=python says", f"unset {ops.SWITCH}")
+    if os.environ.get(BACKEND) == "python":
+        return Check(WARN, "serving", f"plain Paddle, as {BACKEND}=python says", f"unset {BACKEND}")
     if operators.state != PASS:
         return Check(operators.state, "serving", "plain Paddle, for want of operators that fit")
-    return Check(FAIL, "serving", f"plain Paddle: {serves.reason}", ops.rebuild())
+    return Check(FAIL, "serving", f"plain Paddle: {serves.reason}", load.rebuild())
 
 
 def _refusal() -> str:
     """Why nothing serves: the switch asks for what is not there. Empty where something does."""
     try:
-        ops.backend()
-    except (ops.OperatorsUnavailable, ValueError) as error:
-        return str(error).removesuffix(f"; {ops.rebuild()}")  # the operators' mend
+        load.backend()
+    except (load.OperatorsUnavailable, ValueError) as error:
+        return str(error).removesuffix(f"; {load.rebuild()}")  # the operators' mend
     return ""

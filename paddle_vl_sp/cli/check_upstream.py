@@ -10,22 +10,24 @@ from typing import Any
 from paddle_vl_sp.cli.check_install import FLEET, FORMERS, importable
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN, Check
 from paddle_vl_sp.formers import apply_to_qwen3_vl
-from paddle_vl_sp.formers.fingerprint import KNOWN_VERSIONS, OURS, fingerprint, formers_version, leant_on, unknown
-from paddle_vl_sp.formers.patch import FAMILIES, SWITCH, Family, switched_off
+from paddle_vl_sp.formers.families import QWEN3_VL
+from paddle_vl_sp.formers.known import KNOWN_VERSIONS, OURS, Called, Family, Replaced, fingerprint, formers_version
+from paddle_vl_sp.formers.patch import switched_off
 from paddle_vl_sp.formers.report import ABSENT
+from paddle_vl_sp.settings import ENABLED
 
-MEND = (
+FIX = (
     f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
     "apply_to_qwen3_vl(strict=False) leaves these classes as they are"
 )
 
 
 def check_upstream() -> Iterator[Check]:
-    """A line for every method that would be replaced or is leant on; applies for a moment, to import the classes."""
+    """A line for every method that would be replaced or called; applies for a moment, to import the classes."""
     try:
         is_off = switched_off()
     except ValueError as error:
-        yield Check(FAIL, "upstream", str(error), f"unset {SWITCH}")
+        yield Check(FAIL, "upstream", str(error), f"unset {ENABLED}")
         return
     if is_off:
         return  # said with the other switches
@@ -35,7 +37,7 @@ def check_upstream() -> Iterator[Check]:
     except ImportError as error:
         yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
         return
-    for family in FAMILIES:
+    for family in QWEN3_VL:
         if family.name in absent:
             yield _absent(family, absent[family.name])
         else:
@@ -50,22 +52,18 @@ def _absent(family: Family, why: str) -> Check:
 
 
 def _methods(family: Family, module: Any) -> Iterator[Check]:
-    for owner_name, methods in family.methods.items():
-        owner = getattr(module, owner_name, None)
-        if owner is None:
-            yield Check(FAIL, owner_name, f"not in {family.module} of paddleformers {formers_version()}", MEND)
-            continue
-        for method in [*methods, *leant_on(owner_name)]:
-            yield _verdict(owner, method, "would be replaced" if method in methods else "is leant on")
-
-
-def _verdict(owner: type, method: str, role: str) -> Check:
-    name, why = f"{owner.__name__}.{method}", unknown(owner, method)
-    if why:
-        return Check(FAIL, name, why, MEND)
-    function: Any = owner.__dict__[method]
-    function = getattr(function, OURS, function)
-    parameters = ", ".join(inspect.signature(function).parameters)
-    if len(parameters) > 60:
-        parameters = f"{parameters[:57]}..."
-    return Check(PASS, name, f"known ({fingerprint(function)}), {role}; takes ({parameters})")
+    methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
+    for method in methods:
+        role = "would be replaced" if method in family.replaced else "is called"
+        owner_name, _, name = method.name.partition(".")
+        function: Any = vars(getattr(module, owner_name, object)).get(name)
+        function = getattr(function, OURS, function)
+        if function is None:
+            yield Check(FAIL, method.name, f"not in {family.module} of paddleformers {formers_version()}", FIX)
+        elif why := method.unknown(function, getattr(module, owner_name)):
+            yield Check(FAIL, method.name, why, FIX)
+        else:
+            parameters = ", ".join(inspect.signature(function).parameters)
+            if len(parameters) > 60:
+                parameters = f"{parameters[:57]}..."
+            yield Check(PASS, method.name, f"known ({fingerprint(function)}), {role}; takes ({parameters})")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from paddle_vl_sp import traffic
 from paddle_vl_sp.cli.batch import MERGE, Batch
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.vision.share import POLICIES, imbalance, share_images, tower_alpha, vision_items
@@ -44,8 +43,7 @@ def costs_of(batch: Batch, model: Model) -> dict[str, Any]:
         "ranks": [_rank(r, plan, batch) for r, plan in enumerate(plans)],
         "imbalance": imbalance(counts),
         "empty_ranks": [r for r, count in enumerate(counts) if not count],
-        "deepstack_layer": _deepstack(plans[busiest], batch, model),
-        "syncs": _syncs(batch, model.levels),
+        "deepstack_layer": _deepstack(plans[busiest], model),
         "vision_dp": vision_of(batch, model),
     }
 
@@ -89,30 +87,6 @@ def _rank(rank: int, plan: VisualPlan, batch: Batch) -> dict[str, Any]:
     }
 
 
-def _deepstack(plan: VisualPlan, batch: Batch, model: Model) -> dict[str, Any]:
-    """Bytes that the busiest rank moves in the forward of one layer."""
-    rows, visual = plan.num_rows, len(plan.update_indices)
-    upstream = traffic.bytes_upstream(rows, visual, model.row_bytes, is_cut_by_sp(batch))
-    return {
-        "bytes_here": traffic.bytes_here(rows, visual, model.row_bytes),
-        "bytes_upstream": None if is_cut_by_cp(batch) else upstream,
-    }
-
-
-def _syncs(batch: Batch, levels: int) -> dict[str, Any]:
-    """Waits for the device in one forward: ours plans once, or in the data loader; upstream searches in every layer."""
-    per_layer = traffic.syncs_upstream(batch.mask.shape[0], is_cut_by_sp(batch))
-    return {
-        "here": 1,
-        "here_planned_by_loader_or_padded": 0,
-        "upstream": None if is_cut_by_cp(batch) else per_layer * levels,
-    }
-
-
-def is_cut_by_sp(batch: Batch) -> bool:
-    return batch.layouts[0].sp_size > 1
-
-
-def is_cut_by_cp(batch: Batch) -> bool:
-    """Upstream has no vision-language training under context parallelism to compare with."""
-    return batch.layouts[0].cp_size > 1
+def _deepstack(plan: VisualPlan, model: Model) -> dict[str, Any]:
+    """Bytes that the busiest rank moves in the forward of one layer: all rows are copied, the visual ones added to."""
+    return {"bytes": (2 * plan.num_rows + 3 * len(plan.update_indices)) * model.row_bytes}

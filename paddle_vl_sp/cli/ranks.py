@@ -14,12 +14,13 @@ from paddle_vl_sp.attention import ring_attention, ulysses_attention
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.cli import slow
 from paddle_vl_sp.cli.parity import Case, equal, visual_of
-from paddle_vl_sp.comm import all_gather_rows, complete_grad
+from paddle_vl_sp.comm.gather import all_gather_rows
+from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.comm.local_plan import plan_visual_local
+from paddle_vl_sp.comm.uneven import MODES
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.local import plan_visual_local
 from paddle_vl_sp.plan import plan_visual
 from paddle_vl_sp.rows import add_rows
-from paddle_vl_sp.uneven import MODES
 from paddle_vl_sp.vision.parallel import encode_shared
 from paddle_vl_sp.vision.share import POLICIES
 

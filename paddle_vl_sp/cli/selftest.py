@@ -63,11 +63,11 @@ def import_paddle() -> Any:
 
 
 def _serving() -> str:
-    from paddle_vl_sp import ops
+    from paddle_vl_sp.backends import load
 
     try:
-        return str(ops.backend())
-    except (ops.OperatorsUnavailable, ValueError) as error:  # the switch asks for what is not there
+        return str(load.backend())
+    except (load.OperatorsUnavailable, ValueError) as error:  # the switch asks for what is not there
         raise Problem(f"{error}; `doctor` tells more") from error
 
 

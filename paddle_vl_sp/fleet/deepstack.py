@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from paddle_vl_sp.comm import complete_grad
-from paddle_vl_sp.fleet.inputs import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
+from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
+from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
 from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import add_rows
-from paddle_vl_sp.run_report import note_forward
 
 CARRIED = (UPDATE, GATHER, LEVELS, MASK)
 
@@ -62,8 +62,7 @@ class VisualDeepstack:
             )
         plan = self._plan_of_mask(carried[MASK], hidden, levels[0])
         share = layer_share(self)
-        batch = int(carried[MASK].shape[0])
-        note_forward(plan, hidden, batch=batch, num_levels=len(levels), group=share.group)
+        note_forward(plan, num_levels=len(levels), group=share.group)
         if share.size > 1:
             carried[LEVELS] = complete_grad(levels, plan, share.group)
         carried |= indices_to_carry(plan, pipeline_size(self.config))

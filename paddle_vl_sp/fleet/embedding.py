@@ -6,25 +6,16 @@ from typing import Any
 
 import paddle
 
-from paddle_vl_sp.choices import check_choice
-from paddle_vl_sp.comm import complete_grad
-from paddle_vl_sp.fleet.check import check_same_output, check_same_plan
-from paddle_vl_sp.fleet.inputs import (
-    FEATURES,
-    LEVELS,
-    MASK,
-    UPDATE,
-    VisualInputs,
-    indices_to_carry,
-    loaded_plan,
-    visual_inputs,
-)
+from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry, plan_in
+from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.fleet.inputs import FEATURES, VisualInputs, visual_inputs
 from paddle_vl_sp.fleet.topology import context_parallel_size, embedding_share, pipeline_size
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.ops import checking
 from paddle_vl_sp.plan import VisualPlan
+from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
-from paddle_vl_sp.run_report import note_forward
+from paddle_vl_sp.settings import CHECK, check_choice
+from paddle_vl_sp.verify import CheckFailed, check_loaded, check_order, check_result, checking
 
 MERGES = ("rows", "upstream")
 
@@ -75,9 +66,8 @@ class VisualEmbedding:
         merge = self._upstream_merge if self.merge == "upstream" else self._row_merge
         out = merge(dict_args, visual, plan, packed_seq_params)
         if plan.num_features:
-            plan, (batch, _) = plan.to(out["hidden_states"].place), visual.ids.shape
-            group, levels = embedding_share(self).group, visual.num_levels
-            note_forward(plan, out["hidden_states"], batch=batch, num_levels=levels, group=group, syncs=syncs)
+            plan, group = plan.to(out["hidden_states"].place), embedding_share(self).group
+            note_forward(plan, num_levels=visual.num_levels, group=group, syncs=syncs)
             out |= indices_to_carry(plan, pipeline_size(self.config))
         return out
 
@@ -104,12 +94,20 @@ class VisualEmbedding:
     def _plan(self, dict_args: dict[str, Any], visual: VisualInputs) -> VisualPlan:
         batch, seq_len = visual.ids.shape
         layout = self.visual_layout(seq_len)
-        plan = loaded_plan(dict_args, layout, batch, self.sequence_parallel, visual.num_features)
-        if plan is None:
+        row_shape = (layout.local_len, batch) if self.sequence_parallel else (batch, layout.local_len)
+        loaded: VisualPlan | None = plan_in(dict_args, layout, row_shape, visual.num_features)
+        if loaded is None:
             return visual.plan(layout, self.sequence_parallel)
         if checking():
-            check_same_plan(plan, visual.plan(layout, self.sequence_parallel))
-        return plan.to(visual.ids.place)
+            self._check_loaded(dict_args, visual, layout)
+        return loaded.to(visual.ids.place)
+
+    def _check_loaded(self, dict_args: dict[str, Any], visual: VisualInputs, layout: SeqLayout) -> None:
+        advice = "the data loader must plan with the ids, the layout and the rank that the model sees"
+        arrays = dict_args[UPDATE], dict_args[GATHER]
+        check_loaded(*arrays, visual.mask(), layout, self.sequence_parallel, advice)
+        if visual.order is not None and len(visual.features) > 1:
+            check_order(visual.order, visual.order_of_ids(), advice)
 
     def _insert(self, out: dict[str, Any], features: list[Any], plan: VisualPlan) -> None:
         """Writes the main features into the hidden states and hands on the levels; features are [main, *levels]."""
@@ -132,11 +130,22 @@ class VisualEmbedding:
         if dropout or len(visual.features) > 1 or visual.num_features == 0:
             return  # a second forward drops other values; upstream raises on image and video together
         with paddle.no_grad():
-            check_same_output(out, self._upstream(dict(dict_args), None, packed_seq_params))
+            _check_output(out, self._upstream(dict(dict_args), None, packed_seq_params))
 
     def _upstream(self, dict_args: dict[str, Any], decoder_input: Any, packed_seq_params: Any) -> dict[str, Any]:
         out: dict[str, Any] = super().forward(dict_args, decoder_input, packed_seq_params)  # type: ignore[misc]
         return out
+
+
+def _check_output(ours: dict[str, Any], upstream: dict[str, Any]) -> None:
+    if set(ours) != set(upstream):
+        raise CheckFailed(f"{CHECK}: keys differ from PaddleFleet's merge: {sorted(set(ours) ^ set(upstream))}")
+    for key, expected in upstream.items():
+        pairs = zip(ours[key], expected, strict=True) if isinstance(expected, list) else [(ours[key], expected)]
+        for ours_one, upstream_one in pairs:
+            if isinstance(upstream_one, paddle.Tensor):
+                advice = "set merge = 'upstream' and report it"
+                check_result(f"{key} differs from PaddleFleet's merge", ours_one, upstream_one, advice)
 
 
 def predicts_more_tokens(config: Any) -> bool:

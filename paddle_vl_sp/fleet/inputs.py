@@ -1,4 +1,4 @@
-"""What a batch brings to the embedding: visual features by kind, and perhaps a plan made by the data loader."""
+"""What a batch brings to the embedding: visual features by kind."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 import paddle
 
-from paddle_vl_sp.joint import joint_features
+from paddle_vl_sp.backends.dispatch import joint_rows, on_place
+from paddle_vl_sp.backends.plain import is_any_of
+from paddle_vl_sp.carried import ORDER
+from paddle_vl_sp.interleave import joint_features, order_on_host
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.ops import joint_rows, on_place
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
-from paddle_vl_sp.reference import is_any_of
 
 KINDS = ("image", "video")
 FEATURES = ("image_embeds", "video_embeds", "deepstack_image_embeds", "deepstack_video_embeds")
-UPDATE, GATHER, ORDER = "visual_update_indices", "visual_gather_indices", "visual_feature_order"
-MASK, LEVELS = "visual_pos_masks", "deepstack_visual_emb"
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class VisualInputs:
         check_feature_count(int(self.order.shape[0]), self.num_features)
         order = on_place(self.order, image[0].place)
         return [joint_rows(*levels, order) for levels in zip(image, video, strict=True)]
+
+    def order_of_ids(self) -> Any:
+        """The order that a data loader makes of these ids."""
+        return order_on_host(self.ids.numpy(), self._wanted())[0]
 
     def plan(self, layout: SeqLayout, sequence_first: bool) -> VisualPlan:
         return plan_visual(
@@ -95,57 +98,3 @@ def visual_inputs(dict_args: dict[str, Any], config: Any) -> VisualInputs | None
     }
     wanted = {kind: getattr(config, f"{kind}_token_id") for kind in given}
     return VisualInputs(ids, wanted, features, dict_args.get(ORDER))
-
-
-def loaded_plan(
-    dict_args: dict[str, Any], layout: SeqLayout, batch: int, sequence_first: bool, num_features: int
-) -> VisualPlan | None:
-    """The plan that the data loader put into the batch, held against what is known without reading a device.
-
-    Its arrays are [n] of this rank, or [ranks, n] with a row for every rank; -1 at the end of a row is skipped.
-    """
-    update, gather = dict_args.get(UPDATE), dict_args.get(GATHER)
-    if update is None and gather is None:
-        return None
-    if update is None or gather is None:
-        missing = UPDATE if update is None else GATHER
-        raise ValueError(f"the batch has one of the two index arrays but no {missing}: a plan is both or none")
-    row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
-    update, gather = (_own_row(rows, layout) for rows in (update, gather))
-    plan = VisualPlan.from_indices(update, gather, row_shape, num_features)
-    _check_size(plan, is_whole=layout.local_len == layout.seq_len)
-    return plan
-
-
-def _own_row(rows: Any, layout: SeqLayout) -> Any:
-    if len(rows.shape) != 2 or rows.shape[0] != layout.sp_size:
-        return rows
-    return rows[layout.sp_rank]
-
-
-def _check_size(plan: VisualPlan, is_whole: bool) -> None:
-    kinds = {str(x.dtype).removeprefix("paddle.") for x in (plan.update_indices, plan.gather_indices)}
-    if kinds != {"int64"}:
-        raise ValueError(f"{UPDATE} and {GATHER} must be int64, got {sorted(kinds)}")
-    n, most = int(plan.update_indices.shape[0]), min(plan.num_features, plan.num_rows)
-    if n > most or (is_whole and n != plan.num_features):
-        raise ValueError(
-            f"the batch's plan has {n} visual rows for this rank, but there are {plan.num_features} feature rows and "
-            f"{plan.num_rows} rows of hidden states: plan with the ids, the layout and the rank of this batch"
-        )
-
-
-def indices_to_carry(plan: VisualPlan, num_stages: int) -> dict[str, Any]:
-    """The index arrays for the model's dict: [n], or -1 up to [B * S_local] where pipeline stages have to be crossed.
-
-    Between stages, shapes are agreed upon once; n changes from batch to batch, the number of rows does not.
-    """
-    arrays = {UPDATE: plan.update_indices, GATHER: plan.gather_indices}
-    if num_stages == 1:
-        return arrays
-    return {key: _filled_up(array, plan.num_rows) for key, array in arrays.items()}
-
-
-def _filled_up(indices: Any, length: int) -> Any:
-    """[4 7]  ->  [4 7 -1 -1 ...]"""
-    return paddle.concat([indices, paddle.full([length - indices.shape[0]], -1, "int64").to(indices.place)])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from paddle_vl_sp.formers.deepstack import DiffersFromUpstream
-from paddle_vl_sp.formers.loader import PlanningCollate, plans_of_all_ranks
+from paddle_vl_sp.carried import plans_of_all_ranks
+from paddle_vl_sp.formers.changes import revert
+from paddle_vl_sp.formers.loader import PlanningCollate
 from paddle_vl_sp.formers.patch import UpstreamChanged, apply_to_qwen3_vl
 from paddle_vl_sp.formers.report import PatchReport
-from paddle_vl_sp.formers.standing import revert
+from paddle_vl_sp.lazy import lazy_exports
+from paddle_vl_sp.verify import CheckFailed
 
 if TYPE_CHECKING:
     from paddle_vl_sp.formers.callback import VisualReport, report_to
 
 __all__ = [
+    "CheckFailed",
     "DiffersFromUpstream",
     "PatchReport",
     "PlanningCollate",
@@ -26,10 +29,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """PaddleFormers' trainer imports a lot that its models do not need."""
-    if name not in ("VisualReport", "report_to"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from paddle_vl_sp.formers import callback
+DiffersFromUpstream = CheckFailed
 
-    return getattr(callback, name)
+# PaddleFormers' trainer imports a lot that its models do not need
+__getattr__, __dir__ = lazy_exports(__name__, {"VisualReport": "callback", "report_to": "callback"})

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from paddleformers.trainer import TrainerCallback
 from paddleformers.trainer.trainer import DEFAULT_CALLBACKS
 
-from paddle_vl_sp.choices import check_choice
 from paddle_vl_sp.formers.patch import switched_off
 from paddle_vl_sp.log import logger
-from paddle_vl_sp.run_report import RunReport, told
+from paddle_vl_sp.report import RunReport, summary_line
+from paddle_vl_sp.settings import REPORT, is_on
 
-SWITCH = "PADDLE_VL_SP_REPORT"
 PREFIX = "vl_sp_"
 
 
@@ -53,7 +51,7 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
         if VisualReport._at_work is self:
             VisualReport._at_work = None
         self.summary = self.run.read()
-        logger.info("%s", told(self.summary))
+        logger.info("%s", summary_line(self.summary))
 
 
 def report_to(trainer: Any) -> VisualReport:
@@ -66,7 +64,5 @@ def report_to(trainer: Any) -> VisualReport:
 
 def report_if_asked() -> None:
     """With PADDLE_VL_SP_REPORT=1, every trainer that is built from now on has a VisualReport."""
-    wanted = os.environ.get(SWITCH, "0")
-    check_choice(SWITCH, wanted, ("0", "1"))
-    if wanted == "1" and not switched_off() and VisualReport not in DEFAULT_CALLBACKS:
+    if is_on(REPORT) and not switched_off() and VisualReport not in DEFAULT_CALLBACKS:
         DEFAULT_CALLBACKS.append(VisualReport)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
-from paddle_vl_sp.formers.deepstack import tensor_parallel_group
-from paddle_vl_sp.formers.fingerprint import OURS
+import paddle
+
+from paddle_vl_sp.formers.groups import require_tensor_parallel_group
+from paddle_vl_sp.formers.known import OURS
 
 Encode = Callable[[Any, Any], tuple[Any, list[Any]]]
 
@@ -20,10 +22,10 @@ def share_tower(model: Any) -> Any:
     Each rank's parameter gradients then cover its own images. PaddleFormers' trainer sums marked parameters over the
     tensor-parallel group under sequence parallelism; in a loop of one's own, sum_parameter_grads does.
     """
-    from paddle_vl_sp.vision.gradients import mark_for_sum
+    from paddle_vl_sp.comm.grads import mark_for_sum
 
     inner = plain_model_of(model)
-    if not inner.language_model.config.sequence_parallel:
+    if not text_config(inner).sequence_parallel:
         raise ValueError(
             "vision_dp=True with sequence_parallel off: no trainer would sum the tower's gradients, of which every "
             "rank has its own images' only; turn sequence_parallel on, or call encode_shared and sum_parameter_grads"
@@ -51,10 +53,24 @@ def plain_model_of(model: Any) -> Any:
     )
 
 
+def has_own_mask(model: Any) -> bool:
+    """Whether a subclass, or the instance, decides itself where the features go: PaddleFormers' forward must ask it."""
+    if "get_placeholder_mask" in vars(model):
+        return True
+    return bool(type(model).get_placeholder_mask.__module__.partition(".")[0] != "paddleformers")
+
+
+def text_config(inner: Any) -> Any:
+    """The configuration of the text model, also of one that is wrapped."""
+    text = inner.language_model
+    if hasattr(text, "config"):
+        return text.config
+    layers = text.sublayers() if isinstance(text, paddle.nn.Layer) else []
+    return next((layer.config for layer in layers if hasattr(layer, "config")), inner.config.text_config)
+
+
 def refuse_own_mask(inner: Any, is_to_be_shared: bool = False) -> None:
     """PaddleFormers' own forward, which such a subclass needs, has every rank encode every image."""
-    from paddle_vl_sp.formers.plain import has_own_mask
-
     if (is_to_be_shared or is_shared(inner)) and has_own_mask(inner):
         raise ValueError(
             f"vision_dp=True with a subclass that has its own get_placeholder_mask ({type(inner).__name__}): "
@@ -96,7 +112,7 @@ def encoded(inner: Any, encode: Encode, pixels: Any, grid: Any) -> tuple[Any, li
         encode,
         pixels,
         grid,
-        group=tensor_parallel_group(),
+        group=require_tensor_parallel_group(),
         merge_size=tower.spatial_merge_size,
         grad="whole",  # made so by the cut's own backward for the main features, by complete_grad for the levels
         split_frames=True,  # the tower attends within a frame

@@ -9,15 +9,14 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from paddle_vl_sp import collectives
-from paddle_vl_sp.choices import check_choice
-from paddle_vl_sp.comm import GRADS, RowKind, agree_rows
-from paddle_vl_sp.consensus import fingerprint
-from paddle_vl_sp.gather import gather_rows, view_of
-from paddle_vl_sp.once import differentiable_once
-from paddle_vl_sp.run_report import note_shared
-from paddle_vl_sp.uneven import MODES
-from paddle_vl_sp.vision.gradients import refuse_tensor_parallel
+from paddle_vl_sp.autograd import differentiable_once
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.agree import fingerprint
+from paddle_vl_sp.comm.gather import GRADS, RowKind, agree_rows, gather_rows, view_of
+from paddle_vl_sp.comm.grads import is_cut
+from paddle_vl_sp.comm.uneven import MODES
+from paddle_vl_sp.report import note_shared
+from paddle_vl_sp.settings import check_choice
 from paddle_vl_sp.vision.share import tower_alpha
 from paddle_vl_sp.vision.work import plan_work
 
@@ -70,7 +69,7 @@ def encode_shared(
             outs, form = work.encoded(encode, pixel_values, grid_thw)
     except Exception as wrong:  # raised by agree_rows, on every rank
         error = wrong
-    if collectives.is_alone(group):
+    if not collectives.has_peers(group):
         if error is not None:
             raise error
         assert outs is not None
@@ -120,4 +119,20 @@ def _check_choices(encode: Any, group: Any, idle: str, grad: str, mode: str) -> 
     check_choice("idle", idle, IDLE)
     check_choice("grad", grad, GRADS)
     check_choice("mode", mode, ("auto", *MODES))
-    refuse_tensor_parallel(encode, group)
+    _refuse_tensor_parallel(encode, group)
+
+
+def _refuse_tensor_parallel(encode: Any, group: Any) -> None:
+    """Raises if encode is, or is a method of, a layer whose weights are cut over ranks of this group."""
+    layer = encode if isinstance(encode, paddle.nn.Layer) else getattr(encode, "__self__", None)
+    if not isinstance(layer, paddle.nn.Layer) or not collectives.has_peers(group):
+        return
+    for name, part in layer.named_sublayers(include_self=True):
+        cut = [own for own, parameter in part.named_parameters(include_sublayers=False) if is_cut(parameter)]
+        of = getattr(part, "model_parallel_group", None)
+        if cut and (of is None or len(set(of.ranks) & set(group.ranks)) > 1):
+            raise ValueError(
+                f"the tower's {name or type(part).__name__}.{cut[0]} ({type(part).__name__}) is tensor-parallel over "
+                f"ranks of the group {list(group.ranks)}: work can be shared only where each rank holds the whole "
+                "tower; build it with a tensor-parallel size of 1, or share over another group"
+            )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.choices import check_choice
+from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.layout import consecutive
-from paddle_vl_sp.uneven import MODES, UnevenRows
+from paddle_vl_sp.settings import check_choice
 from paddle_vl_sp.vision.balance import count_ends, even_ends, longest_first
 
 POLICIES = ("contiguous", "longest", "count")

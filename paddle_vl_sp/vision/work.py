@@ -11,7 +11,7 @@ import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp import collectives
+from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.vision.share import VisionShare, share_images, vision_items
 
 Integers = npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ def plan_work(
     """The work of this rank, from numbers that every rank has; the grid is read on the host, once."""
     grid = np.asarray(grid_thw.numpy() if isinstance(grid_thw, Tensor) else grid_thw, dtype=np.int64)
     _check_batch(pixels, grid, merge_size)
-    num_ranks, rank = (1, 0) if collectives.is_alone(group) else (group.nranks, group.rank)
+    num_ranks, rank = (1, 0) if not collectives.has_peers(group) else (group.nranks, group.rank)
     costs, token_counts, items = vision_items(grid, merge_size, alpha, split_frames)
     share = share_images(costs.tolist(), token_counts.tolist(), num_ranks, policy)
     spared = (sum(share.counts) - max(share.counts)) * merge_size**2

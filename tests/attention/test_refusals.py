@@ -18,8 +18,8 @@ from paddle_vl_sp.attention import (
 )
 from paddle_vl_sp.attention.delta import causal_conv
 from paddle_vl_sp.attention.reference import full_attention
-from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.testing import FakeGroup
+from paddle_vl_sp.testing.subgroup import SubGroup
 
 TWO = FakeGroup(1, 2)
 RING = SeqLayout(8, cp_size=2, cp_rank=1)

@@ -4,8 +4,8 @@ import paddle.distributed as dist
 import pytest
 
 from paddle_vl_sp.attention import choose_degrees, groups_from_fleet, groups_from_ranks
-from paddle_vl_sp.attention.exchange import partners
-from paddle_vl_sp.attention.topology import rows_and_columns
+from paddle_vl_sp.attention.groups import rows_and_columns
+from paddle_vl_sp.comm.exchange import partners
 from paddle_vl_sp.testing import FakeGroup
 
 

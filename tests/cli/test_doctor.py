@@ -13,13 +13,12 @@ from commands import call, call_json, call_without
 from paddleformers.transformers.qwen3_vl import modeling
 
 import paddle_vl_sp
-from paddle_vl_sp import log, ops
+from paddle_vl_sp.backends import dispatch, load
 from paddle_vl_sp.cli import check_install, doctor, main
 from paddle_vl_sp.cli.check_operators import check_operators, check_paddle, check_parity
 from paddle_vl_sp.cli.check_upstream import check_upstream
 from paddle_vl_sp.cli.checkup import FAIL, PASS, WARN
-from paddle_vl_sp.formers import callback, patch
-from paddle_vl_sp.formers.patch import FAMILIES
+from paddle_vl_sp.formers.families import QWEN3_VL
 
 PACKAGE = Path(paddle_vl_sp.__file__).parent
 REPLACED = ("Qwen3VLModelDeprecated.forward", "Qwen3VLTextModel.forward", "Qwen3VLTextModel._deepstack_process")
@@ -30,8 +29,8 @@ def by_subject(checks):
 
 
 def with_operators():
-    if ops.backend().name != "op":
-        pytest.skip(f"no custom operators: {ops.backend().reason}")
+    if load.backend().name != "op":
+        pytest.skip(f"no custom operators: {load.backend().reason}")
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_methods_on_paddlefleet_are_judged_too():
 
     with stubbed_paddlefleet():
         checks = by_subject(check_upstream())
-    names = [f"{owner}.{name}" for family in FAMILIES for owner, made in family.methods.items() for name in made]
+    names = [f"{owner}.{name}" for family in QWEN3_VL for owner, made in family.methods.items() for name in made]
     assert len(names) == 11
     assert {name: checks[name].state for name in names} == dict.fromkeys(names, PASS)
 
@@ -120,7 +119,7 @@ def test_operators_for_another_paddle_are_found(copy):
     """A library with another commit in it: both are named, the rest of the package works in plain Paddle."""
     with_operators()
     (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
-    commit = ops.build_info(library)["commit"].encode()
+    commit = load.build_info(library)["commit"].encode()
     library.write_bytes(library.read_bytes().replace(b"commit=" + commit, b"commit=" + b"0" * len(commit)))
     code, found = call_json("doctor", "--no-upstream", cwd=copy)
     checks = by_subject(found["checks"])
@@ -149,8 +148,8 @@ def test_no_operators_at_all_is_a_warning(copy):
 
 def test_wrong_results_are_found(monkeypatch):
     """An addition that forgets a row: the place, both numbers, and how to go on without operators."""
-    right = ops.add_rows
-    monkeypatch.setattr(ops, "add_rows", lambda h, f, update, gather, i: right(h, f, update[1:], gather[1:], i))
+    right = dispatch.add_rows
+    monkeypatch.setattr(dispatch, "add_rows", lambda h, f, update, gather, i: right(h, f, update[1:], gather[1:], i))
     check = check_parity()
     assert check.state == FAIL
     assert "expected" in check.told
@@ -280,12 +279,3 @@ def test_a_switch_with_an_unknown_word_fails_and_the_rest_is_looked_at(name, mon
     assert checks["switches"]["state"] == "FAIL"
     assert f"{name} is one of" in checks["switches"]["mend"]
     assert checks["serving"]["state"] in ("PASS", "WARN")
-
-
-def test_the_doctors_words_are_the_packages():
-    """It must not import what raises at an unknown word, so it has the words itself."""
-    assert check_install.SWITCHES[ops.SWITCH] == ops.BACKENDS
-    assert check_install.SWITCHES[log.SWITCH] == log.LEVELS
-    assert {ops.CHECK, patch.SWITCH, callback.SWITCH} == {
-        name for name, words in check_install.SWITCHES.items() if words == ("0", "1")
-    }

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from commands import call
 
-from paddle_vl_sp import SeqLayout, ops
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.cli import main, parity, selftest, slow
 from paddle_vl_sp.testing import run_ranks
 
@@ -25,7 +26,7 @@ def test_everything_passes_with_each_implementation(implementation, capsys):
 @pytest.mark.parametrize("name", ["add_rows", "replace_rows", "build_plan"])
 def test_what_is_broken_is_found(name, monkeypatch, capsys):
     """The last pair forgotten, by each operation in turn: exit code 1, with place and numbers."""
-    right = getattr(ops, name)
+    right = getattr(dispatch, name)
 
     def forgets_a_pair(*arguments):
         if name == "build_plan":
@@ -34,7 +35,7 @@ def test_what_is_broken_is_found(name, monkeypatch, capsys):
         hidden, features, update, gather, *more = arguments
         return right(hidden, features, update[:-1], gather[:-1], *more)
 
-    monkeypatch.setattr(ops, name, forgets_a_pair)
+    monkeypatch.setattr(dispatch, name, forgets_a_pair)
     assert main(["selftest", "--quick"]) == 1
     told = capsys.readouterr().out
     assert told.startswith("FAIL")
@@ -43,8 +44,8 @@ def test_what_is_broken_is_found(name, monkeypatch, capsys):
 
 def test_a_wrong_gradient_is_found(monkeypatch):
     """Right values with a doubled gradient of the features."""
-    right = ops.add_rows
-    monkeypatch.setattr(ops, "add_rows", lambda h, f, u, g, inplace: right(h, f + (f - f.detach()), u, g, inplace))
+    right = dispatch.add_rows
+    monkeypatch.setattr(dispatch, "add_rows", lambda h, f, u, g, inplace: right(h, f + (f - f.detach()), u, g, inplace))
     failures = [case.failure() for case in parity.local_cases("cpu", parity.QUICK)]
     assert any("features' gradient" in why for why in failures)
 

@@ -10,7 +10,8 @@ import paddle
 import pytest
 
 import oracle
-from paddle_vl_sp import SeqLayout, by_rule, ops, reference
+from paddle_vl_sp import SeqLayout
+from paddle_vl_sp.backends import load, plain, traced
 from paddle_vl_sp.export import DeepstackAdd, IndexBuilder, interval_table, save
 
 IMAGE, VIDEO, TEXT = 5, 6, 7
@@ -157,7 +158,7 @@ def add_sums(folder):
 
 @pytest.fixture(scope="module", params=["op", "python"])
 def folder(request, tmp_path_factory):
-    if request.param == "op" and ops.backend().name != "op":
+    if request.param == "op" and load.backend().name != "op":
         pytest.skip("no custom operators: the header of this report says why")
     made = Folder(tmp_path_factory.mktemp(request.param), request.param)
     for fill in (add_plans, add_packed_plans, add_tokens_of_other_types, add_sums):
@@ -216,7 +217,7 @@ def test_intervals_by_tensors_are_those_of_the_layout(rule):
     """Exact, for lengths that a graph would learn at run time."""
     for seq_len in (12, 24, 48) if rule.get("remainder") != "front" else range(1, 14):
         layout = SeqLayout(seq_len, **rule)
-        table = by_rule.owned_intervals(paddle.to_tensor([seq_len]), layout).numpy()
+        table = traced.owned_intervals(paddle.to_tensor([seq_len]), layout).numpy()
         owned = [start + i for start, length, _ in table for i in range(length)]
         assert owned == layout.positions().tolist()
         assert [low + i for _, length, low in table for i in range(length)] == list(range(layout.local_len))
@@ -230,7 +231,7 @@ def test_adding_by_tensors_is_adding_by_reference(dtype):
     update, gather = paddle.to_tensor([0, 3, 7, -1, 10, 8]), paddle.to_tensor([0, 1, 3, -1, 2, 4])
     for feature_type in (dtype, "float32"):
         pair = hidden.astype(dtype), features.astype(feature_type)
-        got, want = (module.add_rows(*pair, update, gather) for module in (by_rule, reference))
+        got, want = (module.add_rows(*pair, update, gather) for module in (traced, plain))
         assert got.dtype == want.dtype
         assert np.array_equal(got.astype("float64").numpy(), want.astype("float64").numpy())
         assert not np.array_equal(got.astype("float64").numpy(), pair[0].astype("float64").numpy())

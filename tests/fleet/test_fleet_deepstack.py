@@ -219,7 +219,7 @@ def test_a_stack_under_sp_has_formers_bits_and_every_gradient(monkeypatch, size,
 
     With the mask only, the layers sum over the ranks by themselves: here by a group that adds nothing.
     """
-    monkeypatch.setattr("paddle_vl_sp.collectives.summed", lambda x, _: x)
+    monkeypatch.setattr("paddle_vl_sp.comm.collectives.all_reduce_sum", lambda x, _: x)
     mask = some_mask(3, 16, 0.3, seed=7)
     slope = drawn([16, 3, WIDTH], seed=9).numpy()
     total = [0, 0]

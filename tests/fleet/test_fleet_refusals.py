@@ -124,7 +124,7 @@ def test_check_compares_a_loaded_plan_with_a_fresh_one(monkeypatch):
     run(embedding, batch, FakeGroup(1, 2))
     monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
     run(embedding, batch, FakeGroup(0, 2))
-    with pytest.raises(ValueError, match=r"visual_gather_indices of the batch is not the plan of this rank"):
+    with pytest.raises(ValueError, match=r"visual_gather_indices of rank 1 of the batch is not what its ids ask for"):
         run(embedding, batch, FakeGroup(1, 2))
 
 

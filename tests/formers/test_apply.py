@@ -17,65 +17,65 @@ from paddle_vl_sp.formers import (
     UpstreamChanged,
     apply_to_qwen3_vl,
     norms,
-    patch,
     revert,
     shared_tower,
     tiny,
 )
-from paddle_vl_sp.formers.fingerprint import OURS, SIGNATURES, SOURCES, fingerprint, formers_version, unknown
+from paddle_vl_sp.formers.families import QWEN3_VL
+from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
 
 ROOT = Path(__file__).parents[2]
 MODULES = {"plain": modeling, "plain MoE": moe_modeling, "fleet": modeling_fleet}
 
 
 def methods():
+    """(class, method, Replaced) of all families."""
     return [
-        (getattr(MODULES[family.name], owner), method)
-        for family in patch.FAMILIES
-        for owner, made in family.methods.items()
-        for method in made
+        (getattr(MODULES[family.name], method.name.partition(".")[0]), method.name.partition(".")[2], method)
+        for family in QWEN3_VL
+        for method in family.replaced
     ]
 
 
-def standing():
-    return [owner.__dict__[method] for owner, method in methods()]
+def functions():
+    return [owner.__dict__[method] for owner, method, _ in methods()]
 
 
 def test_revert_restores_the_very_same_functions():
     """Identity, of all methods."""
-    before = standing()
+    before = functions()
     apply_to_qwen3_vl()
-    assert all(hasattr(function, OURS) for function in standing())
+    assert all(hasattr(function, OURS) for function in functions())
     revert()
-    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
     assert len(before) == 11
 
 
 def test_applying_twice_changes_nothing_more():
     """Identity; the second report says so, and its context gives back only what it took, which is nothing."""
     first = apply_to_qwen3_vl()
-    once = standing()
+    once = functions()
     with apply_to_qwen3_vl() as second:
-        assert all(a is b for a, b in zip(once, standing(), strict=True))
+        assert all(a is b for a, b in zip(once, functions(), strict=True))
         assert first.replaced == second.replaced
         assert all(line.why == "was already" for line in second.lines)
-    assert all(a is b for a, b in zip(once, standing(), strict=True))
+    assert all(a is b for a, b in zip(once, functions(), strict=True))
 
 
 def test_context_manager_takes_back():
     """Identity, also after an error inside."""
-    before = standing()
+    before = functions()
     with pytest.raises(ZeroDivisionError), apply_to_qwen3_vl():
         raise ZeroDivisionError
-    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
 
 
 def test_report_is_a_value_that_reads():
     """Every method by name; equal reports are equal."""
     report = apply_to_qwen3_vl()
-    for owner, method in methods():
-        assert f"{owner.__name__}.{method}" in report.replaced
-        assert f"{owner.__name__}.{method}" in str(report)
+    for _, _, method in methods():
+        assert method.name in report.replaced
+        assert method.name in str(report)
     assert isinstance(report, PatchReport)
     revert()
     assert apply_to_qwen3_vl() == report
@@ -96,22 +96,19 @@ def test_models_built_before_and_after_are_alike():
 
 def test_signatures_are_kept():
     """What inspects a forward sees upstream's parameters."""
-    before = [inspect.signature(function) for function in standing()]
+    before = [inspect.signature(function) for function in functions()]
     apply_to_qwen3_vl()
-    assert [inspect.signature(function) for function in standing()] == before
+    assert [inspect.signature(function) for function in functions()] == before
 
 
 def test_fingerprints_are_those_of_the_known_version():
     """Each table entry matches PaddleFormers 1.2.0, and each replaced method has one."""
     if formers_version() != "1.2.0":
         pytest.skip(f"the table is for PaddleFormers 1.2.0, this is {formers_version()}")
-    for owner, method in methods():
-        assert fingerprint(owner.__dict__[method]) in SOURCES[f"{owner.__name__}.{method}"]
-    assert {f"{owner.__name__}.{method}" for owner, method in methods()} == set(SOURCES)
-    owners = {owner.__name__: owner for owner, _ in methods()}
-    for name in SIGNATURES:
-        owner, method = name.split(".")
-        assert unknown(owners[owner], method) == ""
+    for owner, name, method in methods():
+        assert fingerprint(owner.__dict__[name]) in method.sources
+    for family in QWEN3_VL:
+        assert not list(family.changes(MODULES[family.name]))
 
 
 def changed_deepstack(self, hidden_states, visual_pos_masks, visual_embeds):
@@ -127,11 +124,11 @@ def changed(monkeypatch):
 @pytest.mark.usefixtures("changed")
 def test_changed_code_is_an_error_that_says_what():
     """The method, both fingerprints and the file; and nothing was replaced."""
-    before = standing()
-    known = SOURCES["Qwen3VLTextModel._deepstack_process"][0]
+    before = functions()
+    known = next(m.sources[0] for _, _, m in methods() if m.name == "Qwen3VLTextModel._deepstack_process")
     with pytest.raises(UpstreamChanged, match=rf"Qwen3VLTextModel\._deepstack_process .*{known}.*test_apply.py:\d+"):
         apply_to_qwen3_vl()
-    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
 
 
 @pytest.mark.usefixtures("changed")
@@ -156,7 +153,7 @@ def test_changed_code_is_left_alone_when_not_strict(caplog):
 
 def test_a_module_that_has_moved_is_a_change(monkeypatch, caplog):
     """Not a run without the package: an error, or a warning that nothing is replaced."""
-    for family in patch.FAMILIES:
+    for family in QWEN3_VL:
         monkeypatch.setitem(sys.modules, family.module, None)
     with pytest.raises(UpstreamChanged, match=r"qwen3_vl\.modeling of PaddleFormers .* cannot be imported"):
         apply_to_qwen3_vl()
@@ -191,10 +188,10 @@ def test_what_somebody_put_over_ours_stays(caplog):
 
 def test_switched_off_by_the_environment(monkeypatch):
     """PADDLE_VL_SP=0: nothing is touched and the report says why; other values are refused."""
-    before = standing()
+    before = functions()
     monkeypatch.setenv("PADDLE_VL_SP", "0")
     assert "PADDLE_VL_SP=0" in str(apply_to_qwen3_vl())
-    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
     monkeypatch.setenv("PADDLE_VL_SP", "off")
     with pytest.raises(ValueError, match="must be 0 or 1, got 'off'"):
         apply_to_qwen3_vl()
@@ -207,7 +204,7 @@ def test_without_paddleformers_nothing_is_pretended(monkeypatch):
 
 
 def test_the_check_switch_knows_two_words(monkeypatch):
-    from paddle_vl_sp.ops import checking
+    from paddle_vl_sp.verify import checking
 
     for value, means in (("0", False), ("1", True)):
         monkeypatch.setenv("PADDLE_VL_SP_CHECK", value)
@@ -217,8 +214,8 @@ def test_the_check_switch_knows_two_words(monkeypatch):
         checking()
 
 
-def test_backend_is_held_against_what_serves():
-    """An explicit choice must hold, with the mend where it does not."""
+def test_backend_must_be_the_one_in_use():
+    """An explicit choice must hold, and the error says how to get it."""
     from paddle_vl_sp import backend
 
     other = {"op": "python", "python": "op"}[backend().name]
@@ -256,12 +253,12 @@ def test_head_norms_of_a_given_model():
 
 def test_vision_dp_wants_a_plain_model():
     """Errors with the mend, and nothing is left replaced."""
-    before = standing()
+    before = functions()
     with pytest.raises(ValueError, match="needs the built model"):
         apply_to_qwen3_vl(vision_dp=True)
     with pytest.raises(ValueError, match=r"needs a plain Qwen3-VL model .* got Linear"):
         apply_to_qwen3_vl(paddle.nn.Linear(2, 2), vision_dp=True)
-    assert all(a is b for a, b in zip(before, standing(), strict=True))
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
 
 
 def test_vision_dp_marks_and_unmarks():

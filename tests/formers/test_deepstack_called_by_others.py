@@ -9,7 +9,8 @@ from paddleformers.transformers.qwen3_vl.modeling import Qwen3VLTextModel
 
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.formers import DiffersFromUpstream, apply_to_qwen3_vl, deepstack, norms
-from paddle_vl_sp.formers.deepstack import Rows
+from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows
+from paddle_vl_sp.verify import check_result
 
 MASK = np.random.default_rng(0).random((2, 8)) < 0.5
 MODEL = SimpleNamespace(config=SimpleNamespace(sequence_parallel=False))
@@ -27,7 +28,9 @@ def test_a_mask_goes_to_the_original():
     with apply_to_qwen3_vl():
         assert (called(mask, hidden.clone(), embeds) == upstream).all()
         plan = plan_visual(mask, None, SeqLayout(8), sequence_first=False)
-        assert (called(Rows(plan, mask), hidden.clone(), embeds) == upstream).all()
+        with OWN_ROWS.given(OwnRows(mask, plan)):
+            assert (called(mask, hidden.clone(), embeds) == upstream).all()
+            assert (called(mask.detach(), hidden.clone(), embeds) == upstream).all()
 
 
 def test_columns_of_another_width_are_the_originals_affair():
@@ -36,16 +39,26 @@ def test_columns_of_another_width_are_the_originals_affair():
     seen = []
     ours = deepstack.deepstack(lambda _self, hidden, mask, embeds: seen.append(mask) or hidden)
     mask = paddle.to_tensor(MASK)
-    ours(None, paddle.zeros([2, 8, 4]), Rows(plan, mask), paddle.zeros([int(MASK.sum()), 8]))
+    with OWN_ROWS.given(OwnRows(mask, plan)):
+        ours(None, paddle.zeros([2, 8, 4]), mask, paddle.zeros([int(MASK.sum()), 8]))
     assert seen[0] is mask
+
+
+def test_another_mask_than_the_planned_one_goes_to_the_original():
+    """The plan belongs to one mask: an equal copy of it elsewhere in memory is not it."""
+    mask, seen = paddle.to_tensor(MASK), []
+    ours = deepstack.deepstack(lambda _self, hidden, mask, embeds: seen.append(mask) or hidden)
+    with OWN_ROWS.given(OwnRows(mask, plan_visual(mask, None, SeqLayout(8), sequence_first=False))):
+        ours(None, paddle.zeros([2, 8, 4]), mask.clone(), paddle.ones([int(MASK.sum()), 4]))
+    assert len(seen) == 1
 
 
 def test_a_check_that_fails_says_by_how_much():
     one = paddle.ones([2, 3])
     with pytest.raises(DiffersFromUpstream, match=r"1 of 6 values differ, by 0\.5 at most"):
-        deepstack._hold_equal(one, paddle.to_tensor([[1, 1, 1], [1, 1.5, 1]], "float32"))
+        check_result("it", one, paddle.to_tensor([[1, 1, 1], [1, 1.5, 1]], "float32"), "")
     with pytest.raises(DiffersFromUpstream, match=r"float32 \[2, 3\] against paddle\.float32 \[3, 2\]"):
-        deepstack._hold_equal(one, one.reshape([3, 2]))
+        check_result("it", one, one.reshape([3, 2]), "")
 
 
 def test_a_model_without_head_norms_is_a_line():

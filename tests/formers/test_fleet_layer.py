@@ -7,8 +7,9 @@ import paddle
 import pytest
 from training import modeling_fleet, same_bits
 
-from paddle_vl_sp import ops
-from paddle_vl_sp.formers import apply_to_qwen3_vl, fleet_layer, plans_of_all_ranks
+from paddle_vl_sp.backends import dispatch
+from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks
+from paddle_vl_sp.formers.families import qwen3_vl_fleet
 from paddle_vl_sp.testing import FakeGroup
 
 Layer = modeling_fleet.Qwen3VLTextTransformerLayer
@@ -33,7 +34,7 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(
             "paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology(rank, nranks, stages)
         )
-        monkeypatch.setattr(fleet_layer, "complete_grad", lambda levels, plan, group: list(levels))
+        monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
 
     return become
 
@@ -41,8 +42,8 @@ def as_rank(monkeypatch):
 @pytest.fixture
 def built(monkeypatch):
     """Counts the plans that are made."""
-    plans, build = [], ops.build_plan
-    monkeypatch.setattr(ops, "build_plan", lambda *args: (plans.append(None), build(*args))[1])
+    plans, build = [], dispatch.build_plan
+    monkeypatch.setattr(dispatch, "build_plan", lambda *args: (plans.append(None), build(*args))[1])
     return plans
 
 
@@ -116,22 +117,23 @@ def test_one_plan_for_all_layers(as_rank, built):
     assert same_bits(out["visual_pos_masks"], mask)
 
 
-def test_across_pipeline_stages_nothing_travels(as_rank, built):
-    """Every layer plans for itself; hidden states and gradients are upstream's, bit for bit."""
+def test_across_pipeline_stages_indices_have_one_length(as_rank, built):
+    """One plan, filled up to the rows of the rank; hidden states are upstream's, bit for bit."""
     mask, hidden, levels = some_case()
     as_rank(1, 2, stages=2)
     _, wanted = run(mask, 1, 2, hidden, levels, True)
     seen = []
     with apply_to_qwen3_vl():
         handle = Layer.forward
-        Layer.forward = lambda self, given: (seen.append(set(given)), handle(self, given))[1]
+        Layer.forward = lambda self, given: (seen.append(dict(given)), handle(self, given))[1]
         try:
             _, got = run(mask, 1, 2, hidden, levels, True)
         finally:
             Layer.forward = handle
     assert same_bits(wanted, got)
-    assert len(built) == LEVELS
-    assert not any("visual_update_indices" in keys for keys in seen)
+    assert len(built) == 1
+    lengths = [given["visual_update_indices"].shape[0] for given in seen if "visual_update_indices" in given]
+    assert lengths == [hidden.shape[0] * hidden.shape[1] // 2] * (LEVELS - 1)
 
 
 def test_full_recompute(as_rank):
@@ -155,7 +157,7 @@ def test_indices_in_the_dict_are_taken(as_rank, built):
     def refuse(*_):
         raise AssertionError("completed twice")
 
-    fleet_layer.complete_grad = refuse  # as_rank puts it back
+    qwen3_vl_fleet.complete_grad = refuse  # as_rank puts it back
     with apply_to_qwen3_vl():
         _, got = run(mask, 1, 2, hidden, levels, True, extra=own)
     assert same_bits(wanted, got)

@@ -8,9 +8,9 @@ import pytest
 from training import SAMPLES, loss_of, same_bits
 
 from paddle_vl_sp import SeqLayout, plan_visual
+from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, plans_of_all_ranks, tiny
-from paddle_vl_sp.formers.loader import LoadedPlans
-from paddle_vl_sp.joint import order_on_host
+from paddle_vl_sp.interleave import order_on_host
 
 IDS = (tiny.IMAGE, tiny.VIDEO)
 UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
@@ -114,8 +114,11 @@ def test_wrong_plans_are_refused(monkeypatch):
             loss_of(model, {key: value for key, value in batch.items() if key != "visual_positions"})
         monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
         loss_of(model, batch)
-        with pytest.raises(ValueError, match="visual_positions of the batch are not those of its ids"):
+        with pytest.raises(ValueError, match="visual_positions of the batch is not what its ids ask for"):
             loss_of(model, {**batch, "visual_positions": batch["visual_positions"] + 1})
+        for key in ("visual_update_indices", "visual_gather_indices"):
+            with pytest.raises(ValueError, match=f"{key} of rank 0 of the batch is not what its ids ask for"):
+                loss_of(model, {**batch, key: batch[key].flip(1)})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -135,8 +138,8 @@ def test_plans_for_another_cut_are_refused(planned, wanted):
     """The plain classes cut the flattened batch, those on PaddleFleet every sequence: the wrong rows, silently."""
     ids = tiny.draw_batch(SAMPLES["several"], 96, seed=2)["input_ids"].numpy()
     with pytest.raises(ValueError, match=f"planned with cut='{planned}', but this model cuts by '{wanted}'"):
-        LoadedPlans.taken_from(plans_of_all_ranks(ids, IDS, 2, planned), wanted)
-    assert LoadedPlans.taken_from(plans_of_all_ranks(ids, IDS, 2, wanted), wanted).positions.ndim == 1
+        LoadedPlans.pop_from(plans_of_all_ranks(ids, IDS, 2, planned), wanted)
+    assert LoadedPlans.pop_from(plans_of_all_ranks(ids, IDS, 2, wanted), wanted).positions.ndim == 1
 
 
 def test_swapped_placeholder_ids_are_found_by_the_check(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import BUILDERS, SAMPLES, batches, loss_of, same_bits, train, upstream_and_patched
 
-from paddle_vl_sp import ops
+from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
 
 FEW = 5  # one batch of every kind
@@ -175,8 +175,8 @@ def test_ways_to_call():
 
 def test_masks_handed_to_the_text_model_by_others(monkeypatch):
     """Bit-exact: whoever calls the text model with mask and levels gets upstream's result, from one plan."""
-    plans, build = [], ops.build_plan
-    monkeypatch.setattr(ops, "build_plan", lambda *args: (plans.append(None), build(*args))[1])
+    plans, build = [], dispatch.build_plan
+    monkeypatch.setattr(dispatch, "build_plan", lambda *args: (plans.append(None), build(*args))[1])
     model = tiny.tiny_qwen3_vl()
     batch = tiny.draw_batch(SAMPLES["several"], seed=6)
     mask = batch["input_ids"] == tiny.IMAGE
@@ -248,13 +248,16 @@ def test_wrappers_put_over_ours_change_nothing(target, kind, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_text_model_that_never_calls_paddleformers_is_an_error():
-    """It would train without deepstack."""
-    model = tiny.tiny_qwen3_vl()
+def test_a_text_model_that_never_calls_paddleformers():
+    """As upstream on one rank, bit for bit; under sequence parallelism an error, since no gradient is completed."""
+    model, batch = tiny.tiny_qwen3_vl(), batches(1)[0]
     model.language_model.__class__ = Deaf
-    with apply_to_qwen3_vl(), pytest.raises(ValueError, match="the forward of Deaf did not reach PaddleFormers' own"):
-        loss_of(model, batches(1)[0])
-    assert "_paddle_vl_sp_visual" not in vars(model.language_model)
+    wanted = float(loss_of(model, batch))
+    with apply_to_qwen3_vl():
+        assert float(loss_of(model, batch)) == wanted
+        model.language_model.config.sequence_parallel = True
+        with pytest.raises(ValueError, match="the forward of Deaf did not reach PaddleFormers' own"):
+            loss_of(model, batch)
 
 
 @pytest.mark.parametrize("part", [OwnText, Narrow, OwnMask])

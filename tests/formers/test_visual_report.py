@@ -10,6 +10,7 @@ from paddleformers.trainer import trainer as trainer_module
 from visualdl import LogReader
 
 from paddle_vl_sp.formers import VisualReport, apply_to_qwen3_vl, callback, report_to, tiny
+from paddle_vl_sp.settings import REPORT
 
 SAMPLES = ([["image"], ["image"]], [["image", "image"], ["image"]], [[], []], [["video"], ["video", "video"]])
 STEPS, LOGGING = 8, 2
@@ -65,7 +66,7 @@ def check_run(report, trainer, folder):
     assert report.summary["forwards"] == sum(count > 0 for count in tokens)
     told = scalars(folder)
     logged = list(range(LOGGING, STEPS + 1, LOGGING))
-    for key in ("visual_tokens", "forwards", "syncs_avoided"):  # the trainer shuffles: what each step had is not known
+    for key in ("visual_tokens", "forwards", "syncs_here"):  # the trainer shuffles: what each step had is not known
         assert list(told[f"train/vl_sp_{key}"]) == logged
         assert sum(told[f"train/vl_sp_{key}"].values()) == report.summary[key]
     assert "train/vl_sp_tokens_of_ranks" not in told
@@ -87,7 +88,7 @@ def test_by_the_environment(tmp_path, monkeypatch, asked):
     """As under the plugin: into every trainer that is built from then on, once."""
     monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", list(trainer_module.DEFAULT_CALLBACKS))
     monkeypatch.setattr(callback, "DEFAULT_CALLBACKS", trainer_module.DEFAULT_CALLBACKS)
-    monkeypatch.setenv(callback.SWITCH, asked)
+    monkeypatch.setenv(REPORT, asked)
     callback.report_if_asked()
     callback.report_if_asked()
     with apply_to_qwen3_vl():
@@ -100,15 +101,15 @@ def test_by_the_environment(tmp_path, monkeypatch, asked):
 
 
 def test_an_unknown_word_is_refused(monkeypatch):
-    monkeypatch.setenv(callback.SWITCH, "yes")
-    with pytest.raises(ValueError, match="PADDLE_VL_SP_REPORT must be one of '0', '1', got 'yes'"):
+    monkeypatch.setenv(REPORT, "yes")
+    with pytest.raises(ValueError, match="PADDLE_VL_SP_REPORT must be 0 or 1, got 'yes'"):
         callback.report_if_asked()
 
 
 def test_switched_off_it_is_off(monkeypatch):
     monkeypatch.setattr(callback, "DEFAULT_CALLBACKS", [])
     monkeypatch.setenv("PADDLE_VL_SP", "0")
-    monkeypatch.setenv(callback.SWITCH, "1")
+    monkeypatch.setenv(REPORT, "1")
     callback.report_if_asked()
     assert callback.DEFAULT_CALLBACKS == []
 

@@ -14,7 +14,6 @@ from paddle.distributed.fleet.utils import recompute
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import (
-    exchange,
     gated_delta_net_sp,
     gathered_losses,
     groups_from_fleet,
@@ -28,10 +27,11 @@ from paddle_vl_sp.attention import (
     unshard,
 )
 from paddle_vl_sp.attention.delta import causal_conv
-from paddle_vl_sp.attention.exchange import all_to_all
 from paddle_vl_sp.attention.reference import full_attention, recurrent_delta_rule
-from paddle_vl_sp.emulate import SubGroup
+from paddle_vl_sp.comm import exchange
+from paddle_vl_sp.comm.exchange import all_to_all
 from paddle_vl_sp.testing import RanksFailed, run_ranks
+from paddle_vl_sp.testing.subgroup import SubGroup
 
 TOLERANCE = 1e-5  # fp32, relative to the largest value of each array
 GARBAGE = 30.0  # what padding holds: an output that saw it is far off

@@ -8,15 +8,15 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
-from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, collectives, plan_visual, replace_rows
-from paddle_vl_sp.comm import agree, all_gather_rows, complete_grad
-from paddle_vl_sp.consensus import check_same, fingerprint
-from paddle_vl_sp.emulate import SubGroup
-from paddle_vl_sp.gather import gather_rows
-from paddle_vl_sp.replicas import check_replicas, sync_replicas
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.agree import agree, check_same, fingerprint
+from paddle_vl_sp.comm.gather import all_gather_rows, gather_rows
+from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
+from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
+from paddle_vl_sp.comm.uneven import UnevenRows
 from paddle_vl_sp.testing import run_ranks
-from paddle_vl_sp.uneven import UnevenRows
-from paddle_vl_sp.vision.gradients import sum_parameter_grads
+from paddle_vl_sp.testing.subgroup import SubGroup
 from rank_cases import hold, outcomes, same_error_everywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -570,4 +570,4 @@ def test_what_travels_stays_where_the_rows_are():
     """A gloo group on a machine with a GPU: the default device is not that of the rows."""
     made = paddle.zeros([6, 2])
     rows = SimpleNamespace(shape=[3, 2], size=0, dtype="float32", new_empty=lambda shape: made[: shape[0]])
-    assert collectives.gathered(rows, SimpleNamespace(nranks=2)).data_ptr() == made.data_ptr()
+    assert collectives.all_gather(rows, SimpleNamespace(nranks=2)).data_ptr() == made.data_ptr()

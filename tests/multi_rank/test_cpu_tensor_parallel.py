@@ -7,8 +7,8 @@ import pytest
 from paddle.base import core
 from paddle.distributed.fleet.layers.mpu import mp_ops
 
-from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.testing import run_ranks
+from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 
 
 def own_calls():

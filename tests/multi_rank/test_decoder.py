@@ -23,8 +23,8 @@ from paddle_vl_sp.attention import (
 )
 from paddle_vl_sp.attention.delta import causal_conv
 from paddle_vl_sp.attention.reference import full_attention, recurrent_delta_rule
-from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.testing import RanksFailed, run_ranks
+from paddle_vl_sp.testing.subgroup import SubGroup
 
 TOLERANCE = 2e-5  # fp32, relative to the largest value of each array
 IMAGE, VIDEO, VOCABULARY = 31, 32, 40

@@ -11,11 +11,12 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
-from paddle_vl_sp import collectives
-from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
-from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, fleet_layer, plain, tiny
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, tiny
+from paddle_vl_sp.formers.families import qwen3_vl, qwen3_vl_fleet
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.testing import run_ranks
+from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from stub_paddlefleet import stubbed_paddlefleet
 
 SEQ_LEN = 96
@@ -189,9 +190,9 @@ def of_fleet_layer(ranks):
     told = {"upstream": wrong()}
     with apply_to_qwen3_vl():
         told["patched"] = wrong()
-        one_stage, fleet_layer._is_one_stage = fleet_layer._is_one_stage, lambda: False
+        num_stages, qwen3_vl_fleet._num_stages = qwen3_vl_fleet._num_stages, lambda: 2
         told["patched, stages"] = wrong()
-        fleet_layer._is_one_stage = one_stage
+        qwen3_vl_fleet._num_stages = num_stages
     return told
 
 
@@ -206,8 +207,8 @@ def by_the_trainer(ranks):
 
 def collectives_in_backward(ranks):
     """How many sums over the group one backward makes for the features, per kind."""
-    seen, summed, model = [], collectives.summed, ranks.model()
-    collectives.summed = lambda x, group: (seen.append(None), summed(x, group))[1]
+    seen, summed, model = [], collectives.all_reduce_sum, ranks.model()
+    collectives.all_reduce_sum = lambda x, group: (seen.append(None), summed(x, group))[1]
     told = {}
     try:
         for kind, batch in ranks.batches.items():
@@ -215,7 +216,7 @@ def collectives_in_backward(ranks):
             ranks.step(model, batch)
             told[kind] = len(seen)
     finally:
-        collectives.summed = summed
+        collectives.all_reduce_sum = summed
     return told
 
 
@@ -265,9 +266,9 @@ def measure(nranks):
         told["vision dp, wrapped"] = of_wrapped_shared_tower(ranks)
         told["collectives"] = collectives_in_backward(ranks)
         told["drift patched"] = replicas(ranks, on_one)
-        complete, plain.complete_grad = plain.complete_grad, lambda levels, plan, group: list(levels)
+        complete, qwen3_vl.complete_grad = qwen3_vl.complete_grad, lambda levels, plan, group: list(levels)
         told["without complete_grad"] = ranks.errors(ranks.model())
-        plain.complete_grad = complete
+        qwen3_vl.complete_grad = complete
     told["fleet layer"] = of_fleet_layer(ranks)
     told["reverted"] = ranks.errors(ranks.model(), ["several"])
     return told

@@ -10,15 +10,16 @@ import paddle.distributed as dist
 import pytest
 import test_fleet as fleet_cases
 
-from paddle_vl_sp.formers import deepstack, fleet_layer
-from paddle_vl_sp.formers.standing import replace, revert
+from paddle_vl_sp.formers import deepstack
+from paddle_vl_sp.formers.changes import replace, revert
+from paddle_vl_sp.formers.families import qwen3_vl_fleet
 from paddle_vl_sp.testing import run_ranks
 
 
 def replaced_layer():
     layer = fleet_cases.whole_layer()
     replace(layer, "_deepstack_process", deepstack.deepstack)
-    replace(layer, "forward", fleet_layer.layer_forward)
+    replace(layer, "forward", qwen3_vl_fleet.layer_forward)
     return layer
 
 

@@ -9,7 +9,7 @@ import paddle.distributed as dist
 import pytest
 
 from paddle_vl_sp import SeqLayout, plan_visual
-from paddle_vl_sp.local import plan_visual_local, wire_bytes
+from paddle_vl_sp.comm.local_plan import plan_visual_local, wire_bytes
 from paddle_vl_sp.testing import run_ranks
 from rank_cases import hold, outcomes, same_error_everywhere
 

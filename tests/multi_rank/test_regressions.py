@@ -6,10 +6,10 @@ import paddle.distributed as dist
 import pytest
 
 from paddle_vl_sp import SeqLayout, add_rows, joint_features, plan_visual, replace_rows
-from paddle_vl_sp.comm import all_gather_rows, complete_grad
-from paddle_vl_sp.local import plan_visual_local
+from paddle_vl_sp.comm.gather import all_gather_rows
+from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
+from paddle_vl_sp.comm.local_plan import plan_visual_local
 from paddle_vl_sp.testing import run_ranks
-from paddle_vl_sp.vision.gradients import sum_parameter_grads
 from paddle_vl_sp.vision.parallel import encode_shared
 from paddle_vl_sp.vision.share import share_images
 from rank_cases import hold, outcomes, same_error_everywhere

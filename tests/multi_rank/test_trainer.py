@@ -8,9 +8,9 @@ import paddle
 import pytest
 from paddle.distributed.fleet.meta_parallel import tensor_parallel
 
-from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, report_to, tiny
 from paddle_vl_sp.testing import run_ranks
+from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 
 SEQ_LEN, STEPS = 96, 6
 SAMPLES = ([["image"], ["image"]], [["image", "image"], ["image"]], [["video"], ["video", "video"]])

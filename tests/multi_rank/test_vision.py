@@ -12,14 +12,14 @@ from paddle.autograd import PyLayer
 from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
-from paddle_vl_sp import SeqLayout, add_rows, collectives, plan_visual, replace_rows
-from paddle_vl_sp.comm import complete_grad
-from paddle_vl_sp.consensus import exchange
-from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
-from paddle_vl_sp.replicas import check_replicas
+from paddle_vl_sp import SeqLayout, add_rows, plan_visual, replace_rows
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm import grads as comm_grads
+from paddle_vl_sp.comm.agree import exchange
+from paddle_vl_sp.comm.grads import complete_grad, mark_for_sum, sum_parameter_grads
+from paddle_vl_sp.comm.replicas import check_replicas
 from paddle_vl_sp.testing import run_ranks
-from paddle_vl_sp.vision import gradients
-from paddle_vl_sp.vision.gradients import mark_for_sum, sum_parameter_grads
+from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.vision.parallel import encode_shared
 from rank_cases import hold, outcomes, same_error_everywhere
 from tiny_tower import CHANNELS, HIDDEN, MERGE, pixels, tower
@@ -333,7 +333,7 @@ class CutSequence(PyLayer):
 
     @staticmethod
     def backward(ctx, grad):
-        return collectives.gathered(grad, world())
+        return collectives.all_gather(grad, world())
 
 
 def sequence_loss(encode, layout, insert, mask, step=0):
@@ -415,7 +415,7 @@ def train(name, group, num_steps, **options):
         if summed:
             sum_parameter_grads(model, group)
         total = loss.detach().clone()
-        losses.append(float(total if group is None else collectives.summed(total, group)))
+        losses.append(float(total if group is None else collectives.all_reduce_sum(total, group)))
         optimizer.step()
         optimizer.clear_grad()
     return model, losses
@@ -514,10 +514,10 @@ def sums_go_in_buckets():
     for i, parameter in enumerate(model.parameters()):
         dtype = "float64" if i == 3 else "float32"
         parameter.main_grad = paddle.full(parameter.shape, (group.rank + 1) * 10.0**i, dtype)
-    summed, sizes = collectives.summed, []
+    summed, sizes = collectives.all_reduce_sum, []
     with (
-        mock.patch.object(gradients, "BUCKET", 3),
-        mock.patch.object(collectives, "summed", lambda x, of: (sizes.append(x.size), summed(x, of))[1]),
+        mock.patch.object(comm_grads, "BUCKET", 3),
+        mock.patch.object(collectives, "all_reduce_sum", lambda x, of: (sizes.append(x.size), summed(x, of))[1]),
     ):
         sum_parameter_grads(model, group)
     assert sizes == [4, 2, 2, 1], sizes
@@ -585,7 +585,7 @@ def sums_leave_cut_weights_alone():
         (model(x) ** 2).sum().backward()
     before = grads(model)
     sum_parameter_grads(model, group)
-    expected = [collectives.summed(paddle.to_tensor(grad), group).numpy() for grad in before[:2]] + before[2:]
+    expected = [collectives.all_reduce_sum(paddle.to_tensor(grad), group).numpy() for grad in before[:2]] + before[2:]
     for got, wanted in zip(grads(model), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert np.abs(before[2]).max() > 0

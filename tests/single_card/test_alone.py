@@ -10,13 +10,13 @@ from paddle_vl_sp import (
     agree,
     all_gather_rows,
     check_replicas,
-    collectives,
     complete_grad,
     encode_shared,
     plan_visual_local,
     sum_parameter_grads,
     sync_replicas,
 )
+from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.testing import FakeGroup
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import paddle_vl_sp
-from paddle_vl_sp import ops
+from paddle_vl_sp.backends import load
+from paddle_vl_sp.settings import BACKEND
 
 PACKAGE = Path(paddle_vl_sp.__file__).parent
 SHOW = "import paddle_vl_sp; print(paddle_vl_sp.backend())"
@@ -43,14 +44,14 @@ def copy(tmp_path):
 
 
 def with_operators():
-    if ops.backend().name != "op":
+    if load.backend().name != "op":
         pytest.skip("no custom operators: the header of this report says why")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None or ops.SWITCH in os.environ, reason="no g++, or another choice")
+@pytest.mark.skipif(shutil.which("g++") is None or BACKEND in os.environ, reason="no g++, or another choice")
 def test_with_a_compiler_the_operators_are_what_is_tested():
     """Without them, hundreds of tests skip or run in plain Paddle, and all is green."""
-    assert ops.backend().name == "op", f"{ops.backend()}; {ops.rebuild()}"
+    assert load.backend().name == "op", f"{load.backend()}; {load.rebuild()}"
 
 
 def test_python_can_be_asked_for():
@@ -77,11 +78,11 @@ def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
     done, lines = python(USE, copy)
     assert lines[0] == "8.0"
     assert lines[1] == f"python: there are no compiled operators in {copy / 'paddle_vl_sp'}"
-    assert done.stderr.count("plain Paddle serves, the custom operators do not") == 1
+    assert done.stderr.count("the custom operators are not available, plain Paddle is used") == 1
     assert done.stderr.count("pip install") + done.stderr.count("start from another folder") == 1
     done, _ = python(SHOW, copy, PADDLE_VL_SP_BACKEND="op")
     assert (
-        "OperatorsUnavailable: PADDLE_VL_SP_BACKEND=op insists on the operators: there are no compiled operators"
+        "OperatorsUnavailable: PADDLE_VL_SP_BACKEND=op requires the operators: there are no compiled operators"
         in done.stderr
     )
 
@@ -89,17 +90,17 @@ def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """This package as if it stood in an empty folder, with nothing else installed."""
-    monkeypatch.setattr(ops, "HERE", tmp_path / "paddle_vl_sp")
+    monkeypatch.setattr(load, "HERE", tmp_path / "paddle_vl_sp")
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
     return tmp_path
 
 
 def test_the_mend_of_a_source_tree_is_an_editable_install(elsewhere, monkeypatch):
-    assert "in the folder of the source: pip install" in ops.rebuild()
+    assert "in the folder of the source: pip install" in load.rebuild()
     (elsewhere / "custom_ops").mkdir()
-    assert ops.rebuild().endswith(f"--editable {elsewhere}")
+    assert load.rebuild().endswith(f"--editable {elsewhere}")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert ops.rebuild().startswith("install a C++ compiler (apt install g++), then pip install")
+    assert load.rebuild().startswith("install a C++ compiler (apt install g++), then pip install")
 
 
 def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monkeypatch):
@@ -107,15 +108,15 @@ def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monk
     installed.mkdir(parents=True)
     found = SimpleNamespace(locate_file=lambda name: elsewhere / "site-packages" / name)
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [found])
-    assert "start from another folder" not in ops.rebuild()
+    assert "start from another folder" not in load.rebuild()
     (installed / "_ops.so").touch()
-    assert f"finds the installed package in {installed}" in ops.rebuild()
+    assert f"finds the installed package in {installed}" in load.rebuild()
 
 
 def test_operators_of_another_paddle_are_never_loaded(copy):
     with_operators()
     (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
-    info = ops.build_info(library)
+    info = load.build_info(library)
     content = library.read_bytes()
     here, other = f"commit={info['commit']} ".encode(), f"commit={'0' * len(info['commit'])} ".encode()
     assert here in content
@@ -144,7 +145,7 @@ def test_what_a_library_was_built_for_is_read_without_loading_it():
     import paddle
 
     (library,) = PACKAGE.glob("_ops*.so")
-    assert ops.build_info(library) == {
+    assert load.build_info(library) == {
         "paddle": paddle.version.full_version,
         "commit": paddle.version.commit,
         "cuda": "0",

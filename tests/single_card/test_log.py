@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from paddle_vl_sp import log
+from paddle_vl_sp.settings import LOG
 
 SAY = """
 import logging, sys
@@ -44,8 +45,8 @@ def test_the_variable_sets_the_level(level, heard):
 
 
 def test_an_unknown_level_is_refused(monkeypatch):
-    monkeypatch.setenv(log.SWITCH, "loud")
-    with pytest.raises(ValueError, match="PADDLE_VL_SP_LOG must be one of 'debug', 'info', 'warning', 'error'"):
+    monkeypatch.setenv(LOG, "loud")
+    with pytest.raises(ValueError, match="PADDLE_VL_SP_LOG must be one of 'info', 'debug', 'warning', 'error'"):
         log._set_up()
 
 

@@ -1,5 +1,6 @@
 """What users install: from the source archive with and without a compiler, and with CUDA code where nvcc is."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -87,7 +88,7 @@ def cuda_library(tmp_path_factory):
 
 
 def test_operators_with_cuda_say_what_they_were_built_for(cuda_library):
-    from paddle_vl_sp.ops import build_info
+    from paddle_vl_sp.backends.load import build_info
 
     assert build_info(cuda_library)["cuda"] == "80,90"
 
@@ -108,3 +109,20 @@ except OSError as error:
     lines = run("-W", "ignore", "-c", code, cwd=cuda_library.parent).stdout.split("\n")
     names = ["vlsp_add_rows", "vlsp_add_rows_", "vlsp_add_rows_back", "vlsp_plan", "vlsp_replace_rows"]
     assert lines[:3] == [str(names), "[[1, 2], [0, 1], [2, 2]]", "refused"]
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("consensus", "check_same", "comm.agree"),
+        ("consensus", "fingerprint", "comm.agree"),
+        ("emulate", "SubGroup", "testing.subgroup"),
+        ("local", "wire_bytes", "comm.local_plan"),
+        ("local", "plan_visual_local", "comm.local_plan"),
+    ],
+)
+def test_modules_that_pages_of_0_1_0_name_are_still_there(old, name, new):
+    """The same object, and a warning that says where it is now."""
+    with pytest.warns(DeprecationWarning, match=f"paddle_vl_sp.{old} has moved to paddle_vl_sp.{new}"):
+        found = getattr(importlib.import_module(f"paddle_vl_sp.{old}"), name)
+    assert found is getattr(importlib.import_module(f"paddle_vl_sp.{new}"), name)

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from paddle_vl_sp import SeqLayout, VisualPlan, plan_visual, reference
+from paddle_vl_sp import SeqLayout, VisualPlan, plan_visual
+from paddle_vl_sp.backends import plain
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
 
 
 def plain_paddle_plan(ids, placeholder_ids, layout, sequence_first, padded=False, num_features=-1):
-    return reference.build_plan(paddle.to_tensor(ids), placeholder_ids, layout, sequence_first, num_features, padded)
+    return plain.build_plan(paddle.to_tensor(ids), placeholder_ids, layout, sequence_first, num_features, padded)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -58,15 +59,14 @@ def test_all_forms_give_the_same_plan(data):
             assert (plan.update_indices.tolist(), plan.gather_indices.tolist()) == (update, gather)
         for announced in (None, int(mask.sum()), max(int(mask.sum()) - 2, 0), int(mask.sum()) + 3):
             expected = padded_form(update, gather, exact.num_rows, announced)
-            limit = -1 if announced is None else announced
             for tokens in (ids, paddle.to_tensor(ids)):
                 plan = plan_visual(
                     tokens, KINDS, layout, sequence_first=sequence_first, num_features=announced, padded=True
                 )
                 assert [plan.update_indices.tolist(), plan.gather_indices.tolist()] == expected
                 assert plan.counts.tolist() == [len(update), mask.sum()]
-                assert plan.num_features == limit
-            plain = plain_paddle_plan(ids, KINDS, layout, sequence_first, True, limit)
+                assert plan.num_features == announced
+            plain = plain_paddle_plan(ids, KINDS, layout, sequence_first, True, -1 if announced is None else announced)
             assert [plain[0].tolist(), plain[1].tolist(), plain[2].tolist()] == [*expected, exact.counts.tolist()]
 
 
@@ -189,7 +189,10 @@ def test_refusals_say_what_was_got_and_what_was_expected(tensor, tokens, placeho
 
 def test_a_padded_plan_that_was_not_told_cannot_be_checked():
     plan = plan_visual(np.array([[IMAGE, 0]]), KINDS, SeqLayout(2), sequence_first=False, padded=True)
-    with pytest.raises(ValueError, match=r"was not told how many feature rows .* its 1 visual tokens: plan_visual"):
+    with pytest.raises(
+        ValueError,
+        match="not given the number of feature rows, so its 1 visual tokens cannot be",
+    ):
         plan.check()
 
 

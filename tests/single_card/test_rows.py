@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracle
-from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, ops, plan_visual, replace_rows
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
+from paddle_vl_sp.backends import load
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
@@ -370,7 +371,7 @@ DOUBLE = {
 @pytest.mark.parametrize("wanted", ["both", "features", "hidden"])
 def test_gradients_of_gradients(name, wanted):
     """A gradient penalty against the same by a matrix, in float64: 1e-12; of both, and of one alone."""
-    if ops.backend().name != "op":
+    if load.backend().name != "op":
         pytest.skip("plain Paddle has no second gradient of scatter, and says so")
     move, by_matrix = DOUBLE[name]
     plan = plan_visual(paddle.to_tensor([[False, True, True, False]]), None, SeqLayout(4), sequence_first=False)

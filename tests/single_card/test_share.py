@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddle_vl_sp.uneven import MODES, UnevenRows
+from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.share import POLICIES, share_images, tower_alpha, vision_items
 
 COSTS = st.lists(st.integers(0, 50), max_size=9)

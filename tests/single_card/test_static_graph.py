@@ -5,10 +5,11 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 
-from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, native, ops, plan_visual, replace_rows
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
+from paddle_vl_sp.backends import load, operators
 
 pytestmark = pytest.mark.skipif(
-    ops.backend().name != "op", reason="no custom operators: the header of this report says why"
+    load.backend().name != "op", reason="no custom operators: the header of this report says why"
 )
 DYNAMIC = [
     InputSpec([None, None, 4], "float32"),
@@ -22,7 +23,7 @@ SHAPES = [(2, 12), (1, 7), (3, 5)]
 class Rows(paddle.nn.Layer):
     def __init__(self, name):
         super().__init__()
-        self.apply = getattr(native, name)
+        self.apply = getattr(operators, name)
         self.scale = self.create_parameter([4], default_initializer=paddle.nn.initializer.Constant(1.5))
 
     def forward(self, hidden, features, update, gather):
@@ -61,7 +62,7 @@ def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
 
     class Indices(paddle.nn.Layer):
         def forward(self, ids):
-            return native.build_plan(ids, (5, 6), layout, True, -1, padded)
+            return operators.build_plan(ids, (5, 6), layout, True, -1, padded)
 
     builder = paddle.jit.to_static(Indices(), input_spec=[InputSpec([None, None], "int64")], full_graph=True)
     paddle.jit.save(builder, str(tmp_path / "indices"))
@@ -79,7 +80,7 @@ def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
 
 def test_a_length_that_does_not_divide_is_refused_when_it_arrives():
     with pytest.raises(OSError, match="the length 9 is not divisible by 2; the next length that fits is 10"):
-        native.build_plan(paddle.zeros([1, 9], "int64"), (1,), SeqLayout(8, sp_size=2), True, -1, False)
+        operators.build_plan(paddle.zeros([1, 9], "int64"), (1,), SeqLayout(8, sp_size=2), True, -1, False)
 
 
 @pytest.mark.parametrize("cp_mode", ["zigzag", "contiguous"])
@@ -102,7 +103,7 @@ def test_the_rule_in_the_operator_is_the_rule_of_the_layout(cp_mode, remainder):
                             remainder=remainder,
                         )
                         all_visual = paddle.ones([1, seq_len], dtype="bool")
-                        _, gather, _ = native.build_plan(all_visual, None, layout, False, -1, False)
+                        _, gather, _ = operators.build_plan(all_visual, None, layout, False, -1, False)
                         assert gather.tolist() == layout.positions().tolist()
 
 
@@ -110,11 +111,11 @@ def test_what_guards_memory_in_the_operator_itself():
     """Messages for people come earlier, from Python; these stop a caller who goes around it."""
     hidden, features, update, gather = drawn(2, 6)
     with pytest.raises(OSError, match=r"hidden must be \[.., H\] and features \[N, H\]"):
-        native.replace_rows(hidden, features[:, :2], update, gather)
+        operators.replace_rows(hidden, features[:, :2], update, gather)
     with pytest.raises(OSError, match="must be int64 and of one length"):
-        native.replace_rows(hidden, features, update[:-1], gather)
+        operators.replace_rows(hidden, features, update[:-1], gather)
     with pytest.raises(OSError, match="tokens must be"):
-        native.build_plan(paddle.zeros([8], "int64"), (1,), SeqLayout(8), True, -1, False)
+        operators.build_plan(paddle.zeros([8], "int64"), (1,), SeqLayout(8), True, -1, False)
 
 
 class PublicRows(paddle.nn.Layer):
@@ -129,7 +130,7 @@ class PublicRows(paddle.nn.Layer):
 @pytest.mark.parametrize("full_graph", [True, False])
 def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypatch):
     if serves == "python":
-        monkeypatch.setattr(ops, "backend", lambda: ops.Backend("python", (), "as on a device without operators"))
+        monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
     graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
     for batch, seq_len in SHAPES:
         inputs = drawn(batch, seq_len)
@@ -151,4 +152,4 @@ def test_an_exact_plan_in_a_traced_graph_is_refused():
 def test_a_table_that_leads_out_of_the_tokens_is_refused(table):
     tokens = paddle.zeros([1, 8], "int64")
     with pytest.raises(OSError, match=r"interval \d of the table, .* is not a run after \d within 8 positions"):
-        native.build_plan_of(tokens, paddle.to_tensor(table), (1,), SeqLayout(8), 3, False, -1, False)
+        operators.build_plan_of(tokens, paddle.to_tensor(table), (1,), SeqLayout(8), 3, False, -1, False)

@@ -17,9 +17,10 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.attention import exchange, packed_attention, ring_attention, ulysses_attention
+from paddle_vl_sp.attention import packed_attention, ring_attention, ulysses_attention
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import num_pairs, ring_schedule
+from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.testing import run_ranks
 from timing import SHOWN, write_json
 

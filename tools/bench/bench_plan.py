@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from paddle_vl_sp import SeqLayout, backend, plan_visual, reference
+from paddle_vl_sp import SeqLayout, backend, plan_visual
+from paddle_vl_sp.backends import plain
 from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
 
 RUN = (256, 4096)  # visual tokens of an image or a few frames
@@ -79,7 +80,7 @@ def main() -> None:
     others = [
         Contender("sample by sample", lambda: sample_by_sample(mask, rank, args.sp)),
         Contender("vectorised", lambda: vectorised(mask, rank, args.sp)),
-        Contender("ours, plain Paddle", lambda: reference.build_plan(mask, None, layout, True, -1, False)[:2]),
+        Contender("ours, plain Paddle", lambda: plain.build_plan(mask, None, layout, True, -1, False)[:2]),
         Contender("ours, numpy", lambda: ours(host_mask, None)),
         Contender("ours, from int64 ids", lambda: ours(ids, (IMAGE,))),
         Contender("ours, padded", lambda: _padded(mask, layout)),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.uneven import MODES, UnevenRows
+from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
 
 Costs = npt.NDArray[np.int64]
@@ -125,7 +125,7 @@ def timed_gathers(total: int, width: int, repeats: int) -> list[tuple[str, str, 
     import paddle
     import paddle.distributed as dist
 
-    from paddle_vl_sp.comm import all_gather_rows
+    from paddle_vl_sp.comm.gather import all_gather_rows
 
     group, found = dist.get_group(0), []
     for name, counts in count_sets(group.nranks, total):

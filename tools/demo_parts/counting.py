@@ -12,7 +12,7 @@ from typing import Any
 
 import paddle
 
-from paddle_vl_sp import ops
+from paddle_vl_sp.backends import dispatch
 
 READS = ("item", "numpy", "tolist", "__int__", "__bool__", "__float__", "__index__")
 ENCODERS = (
@@ -64,7 +64,7 @@ def _counted(counts: dict[str, int]) -> Iterator[None]:
     for name in ("__getitem__", "__setitem__"):
         wrap(paddle.Tensor, name, lambda _self, index, *_: ("waits", "builds") if _has_mask(index) else ())
     wrap(paddle.Tensor, "masked_scatter", lambda *_: ("waits", "builds"))
-    wrap(ops, "build_plan", lambda *_: ("builds",))
+    wrap(dispatch, "build_plan", lambda *_: ("builds",))
     try:
         yield
     finally:

@@ -13,9 +13,9 @@ import paddle
 import paddle.distributed as dist
 
 from demo_parts.counting import waits_and_builds
-from paddle_vl_sp.cpu_tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.norms import mark_head_norms
+from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 
 SEQ_LEN = 96
 BATCHES = (  # images, several in a sample, videos, and one sample without

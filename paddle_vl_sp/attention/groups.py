@@ -1,0 +1,117 @@
+"""How many ranks go to Ulysses and how many to the ring, and the groups of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paddle_vl_sp.comm.collectives import Group
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """ulysses * ring ranks; printing it says why."""
+
+    ulysses: int
+    ring: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Ulysses over {self.ulysses}, ring over {self.ring}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SequenceGroups:
+    """This rank's two groups: Ulysses (the layout's sp cut) inside, the ring (its cp cut) outside."""
+
+    ulysses: Group
+    ring: Group
+
+
+def choose_degrees(kv_heads: int, world: int) -> Degrees:
+    """As much Ulysses as the key heads allow without repeating them, and the ring for the rest.
+
+    >>> choose_degrees(kv_heads=4, world=16)
+    Degrees(ulysses=4, ring=4, reason='gcd(4 key heads, 16 ranks) = 4, and 16 / 4 = 4')
+    """
+    if kv_heads < 1 or world < 1:
+        raise ValueError(f"kv_heads and world must be at least 1, got {kv_heads} and {world}")
+    ulysses = math.gcd(kv_heads, world)
+    reason = f"gcd({kv_heads} key heads, {world} ranks) = {ulysses}, and {world} / {ulysses} = {world // ulysses}"
+    return Degrees(ulysses, world // ulysses, reason)
+
+
+def rows_and_columns(ranks: Sequence[int], ulysses: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The Ulysses groups and the ring groups of these ranks: neighbours exchange heads, the ring strides over them.
+
+    ranks 0 1 2 3 4 5, ulysses 2  ->  [0 1] [2 3] [4 5]  and  [0 2 4] [1 3 5]
+    """
+    if ulysses < 1 or len(ranks) % ulysses:
+        raise ValueError(
+            f"{len(ranks)} ranks cannot be put into Ulysses groups of {ulysses}: its size must divide them"
+        )
+    rows = [list(ranks[i : i + ulysses]) for i in range(0, len(ranks), ulysses)]
+    return rows, [list(column) for column in zip(*rows, strict=True)]
+
+
+def groups_from_ranks(
+    sequences: Sequence[Sequence[int]], ulysses: int, rank: int, new_group: Callable[[list[int]], Any]
+) -> SequenceGroups:
+    """The groups of `rank`, where every list of `sequences` names the ranks that share one sequence.
+
+    new_group   paddle.distributed.new_group: every process makes every group in the same order, so every process
+                names all sequences of the world here, and its own groups are returned
+    """
+    mine: list[Any] = []
+    for ranks in sequences:
+        for kind in rows_and_columns(ranks, ulysses):
+            made = [(members, new_group(members)) for members in kind]
+            mine += [group for members, group in made if rank in members]
+    if len(mine) != 2:
+        raise ValueError(f"rank {rank} must be in exactly one of the sequences, got {[list(r) for r in sequences]}")
+    return SequenceGroups(ulysses=mine[0], ring=mine[1])
+
+
+def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGroups:
+    """The groups of `fleet.get_hybrid_communicate_group()`: its sep axis is Ulysses, its context axis the ring.
+
+    ulysses   where the topology has only one of the two axes: split that one, this many ranks to a Ulysses group
+    An axis of degree 1, or one that the topology lacks, is a group of one.
+    """
+    sep = _axis(topology, "get_sep_parallel_world_size", "get_sep_parallel_group")
+    context = _axis(topology, "get_context_parallel_world_size", "get_context_parallel_group")
+    if sep is None and context is None:
+        raise ValueError(
+            "the topology has neither a sep nor a context axis: set sep_degree or cp_degree in hybrid_configs, or name "
+            "the ranks (groups_from_ranks)"
+        )
+    if ulysses is None:
+        me = topology.global_rank
+        return SequenceGroups(sep or Alone(me), context or Alone(me))
+    if sep is not None and context is not None:
+        raise ValueError(
+            f"the topology has both axes, sep {sep.nranks} and context {context.nranks}: leave ulysses out"
+        )
+    import paddle.distributed as dist
+
+    sequences = topology.topology().get_comm_list("sep") if sep else topology._cp_topo.get_comm_list("context")
+    return groups_from_ranks(sequences, ulysses, topology.global_rank, dist.new_group)
+
+
+class Alone:
+    """The group of one rank: nothing is ever sent in it."""
+
+    rank = 0
+    nranks = world_size = 1
+    backend = "NONE"
+
+    def __init__(self, rank: int) -> None:
+        self.ranks = [rank]
+
+
+def _axis(topology: Any, size: str, group: str) -> Any:
+    if not hasattr(topology, size) or getattr(topology, size)() == 1:
+        return None
+    return getattr(topology, group)()

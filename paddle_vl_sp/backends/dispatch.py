@@ -1,0 +1,96 @@
+"""Every operation, by the implementation that is in use where its tensors live: custom operators or plain Paddle."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from paddle_vl_sp.backends import plain, traced
+from paddle_vl_sp.backends.load import backend
+from paddle_vl_sp.layout import SeqLayout
+
+
+def build_plan(
+    tokens: Tensor,
+    ids: tuple[int, ...] | None,
+    layout: SeqLayout,
+    sequence_first: bool,
+    num_features: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Any]:
+    """update and gather; counts [2] as a tensor where padded, else as numbers on the host."""
+    chosen = _implementation(tokens)
+    if padded:
+        update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, num_features, True)
+        return update, gather, counts
+    if is_tracing():
+        raise ValueError(
+            "an exact plan has a size that is in the data, which a traced graph does not know: padded=True, or "
+            "export.IndexBuilder"
+        )
+    if chosen is not plain and tokens.place.is_cpu_place():
+        update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, False)
+        return update, gather, counts.numpy()
+    update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, True)
+    counts = counts.numpy()  # the one synchronisation, for both numbers
+    n = int(counts[0])
+    return update[:n], gather[:n], counts
+
+
+def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    return _row_implementation(hidden).replace_rows(hidden, features, update, gather)
+
+
+def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, inplace: bool) -> Tensor:
+    chosen = _row_implementation(hidden)
+    if not inplace or is_tracing():  # a graph reuses memory as it sees fit
+        return chosen.add_rows(hidden, features, update, gather)
+    needs_new_graph = hidden.stop_gradient and not features.stop_gradient and paddle.is_grad_enabled()
+    if chosen is plain or needs_new_graph or not hidden.is_contiguous():
+        return paddle.assign(chosen.add_rows(hidden, features, update, gather), output=hidden)
+    return chosen.add_rows_inplace(hidden, features, update, gather)
+
+
+def joint_order(tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video: int) -> tuple[Tensor, Any]:
+    order, counts = plain.joint_order(tokens, ids, num_image, num_video)
+    return order, counts.numpy()
+
+
+def joint_rows(image: Tensor, video: Tensor, order: Any) -> Tensor:
+    if isinstance(order, np.ndarray):
+        order = on_place(order, image.place)
+    return plain.joint_rows(image, video, order)
+
+
+def on_place(x: Any, place: Any) -> Tensor:
+    """x on the place, without waiting for the device; the host memory of a numpy array is free at return."""
+    tensor = paddle.to_tensor(x, place=paddle.CPUPlace()) if isinstance(x, np.ndarray) else x
+    return tensor.to(place, blocking=False)
+
+
+def is_tracing() -> bool:
+    """Whether a static graph is being made, so that tensors have no place and shapes may not be numbers."""
+    return not paddle.in_dynamic_mode()
+
+
+def _row_implementation(hidden: Tensor) -> ModuleType:
+    """The module of the row operations; in a graph plain Paddle's must not ask for shapes."""
+    chosen = _implementation(hidden)
+    return traced if chosen is plain and is_tracing() else chosen
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    """The module to use where x lives, or, while a graph is traced, where it will run."""
+    if not is_tracing():
+        device = "cpu" if x.place.is_cpu_place() else "gpu" if x.place.is_gpu_place() else "other"
+    else:
+        device = paddle.get_device().split(":")[0]
+    if device not in backend().devices:
+        return plain
+    from paddle_vl_sp.backends import operators
+
+    return operators

@@ -1,0 +1,109 @@
+"""Finds and loads the custom operators, once; `backend()` says which implementation is in use, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
+
+from paddle_vl_sp.log import logger
+from paddle_vl_sp.settings import BACKEND, setting
+
+HERE = Path(__file__).parents[1]  # the package, where setup.py puts the library
+
+
+@dataclass(frozen=True)
+class Backend:
+    """name is "op" or "python"; devices are those with operators, on all others plain Paddle is used."""
+
+    name: str
+    devices: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        where = f" on {' and '.join(self.devices)}" if self.devices else ""
+        return f"{self.name}{where}: {self.reason}"
+
+
+@functools.cache
+def backend() -> Backend:
+    """Which implementation is in use, decided at the first call.
+
+    PADDLE_VL_SP_BACKEND=auto (default) uses the custom operators where they load and plain Paddle elsewhere, with one
+    warning; op requires them; python never loads them.
+    """
+    wanted = setting(BACKEND)
+    if wanted == "python":
+        return Backend("python", (), f"{BACKEND}=python")
+    try:
+        info = _load_operators(HERE)
+    except OperatorsUnavailable as why:
+        if wanted == "op":
+            raise OperatorsUnavailable(f"{BACKEND}=op requires the operators: {why}; {rebuild()}") from None
+        logger.warning("the custom operators are not available, plain Paddle is used: %s; %s", why, rebuild())
+        return Backend("python", (), str(why))
+    devices = ("cpu",) if info["cuda"] == "0" else ("cpu", "gpu")
+    return Backend("op", devices, f"operators built for Paddle {info['paddle']}")
+
+
+class OperatorsUnavailable(ImportError):
+    """The custom operators are not there, or are for another Paddle."""
+
+
+def rebuild() -> str:
+    """The command that gives this installation its operators."""
+    hidden = _hidden_package()
+    if hidden:
+        return f"start from another folder than {HERE.parent}: there, Python finds the installed package in {hidden}"
+    compiler = "" if shutil.which(os.environ.get("CXX", "g++")) else "install a C++ compiler (apt install g++), then "
+    if (HERE.parent / "custom_ops").is_dir():
+        return f"{compiler}pip install --no-build-isolation --no-deps --editable {HERE.parent}"
+    return f"{compiler}in the folder of the source: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def _hidden_package() -> Path | None:
+    """An installed package with operators that this one, imported from its source, hides."""
+    for found in importlib.metadata.distributions(name="paddle-vl-sp"):
+        folder = Path(str(found.locate_file("paddle_vl_sp"))).resolve()
+        if folder != HERE.resolve() and any(folder.glob("_ops*.so")):
+            return folder
+    return None
+
+
+def _load_operators(folder: Path) -> dict[str, str]:
+    libraries = sorted(folder.glob("_ops*.so"))
+    if not libraries:
+        raise OperatorsUnavailable(f"there are no compiled operators in {folder}")
+    info = build_info(libraries[-1])
+    running = running_paddle()
+    if not is_built_for(running, info):  # loading it could abort the process
+        raise OperatorsUnavailable(
+            f"the operators were built for Paddle {info.get('paddle')} ({info.get('commit')}), "
+            f"this is {running['paddle']} ({running['commit']})"
+        )
+    try:
+        load_op_meta_info_and_register_op(str(libraries[-1]))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}") from error
+    return info
+
+
+def running_paddle() -> dict[str, str]:
+    return {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
+
+
+def is_built_for(running: dict[str, str], info: dict[str, str]) -> bool:
+    return {key: info.get(key) for key in running} == running
+
+
+def build_info(library: Path) -> dict[str, str]:
+    """What a library of operators was built for (paddle, commit, cuda), read from the file without loading it."""
+    found = re.search(rb"vlsp-build ((?:\w+=\S* )+)", library.read_bytes())
+    return dict(pair.split("=", 1) for pair in found[1].decode().split()) if found else {}

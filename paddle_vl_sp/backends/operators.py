@@ -1,0 +1,139 @@
+"""The operations of `reference`, with the same signatures, by the custom operators. `ops` decides when they serve."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+from paddle import Tensor, _C_ops
+from paddle.autograd import PyLayer, PyLayerContext
+
+from paddle_vl_sp.autograd import differentiable_once
+from paddle_vl_sp.backends import plain
+from paddle_vl_sp.layout import SeqLayout
+
+MAX_PLACEHOLDERS = 8
+MAX_INLINE_INTERVALS = 8
+ELEMENT_TYPES = (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16)  # as in custom_ops/rows.h
+
+_run = _C_ops._run_custom_op  # type: ignore[attr-defined]
+joint_order = plain.joint_order
+joint_rows = plain.joint_rows
+
+
+def build_plan(
+    tokens: Tensor,  # [B, S]
+    ids: tuple[int, ...] | None,
+    layout: SeqLayout,
+    sequence_first: bool,
+    num_features: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """update, gather and counts [2]. Padded, it never waits for a device; else it does, once, for their size."""
+    table = None
+    if layout.cu_seqlens is not None:
+        rows = interval_table(layout)
+        table = paddle.to_tensor(rows, place=paddle.CPUPlace())
+        if len(rows) > MAX_INLINE_INTERVALS:
+            table = table.to(tokens.place, blocking=False)
+    return build_plan_of(tokens, table, ids, layout, layout.local_len, sequence_first, num_features, padded)
+
+
+def build_plan_of(
+    tokens: Tensor,
+    table: Tensor | None,
+    ids: tuple[int, ...] | None,
+    layout: SeqLayout,
+    local_len: int,
+    sequence_first: bool,
+    num_features: int,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """build_plan for a length that the tokens bring: the layout says how to cut, or, where it is given, the table.
+
+    local_len is that of the table; -1, where it is not known, makes the padded form as long as the sequence.
+    """
+    if ids is not None and len(ids) > MAX_PLACEHOLDERS:
+        tokens, ids = plain.is_any_of(tokens, ids), None
+    rule = [
+        layout.cp_size,
+        layout.cp_rank,
+        int(layout.cp_mode == "zigzag"),
+        layout.sp_size,
+        layout.sp_rank,
+        int(layout.remainder == "front"),
+    ]
+    wanted = [1] if ids is None else list(ids)
+    update, gather, counts = _run(
+        "vlsp_plan", tokens, table, wanted, rule, local_len, sequence_first, num_features, padded
+    )
+    return update, gather, counts
+
+
+def interval_table(layout: SeqLayout, num_intervals: int | None = None) -> npt.NDArray[np.int64]:
+    """(start, length, local start) of every interval of a rank, int64 [K, 3]: what the operator takes for packed rows.
+
+    num_intervals fills up to a fixed K, with empty intervals at the end; else K is what there is, at least 1, since
+    Paddle takes an empty table for none.
+
+    cu_seqlens (0, 4, 12), rank 0 of cp_size=2, zigzag   ->   [[0 1 0] [3 3 1] [10 2 4]]
+    """
+    intervals = layout.intervals()
+    wanted = max(1, len(intervals)) if num_intervals is None else num_intervals
+    if wanted < max(1, len(intervals)):
+        raise ValueError(f"num_intervals must be at least {max(1, len(intervals))} for this layout, got {wanted}")
+    empty = np.tile(np.array([[layout.seq_len, 0]], dtype=np.int64), (wanted - len(intervals), 1))
+    filled = np.concatenate([intervals, empty])
+    length = filled[:, 1:]
+    return np.concatenate([filled, np.cumsum(length, axis=0) - length], axis=1)
+
+
+def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    """hidden[update] = features[gather], on a copy; -1 is skipped."""
+    return _run_rows("vlsp_replace_rows", hidden, features, update, gather)
+
+
+def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    """hidden[update] += features[gather], on a copy; -1 is skipped."""
+    return _run_rows("vlsp_add_rows", hidden, features, update, gather)
+
+
+def add_rows_inplace(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    """hidden[update] += features[gather]; -1 is skipped. hidden is contiguous and not a leaf that needs a gradient."""
+    if hidden.stop_gradient or not paddle.is_grad_enabled():
+        _run("vlsp_add_rows_", hidden, features, update, gather)
+    else:
+        _AddRowsInplace.apply(hidden, features, update, gather)
+    return hidden
+
+
+class _AddRowsInplace(PyLayer):  # type: ignore[misc]  # a custom operator's own gradient leaves `hidden` the old graph
+    @staticmethod
+    def forward(ctx: PyLayerContext, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+        ctx.save_for_backward(update, gather)
+        ctx.needs_features = not features.stop_gradient
+        ctx.features = (features.shape[0] if ctx.needs_features else 0, _element_type(features))
+        _run("vlsp_add_rows_", hidden, features, update, gather)
+        return hidden
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: PyLayerContext, out_grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_grad, feature_grad = _run("vlsp_add_rows_back", out_grad, *ctx.saved_tensor(), *ctx.features)
+        return hidden_grad, feature_grad if ctx.needs_features else None
+
+
+def _run_rows(name: str, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+    if paddle.in_dynamic_mode():
+        if not paddle.is_grad_enabled():  # which custom operators do not ask
+            hidden, features = hidden.detach(), features.detach()
+        num_features, like_features = features.shape[0], gather  # the second is not looked at
+    else:
+        # only its height counts: int64, since the predictor's kernels for slices of floats have crashed
+        num_features, like_features = -1, paddle.zeros([paddle.shape(features)[0], 0], dtype="int64")
+    (out,) = _run(name, hidden, features, update, gather, like_features, num_features, _element_type(features))
+    return out
+
+
+def _element_type(x: Tensor) -> int:
+    return ELEMENT_TYPES.index(x.dtype)

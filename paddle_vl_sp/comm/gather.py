@@ -1,0 +1,246 @@
+"""Rows of all ranks in one tensor, moved in one of three ways, with a gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+from paddle.base import core
+
+from paddle_vl_sp.autograd import differentiable_once, via_float32
+from paddle_vl_sp.backends.dispatch import on_place
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.agree import agree_on, check_equal_marks, fingerprint
+from paddle_vl_sp.comm.uneven import MODES, Indices, UnevenRows
+from paddle_vl_sp.settings import check_choice
+
+GRADS = ("partial", "whole")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int8", "uint8")
+
+
+def all_gather_rows(
+    x: Tensor | Sequence[Tensor],
+    counts: Sequence[int],
+    group: Any,
+    mode: str = "auto",
+    grad: str = "partial",
+    check: bool = False,
+) -> Any:
+    """The rows of all ranks, rank after rank: [counts[rank], ...] -> [sum(counts), ...]; exact in every dtype.
+
+    x       a tensor, or a list of tensors with equally many rows and one dtype, which travel together
+    counts  the rows of every rank of the group, known to all; zero is a number like any other
+    mode    "max" pads to the longest and gathers, "sum" adds rows to zeros, "ragged" broadcasts one rank after the
+            other; backward scatters the sum, sums and cuts, or sums rank by rank (where the backend cannot scatter a
+            sum, "max" sums and cuts); "auto" chooses by the bytes on the wire and the number of collectives
+    grad    "partial": ranks hold different parts of the result's gradient; backward sums it over the group, then cuts
+            "whole": every rank holds the same, whole gradient; backward only cuts
+    check   first compare, in one small collective, what the ranks are about to send; a mismatch is an error on all
+
+    Every rank must make the call, and its backward too: without `check`, x must need a gradient on all ranks or on
+    none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal. A group
+    of one, or None, which means nobody, gets x back. There is no second gradient (create_graph=True).
+    """
+    xs = list(x) if isinstance(x, (list, tuple)) else [x]
+    error: Exception | None = None
+    try:
+        counts = [int(count) for count in counts]
+        _check_rows(xs, counts, group, mode, grad)
+    except Exception as wrong:  # raised on every rank where the ranks compare
+        error = wrong
+    if not collectives.has_peers(group):
+        if error is not None:
+            raise error
+        return x
+    if check:
+        form = len(xs) if isinstance(x, (list, tuple)) else -1
+        wants_grad = agree_rows(xs, form, fingerprint(counts, mode, grad), error, group).needs_grad
+    elif error is not None:
+        raise error
+    else:
+        wants_grad = needs_grad(xs)
+    rows = UnevenRows(tuple(counts))
+    whole = gather_rows(xs, rows, group, mode, grad, wants_grad)
+    return whole if isinstance(x, (list, tuple)) else whole[0]
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What every rank of a gather sends, or would if it had rows."""
+
+    form: int  # -1: one tensor; else the length of a list
+    width: int  # of all tensors together
+    dtype: str
+    needs_grad: bool  # on at least one rank
+
+
+def needs_grad(xs: Sequence[Tensor]) -> bool:
+    return bool(paddle.is_grad_enabled()) and any(not x.stop_gradient for x in xs)
+
+
+def agree_rows(xs: Sequence[Tensor] | None, form: int, mark: int, error: BaseException | None, group: Any) -> RowKind:
+    """What the ranks send, after one small collective in which a rank with an error, or a mismatch, stops all.
+
+    xs is None on a rank that has nothing and does not know what it would send; mark is a fingerprint of whatever must
+    be the same besides. At least one rank must know.
+    """
+    mine = [0, -1, -1, -1]
+    if error is None and xs is not None:
+        mine = [needs_grad(xs), form, sum(row_width(x) for x in xs), DTYPES.index(name_of(xs[0].dtype))]
+    table = agree_on([mark, *mine], error, group)
+    check_equal_marks(table[:, 0], "batch and pass the same arguments here")
+    knowing = [rank for rank, row in enumerate(table) if row[3] >= 0]
+    kinds = [RowKind(int(row[2]), int(row[3]), DTYPES[row[4]], bool(table[:, 1].any())) for row in table[knowing]]
+    for rank, kind in zip(knowing, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"rank {rank} gathers {_describe(kind)} and rank {knowing[0]} {_describe(kinds[0])}: all ranks must "
+                "send the same; look for automatic mixed precision or a cast that is on for some ranks only"
+            )
+    return kinds[0]
+
+
+def gather_rows(
+    xs: Sequence[Tensor], rows: UnevenRows, group: Any, mode: str, grad: str, wants_grad: bool
+) -> list[Tensor]:
+    """The rows of all ranks in the order of `rows`; unchecked. wants_grad is the same on every rank."""
+    if wants_grad and all(x.stop_gradient for x in xs):
+        first = xs[0].detach()
+        first.stop_gradient = False  # so that this rank, too, comes to the collective of the backward
+        xs = [first, *xs[1:]]
+    if mode == "auto":
+        row_bytes = sum(row_width(x) * x.element_size() for x in xs)
+        mode = rows.best_mode(row_bytes, core.is_cuda_graph_capturing())
+    return list(_GatherRows.apply(rows, group, mode, grad, *xs))
+
+
+def row_width(x: Tensor) -> int:
+    return math.prod(x.shape[1:])
+
+
+def view_of(x: Tensor) -> Tensor:
+    """Another tensor in the same memory; PyLayer refuses x itself, its detached form and, on leaves, its reshape."""
+    return x.unsqueeze(0).squeeze(0)
+
+
+class _GatherRows(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, rows: UnevenRows, group: Any, mode: str, grad: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.rows, ctx.group, ctx.mode, ctx.grad = rows, group, mode, grad
+        ctx.inputs = [(x.shape[1:], not x.stop_gradient) for x in xs]
+        return _unpacked(_MOVES[mode](_packed(xs), rows, group), [x.shape[1:] for x in xs])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, group, whole = ctx.rows, ctx.group, _packed(grads)
+        if ctx.grad == "whole":
+            mine = _taken(whole, rows.mine(group.rank)).clone()  # never a view into autograd's own memory
+        else:
+            ours = whole.clone() if len(grads) == 1 else whole  # autograd's own buffer is not summed into
+            mine = _SUMS[ctx.mode](ours, rows, group)
+        parts = _unpacked(mine, [shape for shape, _ in ctx.inputs])
+        return tuple(part if needed else None for part, (_, needed) in zip(parts, ctx.inputs, strict=True))
+
+
+def _packed(xs: Sequence[Tensor]) -> Tensor:
+    """[rows, sum of widths]; of one tensor a view."""
+    flat = [x.reshape([x.shape[0], row_width(x)]) for x in xs]
+    return flat[0] if len(flat) == 1 else paddle.concat(flat, axis=1)
+
+
+def _unpacked(x: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
+    widths = [math.prod(shape) for shape in shapes]
+    parts = [x] if len(widths) == 1 else [part.contiguous() for part in paddle.split(x, widths, axis=1)]
+    return tuple(part.reshape([x.shape[0], *shape]) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _padded(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    missing = rows.longest - mine.shape[0]
+    if missing:
+        mine = paddle.concat([mine, mine.new_zeros([missing, mine.shape[1]])])
+    return _taken(collectives.all_gather(mine, group), rows.from_padded())
+
+
+def _among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    # -0.0 and not 0.0, which would turn a row's -0.0 into 0.0: x + -0.0 is x, in every bit, for every x
+    zero = mine.new_full([1, mine.shape[1]], -0.0)
+    place = rows.mine(group.rank)
+    source = np.full(rows.total, len(place), dtype=np.int64)
+    source[place] = np.arange(len(place))
+    return collectives.all_reduce_sum(_taken(paddle.concat([mine, zero]), source), group)
+
+
+def _one_by_one(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    blocks = []
+    for rank, count in enumerate(rows.counts):
+        block = mine if rank == group.rank else mine.new_empty([count, mine.shape[1]])
+        blocks.append(collectives.broadcast(block, rank, group))
+    whole = paddle.concat(blocks)
+    return whole if rows.order is None else _taken(whole, rows.order)
+
+
+def _scattered_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    if not collectives.has_reduce_scatter(group):
+        return _cut_sum(grad, rows, group)
+    padding = grad.new_zeros([1, grad.shape[1]])
+    blocks = _taken(paddle.concat([grad, padding]), rows.to_padded())
+    return collectives.reduce_scatter_sum(blocks, group)[: rows.counts[group.rank]]
+
+
+def _cut_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    return _taken(collectives.all_reduce_sum(grad, group), rows.mine(group.rank))
+
+
+def _sums_one_by_one(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    blocks = (collectives.reduce_sum(rank, _taken(grad, rows.mine(rank)), group) for rank in range(group.nranks))
+    return list(blocks)[group.rank]
+
+
+_MOVES = {"max": _padded, "sum": _among_zeros, "ragged": _one_by_one}
+_SUMS = {"max": _scattered_sum, "sum": _cut_sum, "ragged": _sums_one_by_one}
+
+
+def _taken(x: Tensor, index: Indices) -> Tensor:
+    """x[index] for rows; a view where the rows lie side by side."""
+    first, size = (int(index[0]) if index.size else 0), index.size
+    if size == 0 or bool((np.diff(index) == 1).all()):
+        return x if size == x.shape[0] else x[first : first + size]
+    at = on_place(index, x.place)
+    return via_float32(lambda rows: paddle.gather(rows, at), x)
+
+
+def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: str, grad: str) -> None:
+    """Of this rank's arguments."""
+    check_choice("mode", mode, ("auto", *MODES))
+    check_choice("grad", grad, GRADS)
+    num_ranks, rank = (1, 0) if not collectives.has_peers(group) else (group.nranks, group.rank)
+    if len(counts) != num_ranks or min(counts) < 0:
+        raise ValueError(f"counts must be the rows of each of {num_ranks} ranks, got {list(counts)}")
+    for x in xs:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"x must be a Paddle tensor, or a list of them, got {type(x).__name__}: a rank without rows passes a "
+                "tensor of 0 rows, of the others' width and dtype"
+            )
+    dtypes = {name_of(x.dtype) for x in xs}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise ValueError(f"x must have one dtype out of {', '.join(DTYPES)}, got {sorted(dtypes)}: cast it first")
+    rows = [x.shape[0] if x.shape else None for x in xs]
+    if any(number != counts[rank] for number in rows):
+        raise ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
+
+
+def name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("paddle.")
+
+
+def _describe(kind: RowKind) -> str:
+    tensors = "a tensor" if kind.form < 0 else f"{kind.form} tensor(s)"
+    return f"{tensors}, {kind.width} wide, {kind.dtype}"

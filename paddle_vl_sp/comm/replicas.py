@@ -1,0 +1,109 @@
+"""Copies of a module that should be equal over a group: are they, and how to make them equal again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import paddle
+from paddle import Tensor
+
+from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.agree import check_equal_marks, exchange, fingerprint
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One parameter whose copies differ, and how far each rank's is from that of the group's first rank."""
+
+    name: str
+    largest: tuple[float, ...]  # [nranks] absolute difference
+    relative: float  # the largest of them over the largest finite absolute value of the first rank's copy
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{difference:.3g}" for difference in self.largest)
+        return f"{self.name}: differs from rank 0's copy by [{each}], at worst {self.relative:.2%} of its largest value"
+
+
+def check_replicas(module: Any, group: Any) -> list[Drift]:
+    """The replicated parameters whose copies differ over the group, the same list on every rank; empty if none does.
+
+    Every rank of the group must make the call; a group of None means nobody, and nothing is compared. A parameter that
+    is tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN differs from everything but a NaN in
+    the same place.
+    """
+    collectives.warn_of_no_group(group, "check_replicas", "nothing was compared")
+    replicas = list(_replicated(module))
+    if not collectives.has_peers(group) or not replicas:
+        return []
+    _check_same_parameters(replicas, group)
+    rows = paddle.stack([_distance(parameter, group) for _, parameter in replicas])  # [P, 2]
+    table = collectives.all_gather(rows[None], group).numpy()  # [nranks, P, 2]
+    found = []
+    for i, (name, _) in enumerate(replicas):
+        largest, scale = table[:, i, 0], table[0, i, 1]
+        if largest.any():
+            found.append(Drift(name, tuple(largest.tolist()), float(largest.max() / scale) if scale else float("inf")))
+    return found
+
+
+def sync_replicas(module: Any, group: Any, optimizer: Any = None) -> None:
+    """Makes the replicated parameters of every rank those of the group's first rank, bit for bit.
+
+    Every rank of the group must make the call; a group of None means nobody, and nothing is made equal. Give the
+    optimizer, too, once it has made steps: copies with different moments drift apart again, and master weights would
+    overwrite the parameters at the next step.
+    """
+    collectives.warn_of_no_group(group, "sync_replicas", "nothing was made equal")
+    replicas = list(_replicated(module))
+    if not collectives.has_peers(group) or not replicas:
+        return
+    states = list(_optimizer_states(optimizer, {parameter.name: name for name, parameter in replicas}))
+    _check_same_parameters(replicas + states, group)
+    with paddle.no_grad():
+        for _, tensor in replicas + states:
+            paddle.assign(collectives.broadcast(_own_copy(tensor, group), 0, group).to(tensor.place), output=tensor)
+
+
+def _replicated(module: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters():
+        if not getattr(parameter, "is_distributed", False):
+            yield name, parameter
+
+
+def _optimizer_states(optimizer: Any, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Moments and master weights of the named parameters, in an order that is the same on every rank."""
+    optimizer = getattr(optimizer, "_inner_opt", optimizer)
+    if optimizer is None:
+        return
+    kinds = dict(optimizer._accumulators) | {"master_weight": optimizer._master_weights}
+    for kind in sorted(kinds):
+        for own_name, name in names.items():
+            if own_name in kinds[kind]:
+                yield f"{name} ({kind})", kinds[kind][own_name]
+
+
+def _check_same_parameters(tensors: list[tuple[str, Tensor]], group: Any) -> None:
+    described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+    check_equal_marks(exchange([fingerprint(described)], group)[:, 0], "parameters (names, shapes and dtypes)")
+
+
+def _distance(parameter: Tensor, group: Any) -> Tensor:
+    """[2]: the largest difference from the first rank's copy, and that copy's largest finite value; float64."""
+    parameter = parameter.detach()
+    mine = parameter.astype("float64") if parameter.size else paddle.zeros([1], dtype="float64")
+    theirs = collectives.broadcast(_own_copy(parameter, group), 0, group).astype("float64")
+    theirs = theirs.to(mine.place) if parameter.size else mine
+    nothing = paddle.zeros_like(mine)
+    is_same = (mine == theirs) | (mine.isnan() & theirs.isnan())  # an infinity less itself is no number
+    apart = paddle.where(is_same, nothing, (mine - theirs).abs())
+    apart = paddle.where(apart.isnan(), paddle.full_like(apart, float("inf")), apart)
+    finite = paddle.where(theirs.isfinite(), theirs.abs(), nothing)
+    distance: Tensor = paddle.stack([apart.max(), finite.max()])
+    return distance.to(collectives.wire_place(group))
+
+
+def _own_copy(tensor: Tensor, group: Any) -> Tensor:
+    copied: Tensor = tensor.detach().to(collectives.wire_place(group)).clone()
+    return copied

@@ -1,0 +1,83 @@
+"""What is changed at the moment, and how each change is taken back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers.known import OURS, Make
+from paddle_vl_sp.log import logger
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One method of one class: what was there and what we put there."""
+
+    owner: Any
+    name: str
+    original: Any
+    ours: Any
+
+    def undo(self) -> bool:
+        """Puts the original back, unless somebody else has put something over ours."""
+        now = self.owner.__dict__.get(self.name)
+        if now is not self.ours:
+            theirs, name = getattr(now, "__module__", now), f"{self.owner.__name__}.{self.name}"
+            logger.warning("%s is not put back: %s has replaced it since", name, theirs)
+            return False
+        setattr(self.owner, self.name, self.original)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class SharedTower:
+    """One model whose tower's work is shared."""
+
+    inner: Any
+
+    def undo(self) -> bool:
+        shared_tower.stop_sharing(self.inner)
+        return True
+
+
+Change = Replacement | SharedTower
+_in_place: list[Change] = []
+
+
+def replace(owner: Any, method: str, make: Make) -> Replacement | None:
+    """Puts what `make` makes of the method in its place; None where it is ours already."""
+    original = owner.__dict__[method]
+    if hasattr(original, OURS):
+        return None
+    ours: Any = make(original)
+    setattr(ours, OURS, original)
+    # PretrainedModel's metaclass wraps a `forward` whose signature lacks return_dict in one that drops arguments
+    ours.__signature__ = inspect.signature(original)
+    setattr(owner, method, ours)
+    assert owner.__dict__[method] is ours, f"{owner.__name__}.{method} was wrapped on being set"
+    replacement = Replacement(owner, method, original, ours)
+    _in_place.append(replacement)
+    return replacement
+
+
+def share(model: Any) -> SharedTower | None:
+    """Shares the work of the model's tower; None where it is shared already."""
+    if shared_tower.is_shared(shared_tower.plain_model_of(model)):
+        return None
+    shared = SharedTower(shared_tower.share_tower(model))
+    _in_place.append(shared)
+    return shared
+
+
+def take_back(changes: Iterable[Change]) -> None:
+    for change in reversed([change for change in _in_place if change in changes]):
+        if change.undo():
+            _in_place.remove(change)
+
+
+def revert() -> None:
+    """Puts everything back that `apply_to_qwen3_vl` replaced: the same function objects."""
+    take_back(tuple(_in_place))

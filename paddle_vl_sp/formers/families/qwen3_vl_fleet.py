@@ -1,0 +1,108 @@
+"""Qwen3-VL on PaddleFleet, dense and MoE: its text layer adds by a plan, its model hands the data loader's plan on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlans, indices_to_carry, own_row
+from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
+from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
+from paddle_vl_sp.formers.known import MODELS, Family, Replaced
+from paddle_vl_sp.formers.model_view import ModelView
+from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.report import note_forward
+
+
+def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the layer's `_deepstack_process` a plan: the one in the dict, or one made from the mask.
+
+    Indices in the dict say that gradients are complete: who made the plan, an embedding of paddle_vl_sp.fleet or the
+    first deepstack layer, completed the levels. The last deepstack layer drops them.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, dict_args: dict[str, Any]) -> Any:
+        if not _adds_here(self, dict_args):
+            return original(self, dict_args)
+        plan, levels = _planned(self, dict_args)
+        with OWN_ROWS.given(OwnRows(dict_args[MASK], plan)):
+            out = original(self, {**dict_args, LEVELS: levels})
+        out = {key: value for key, value in out.items() if key not in (UPDATE, GATHER)}
+        if self.layer_number + 1 < len(levels):
+            out |= indices_to_carry(plan, _num_stages())
+        return out
+
+    return forward
+
+
+def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets this rank's row of the data loader's plans past the fixed dict that the original makes."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = LoadedPlans.pop_from(kwargs, "sequence")
+        if loaded is None:
+            return original(self, *args, **kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            loaded.check_shape(ids)
+        own = {UPDATE: _own(self, loaded.update), GATHER: _own(self, loaded.gather)}
+        if loaded.order is not None:
+            own[ORDER] = loaded.order
+        view = ModelView(self, lambda inputs, named: (({**inputs[0], **own}, *inputs[1:]), named))
+        return original(view, *args, **kwargs)
+
+    return forward
+
+
+def _adds_here(layer: Any, dict_args: dict[str, Any]) -> bool:
+    levels, mask = dict_args.get(LEVELS), dict_args.get(MASK)
+    if not levels or mask is None or layer.layer_number not in range(len(levels)):
+        return False
+    return bool(mask.ndim == 2 and dict_args["hidden_states"].ndim == 3)
+
+
+def _planned(layer: Any, dict_args: dict[str, Any]) -> tuple[VisualPlan, list[Any]]:
+    """The plan, and the levels with whole gradients."""
+    hidden, levels = dict_args["hidden_states"], list(dict_args[LEVELS])
+    num_features = levels[0].shape[0]
+    if dict_args.get(UPDATE) is not None and dict_args.get(GATHER) is not None:
+        indices = dict_args[UPDATE], dict_args[GATHER]
+        return VisualPlan.from_indices(*indices, hidden.shape[:2], num_features), levels
+    mask, group = dict_args[MASK], None
+    layout, sequence_first = SeqLayout(mask.shape[1]), bool(getattr(layer.config, "sequence_parallel", False))
+    if sequence_first and hidden.shape[0] != mask.shape[1]:
+        group = require_tensor_parallel_group()
+        layout = SeqLayout(mask.shape[1], sp_size=group.nranks, sp_rank=group.rank)
+    plan = plan_visual(mask, None, layout, sequence_first=sequence_first, num_features=num_features)
+    note_forward(plan, num_levels=len(levels), group=group)
+    return plan, complete_grad(levels, plan, group)
+
+
+def _num_stages() -> int:
+    groups = topology()
+    return 1 if groups is None else int(groups.get_pipe_parallel_world_size())
+
+
+def _own(model: Any, rows: Any) -> Any:
+    """This rank's row; the first where nothing is cut."""
+    is_cut = topology() is not None and getattr(model, "sequence_parallel_lm", False)
+    if not is_cut and rows.shape[0] == 1:
+        return rows[0]
+    group = require_tensor_parallel_group()
+    return own_row(rows, group.rank, group.nranks)
+
+
+FAMILY = Family(
+    "fleet",  # dense and MoE: both are made of this layer and this model
+    f"{MODELS}.qwen3_vl.modeling_fleet",
+    replaced=(
+        Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("e38f015741320629",)),
+        Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("ce230972aa9e41c6",)),
+        Replaced("Qwen3VLModelDist.forward", model_forward, ("dd7ce8eb1e4b0f1e",)),
+    ),
+)

@@ -1,0 +1,96 @@
+"""What PaddleFormers' code was when it was read: only a method that is known is replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+MODELS = "paddleformers.transformers"
+KNOWN_VERSIONS = ("1.2.0",)
+OURS = "_paddle_vl_sp_original"  # on a function of ours: what it replaces
+
+Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A method that is replaced."""
+
+    name: str  # "Class.method"
+    make: Make  # ours, from the original
+    sources: tuple[str, ...]  # fingerprints of every text of it that is known
+
+    def unknown(self, function: Any, owner: type) -> str:
+        found = fingerprint(function)
+        if found in self.sources:
+            return ""
+        place = _where(function, owner)
+        return f"{self.name} has fingerprint {found}, known is {' or '.join(self.sources)} ({place})"
+
+
+@dataclass(frozen=True)
+class Called:
+    """A method that ours call and that may be overridden: only its parameters must be as known."""
+
+    name: str
+    parameters: tuple[str, ...]
+
+    def unknown(self, function: Any, owner: type) -> str:
+        found = tuple(inspect.signature(function).parameters)
+        if found == self.parameters:
+            return ""
+        return f"{self.name} takes ({', '.join(found)}), known is ({', '.join(self.parameters)})"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes of one module that work together: all of the methods are replaced, or none."""
+
+    name: str
+    module: str
+    replaced: tuple[Replaced, ...]
+    called: tuple[Called, ...] = ()
+
+    def changes(self, module: Any) -> Iterator[str]:
+        """What is not as known in the module's classes."""
+        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called)
+        for method in methods:
+            owner_name, _, name = method.name.partition(".")
+            owner = getattr(module, owner_name, None)
+            if owner is None:
+                yield f"{self.module} has no {owner_name}"
+                return
+            function = owner.__dict__.get(name)
+            function = getattr(function, OURS, function)
+            why = method.unknown(function, owner) if function is not None else f"{method.name} is not there"
+            if why:
+                yield why
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """The first 16 hexadecimal digits of the sha256 of the function's source; "no source" where there is none."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return "no source"
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def formers_version() -> str:
+    try:
+        return version("paddleformers")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _where(function: Any, owner: type) -> str:
+    """Whose code it is: a newer PaddleFormers, or somebody who replaced the method before us."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    place = f"{code.co_filename}:{code.co_firstlineno}" if code else "no Python code"
+    if function.__module__ != owner.__module__:
+        return f"replaced by {function.__module__}, {place}"
+    return place

@@ -1,0 +1,202 @@
+"""What a run's batches meant for the ranks: counted while a report is open, read as a dict."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from bisect import bisect_left
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from paddle_vl_sp.comm.agree import exchange
+from paddle_vl_sp.comm.collectives import Group, has_peers
+from paddle_vl_sp.log import logger
+from paddle_vl_sp.plan import VisualPlan
+
+Integers = npt.NDArray[np.int64]
+
+COLUMNS = ("own", "syncs")
+PENDING = 1024  # forwards whose counts may stay on the device before they are read
+
+_open: list[RunReport] = []
+
+
+class RunReport:
+    """Counts every training forward with visual tokens while it is open; waits for a device only when it is read.
+
+    (And once in 1024 forwards, so that unread counts do not pile up there.)
+
+    ::
+
+        with RunReport() as report:
+            train()
+        print(report.read())  # on every rank
+
+    The models that this package changes, its fleet classes and `encode_shared` note their forwards by themselves; a
+    loop of your own calls `note_forward`.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None  # that of the first forward
+        self._pending: list[tuple[Any, int]] = []  # (counts [2], perhaps on a device; syncs)
+        self._read = array("q")  # row after row of COLUMNS
+        self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
+
+    @property
+    def num_forwards(self) -> int:
+        return len(self._read) // len(COLUMNS) + len(self._pending)
+
+    @property
+    def is_open(self) -> bool:
+        return self in _open
+
+    def start(self) -> None:
+        if not self.is_open:
+            _open.append(self)
+
+    def stop(self) -> None:
+        if self.is_open:
+            _open.remove(self)
+
+    def read(self, since: int = 0) -> dict[str, Any]:
+        """The forwards from number `since` on, over the ranks that the sequence was cut for; every one must call.
+
+        forwards          those with visual tokens; all that follows is of these
+        visual_tokens     of all forwards and ranks
+        tokens_of_ranks   the same, rank by rank
+        imbalance         the busiest rank's visual tokens over the mean, 1.0 is perfect: mean of the forwards
+        worst_imbalance   the same of the worst forward
+        empty_ranks       ranks without visual tokens: mean of the forwards
+        syncs_here        host synchronisations to make plans
+        vision_imbalance  of the tower's work, where it was shared out: mean
+        """
+        self._read_pending()
+        facts = np.array(self._read[since * len(COLUMNS) :], dtype=np.int64).reshape(-1, len(COLUMNS))
+        own = facts[:, 0][None]  # [ranks, F]
+        if self._group is not None:
+            num = int(exchange([len(facts)], self._group).min())
+            facts = facts[:num]
+            own = exchange(facts[:, 0].tolist(), self._group)
+        return _summary(own, facts) | self._vision(since)
+
+    def _read_pending(self) -> None:
+        """Reads the counts that are still where the plans are."""
+        for counts, syncs in self._pending:
+            self._read.extend([int(np.asarray(counts)[0]), syncs])
+        self._pending.clear()
+
+    def _note(self, plan: VisualPlan, syncs: int, group: Group | None) -> None:
+        group = None if not has_peers(group) else group
+        if not self.num_forwards:
+            self._group = group
+        if _members(group) != _members(self._group):
+            logger.warning(
+                "a RunReport counts the forwards of one group, that of the first: those of %s are left out, beside %s; "
+                "one report for each",
+                _members(group),
+                _members(self._group),
+            )
+            return
+        self._pending.append((plan.counts, syncs))
+        if len(self._pending) >= PENDING:
+            self._read_pending()
+
+    def _vision(self, since: int) -> dict[str, float]:
+        shares = [imbalance for _, imbalance in self._shares[bisect_left(self._shares, (since,)) :]]
+        return {"vision_imbalance": float(np.mean(shares))} if shares else {}
+
+    def __enter__(self) -> RunReport:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def note_forward(
+    plan: VisualPlan,
+    hidden: Any = None,
+    *,
+    batch: int | None = None,
+    num_levels: int = 0,
+    group: Group | None = None,
+    syncs: int = 1,
+) -> None:
+    """One forward, for all open reports and, at level debug, for the log; costs nothing where there are none.
+
+    Forwards under paddle.no_grad, such as an evaluation's, are not counted.
+
+    plan        this rank's, of the hidden states that the deepstack layers see
+    num_levels  deepstack layers, for the log
+    group       the ranks that the sequence was cut for; None where it was not
+    syncs       the host synchronisations that making the plan took: 0 with the data loader's, or padded
+
+    hidden and batch are not used; loops that were written for 0.1.0 pass them.
+    """
+    if plan.num_features == 0:
+        return
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", _describe(plan, num_levels, group, syncs))
+    if not _open or not _is_training():
+        return
+    for report in _open:
+        report._note(plan, syncs, group)
+
+
+def note_shared(imbalance: float) -> None:
+    """One sharing of the tower's work."""
+    logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
+    for report in _open if _is_training() else ():
+        report._shares.append((report.num_forwards, imbalance))
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """A run's report in a line."""
+    return (
+        f"{summary['forwards']} forwards with {summary['visual_tokens']} visual tokens, ranks: "
+        f"{len(summary['tokens_of_ranks'])}; imbalance {summary['imbalance']:.2f}, at worst "
+        f"{summary['worst_imbalance']:.2f}; ranks without visual tokens, on average: {summary['empty_ranks']:.2f}; "
+        f"host syncs to plan: {summary['syncs_here']}"
+    )
+
+
+def _members(group: Any) -> str:
+    return "no group" if group is None else f"ranks {list(group.ranks)}"
+
+
+def _is_training() -> bool:
+    import paddle
+
+    return bool(paddle.is_grad_enabled())
+
+
+def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
+    """own [ranks, F]: the visual tokens of every rank in every forward; facts [F, columns] of this rank."""
+    busiest, mean = own.max(axis=0), own.mean(axis=0)
+    imbalance = np.divide(busiest, mean, out=np.ones_like(mean), where=mean > 0)
+    return {
+        "forwards": len(facts),
+        "visual_tokens": int(own.sum()),
+        "tokens_of_ranks": own.sum(axis=1).tolist(),
+        "imbalance": float(imbalance.mean()) if len(facts) else 1.0,
+        "worst_imbalance": float(imbalance.max(initial=1.0)),
+        "empty_ranks": float((own == 0).sum(axis=0).mean()) if len(facts) else 0.0,
+        "syncs_here": int(facts[:, 1].sum()),
+    }
+
+
+def _describe(plan: VisualPlan, num_levels: int, group: Any, syncs: int) -> str:
+    """What the plan is; reads its head, which synchronises."""
+    own, visual = np.asarray(plan.counts).tolist()
+    pairs = zip(np.asarray(plan.update_indices[:4]), np.asarray(plan.gather_indices[:4]), strict=True)
+    head = " ".join(f"({u}, {g})" for u, g in pairs)
+    rank = "" if group is None else f" of rank {group.rank} of {group.nranks}"
+    return (
+        f"plan{rank}: {own} of {visual} visual tokens in {plan.num_rows} rows {list(plan.row_shape)}, {num_levels} "
+        f"levels, {syncs} host syncs; first (row, feature row): {head or 'none'}"
+    )

@@ -1,0 +1,15 @@
+"""A cut sequence's other arrays: batches cut and padded, shares joined again, the loss."""
+
+from paddle_vl_sp.sequence.batch import shard_batch
+from paddle_vl_sp.sequence.join import unshard
+from paddle_vl_sp.sequence.loss import gathered_losses, sequence_parallel_loss, token_losses
+from paddle_vl_sp.sequence.padding import padded_layout
+
+__all__ = [
+    "gathered_losses",
+    "padded_layout",
+    "sequence_parallel_loss",
+    "shard_batch",
+    "token_losses",
+    "unshard",
+]

@@ -1,0 +1,102 @@
+"""The loss of a sequence that is cut: every rank gets the global mean and the gradient of its own logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+from paddle_vl_sp.autograd import differentiable_once
+from paddle_vl_sp.comm.collectives import Group, all_reduce_sum, has_peers
+from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.sequence.batch import IGNORE
+from paddle_vl_sp.sequence.join import unshard
+
+
+def sequence_parallel_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    group: Group | None,
+    weights: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    ignore_index: int = IGNORE,
+    averaged_gradients: bool = False,
+) -> Tensor:
+    """The mean cross entropy over the tokens of the whole sequence that are not ignored, the same on every rank.
+
+    logits       [B, S_local, V], labels [B, S_local]: shifted already, ignore_index where there is none
+    group        all ranks that hold a part of the sequence; None where one holds the whole
+    weights      [B, S_local], per token: the mean is weighted by them; they may need a gradient
+    num_tokens   divide by this instead of the group's count: the tokens of a whole accumulation of micro-batches
+    averaged_gradients   for trainers that average parameter gradients over the group where they should sum: the
+                 gradient (not the loss) is multiplied by the group's size
+
+    On the whole sequence, with losses = cross_entropy(reduction="none"):  losses[labels != ignore_index].mean().
+    (Paddle's own mean divides by the ignored tokens too where ignore_index is negative.) The gradient is
+    d(mean) / d(own logits), without communication: parameter gradients *summed* over the group are those of one
+    process. Without any valid token the loss is 0, and so are the gradients.
+    """
+    scale = float(group.nranks) if averaged_gradients and group is not None else 1.0
+    losses = token_losses(logits, labels, ignore_index=ignore_index)
+    with paddle.amp.auto_cast(enable=False):
+        valid = (labels != ignore_index).astype("float32")
+        parts = valid if weights is None else valid * weights.astype("float32")
+        own = paddle.stack([(losses * parts).sum(), parts.sum()])  # [2]
+        mean: Tensor = _GlobalMean.apply(own, _divisor(num_tokens), group, scale)
+    return mean
+
+
+def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) -> Tensor:
+    """The cross entropy of every token, fp32: [B, S_local, V], [B, S_local] -> [B, S_local]; 0 where ignored."""
+    if list(logits.shape[:-1]) != list(labels.shape):
+        raise ValueError(
+            f"logits {list(logits.shape)} need labels {list(logits.shape[:-1])}, got {list(labels.shape)}: cut both by "
+            "one layout"
+        )
+    if not labels.size:
+        return logits.astype("float32").sum(-1)  # [B, 0], still in the graph
+    with paddle.amp.auto_cast(enable=False):
+        return paddle.nn.functional.cross_entropy(
+            logits.astype("float32"), labels.unsqueeze(-1), reduction="none", ignore_index=ignore_index
+        ).squeeze(-1)
+
+
+def gathered_losses(losses: Tensor, *, layout: SeqLayout, group: Group) -> Tensor:
+    """For metrics: the token losses of the whole padded sequence on every rank, without gradient: [B, S]."""
+    with paddle.no_grad():
+        return unshard(losses.detach(), layout, group, axis=1)
+
+
+class _GlobalMean(PyLayer):  # type: ignore[misc]
+    """(own sum, own count) -> sum over the group / count over the group; backward stays on the rank."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, divisor: Tensor | None, group: Group | None, scale: float) -> Tensor:
+        total = own.astype("float64")
+        if has_peers(group):
+            total = all_reduce_sum(total, group)
+        count = total[1] if divisor is None else divisor
+        one = paddle.ones_like(count)
+        inverse = paddle.where(count > 0, 1.0 / paddle.where(count > 0, count, one), paddle.zeros_like(count))
+        mean = total[0] * inverse
+        ctx.of_sum = inverse * scale
+        ctx.of_count = -mean * ctx.of_sum if divisor is None else paddle.zeros_like(mean)
+        return mean.astype("float32")
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad.astype("float64") * paddle.stack([ctx.of_sum, ctx.of_count])).astype("float32")
+
+
+def _divisor(num_tokens: float | Tensor | None) -> Tensor | None:
+    if num_tokens is None:
+        return None
+    if isinstance(num_tokens, Tensor):
+        return num_tokens.detach().astype("float64").reshape([])
+    if num_tokens <= 0:
+        raise ValueError(f"num_tokens must be positive, got {num_tokens}: count the valid tokens of all micro-batches")
+    return paddle.to_tensor(float(num_tokens), dtype="float64")

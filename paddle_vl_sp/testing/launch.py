@@ -1,0 +1,224 @@
+"""Any rank of any group as a value, and real processes with real collectives on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START_LIMIT = 180.0  # seconds for all ranks to import Paddle and to meet
+GRACE = 5.0  # seconds for the others to end by themselves once one rank has failed
+GROUP_MAKERS = ("init_parallel_env", "new_group", "_new_process_group_impl")
+GROUP_ATTEMPTS = 4
+
+
+class FakeGroup:
+    """What the package asks of a process group, without processes: one rank of `nranks`.
+
+    ranks are the global ranks of its members, 0 to nranks - 1 if not given; `rank` counts within the group.
+    """
+
+    def __init__(self, rank: int, nranks: int, ranks: Sequence[int] | None = None) -> None:
+        self.ranks = list(range(nranks)) if ranks is None else list(ranks)
+        if len(self.ranks) != nranks or not 0 <= rank < nranks:
+            raise ValueError(f"rank {rank} of {nranks} does not fit the members {self.ranks}")
+        self.rank = rank
+        self.nranks = nranks
+        self.id = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.nranks
+
+    def get_group_rank(self, rank: int) -> int:
+        return self.ranks.index(rank) if rank in self.ranks else -1
+
+    def is_member(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"FakeGroup(rank={self.rank}, nranks={self.nranks}, ranks={self.ranks})"
+
+
+class RanksFailed(AssertionError):
+    """One or more ranks failed or did not end in time; the message says what each did, or where it stood."""
+
+
+def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 60) -> list[Any]:
+    """Calls fn(*args) in `nranks` new processes joined by Paddle's gloo backend, and returns what each returned.
+
+    fn is importable (a function of a module) and args and results can be pickled. In each process Paddle is on the
+    CPU, paddle.distributed is initialised, and the default group joins all ranks. `timeout` counts the seconds of fn,
+    not those of starting. If a rank fails or the time is up, all are ended and RanksFailed says, rank by rank, the
+    error or the line where it stood. A run that failed while process groups were being made starts again, since
+    gloo on one machine sometimes refuses the connection; nothing else is tried twice.
+
+    A launch costs some seconds: let one run many cases.
+    """
+    if fn.__module__ == "__main__" or "<" in fn.__qualname__:
+        raise ValueError(
+            f"run_ranks needs a function that other processes can import, got {fn.__module__}.{fn.__qualname__}: "
+            "put it into a module, at its top level"
+        )
+    if nranks < 1:
+        raise ValueError(f"nranks must be at least 1, got {nranks}")
+    for attempt in range(1, GROUP_ATTEMPTS + 1):
+        with tempfile.TemporaryDirectory(prefix="vlsp-ranks-") as folder:
+            reports = _Launch(Path(folder), fn, nranks, args).run(timeout)
+        if all(report.ended for report in reports):
+            return [report.result for report in reports]
+        if attempt == GROUP_ATTEMPTS or not _failed_making_groups(reports):
+            break
+    raise RanksFailed(f"{fn.__module__}.{fn.__qualname__} on {nranks} ranks\n" + "\n".join(map(str, reports)))
+
+
+@dataclass(frozen=True)
+class _Report:
+    rank: int
+    ended: bool
+    result: Any
+    story: str  # the error, or the stack where the rank stood
+
+    def __str__(self) -> str:
+        return f"--- rank {self.rank}: {'ended' if self.ended else self.story.rstrip()}"
+
+
+def _failed_making_groups(reports: list[_Report]) -> bool:
+    stories = [report.story for report in reports if not report.ended]
+    return any(f" in {maker}\n" in story for story in stories for maker in GROUP_MAKERS)
+
+
+class _Launch:
+    """The processes of one run. They talk to us through files in one folder: started, result, error, stack."""
+
+    def __init__(self, folder: Path, fn: Callable[..., Any], nranks: int, args: tuple[Any, ...]) -> None:
+        self.folder = folder
+        self.nranks = nranks
+        task = {"path": [*sys.path, os.getcwd()], "module": fn.__module__, "name": fn.__qualname__, "args": args}
+        (folder / "task").write_bytes(pickle.dumps(task))
+        endpoints = [f"127.0.0.1:{port}" for port in _free_ports(nranks)]
+        self.processes = [self._start(rank, endpoints) for rank in range(nranks)]
+
+    def run(self, timeout: float) -> list[_Report]:
+        try:
+            why = self._wait(timeout)
+            if why:
+                self._dump_stacks()
+        finally:  # also where the caller is interrupted
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return [self._report(rank, why) for rank in range(self.nranks)]
+
+    def _start(self, rank: int, endpoints: list[str]) -> subprocess.Popen[bytes]:
+        env = os.environ | {
+            "PADDLE_TRAINER_ID": str(rank),
+            "PADDLE_TRAINERS_NUM": str(self.nranks),
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+            "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+            "PADDLE_DISTRI_BACKEND": "gloo",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "GLOG_minloglevel": "3",
+            "PYTHONWARNINGS": "ignore",
+        }
+        command = [
+            sys.executable,
+            "-c",
+            "from paddle_vl_sp.testing.launch import _child; _child()",
+            str(self.folder),
+            str(rank),
+        ]
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        with (self.folder / f"{rank}.output").open("wb") as output:
+            return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+    def _wait(self, timeout: float) -> str:
+        """Until all have ended; or why they are to be ended."""
+        deadline, limit = time.monotonic() + START_LIMIT, f"did not start within {START_LIMIT:g} s"
+        running = failing = False
+        while any(process.poll() is None for process in self.processes):
+            if not running and all(self._file(rank, "started").exists() for rank in range(self.nranks)):
+                running = True
+                deadline, limit = time.monotonic() + timeout, f"did not end within {timeout:g} s"
+            if not failing and any(process.poll() not in (None, 0) for process in self.processes):
+                failing = True
+                deadline, limit = min(deadline, time.monotonic() + GRACE), "was still waiting after another rank failed"
+            if time.monotonic() > deadline:
+                return limit
+            time.sleep(0.02)
+        return ""
+
+    def _dump_stacks(self) -> None:
+        alive = [process for process in self.processes if process.poll() is None]
+        for process in alive:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+
+    def _report(self, rank: int, why: str) -> _Report:
+        if self._file(rank, "result").exists():
+            return _Report(rank, True, pickle.loads(self._file(rank, "result").read_bytes()), "")
+        for name, lead in (("error", ""), ("stack", f"{why}; it stood at\n")):
+            if self._file(rank, name).exists() and self._file(rank, name).stat().st_size:
+                return _Report(rank, False, None, lead + self._file(rank, name).read_text())
+        code = self.processes[rank].returncode
+        return _Report(rank, False, None, f"ended with code {code}\n{self._file(rank, 'output').read_text()[-3000:]}")
+
+    def _file(self, rank: int, name: str) -> Path:
+        return self.folder / f"{rank}.{name}"
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _child() -> None:
+    """The life of one rank; started by _Launch with a folder and a rank."""
+    folder, rank = Path(sys.argv[1]), sys.argv[2]
+    with (folder / f"{rank}.stack").open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+        try:
+            result = _run_task(folder, rank)
+        except BaseException:
+            (folder / f"{rank}.error").write_text(traceback.format_exc())
+            raise
+        _write_whole(folder / f"{rank}.result", pickle.dumps(result))
+        os._exit(0)  # gloo's threads may outlive the others' sockets and abort at interpreter exit
+
+
+def _run_task(folder: Path, rank: str) -> Any:
+    task = pickle.loads((folder / "task").read_bytes())
+    sys.path[:] = task["path"]
+    import paddle
+
+    paddle.set_device("cpu")
+    paddle.distributed.init_parallel_env()
+    fn: Any = importlib.import_module(task["module"])
+    for part in task["name"].split("."):
+        fn = getattr(fn, part)
+    (folder / f"{rank}.started").touch()
+    return fn(*task["args"])
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Another process sees all of the file or none of it."""
+    path.with_suffix(".part").write_bytes(data)
+    path.with_suffix(".part").rename(path)

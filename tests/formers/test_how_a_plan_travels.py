@@ -1,0 +1,142 @@
+"""From the model's forward to its text model's: in recompute, twice, in threads, past wrappers and overrides."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import paddle
+import pytest
+from paddle.distributed.fleet.utils import recompute
+from paddleformers.transformers.qwen3_vl import modeling
+from training import SAMPLES, loss_of
+
+from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
+
+pytestmark = pytest.mark.usefixtures("implementation")
+
+WAYS = ["reentrant", "not reentrant"]
+
+
+class Wrapped(paddle.nn.Layer):
+    """Put around the text model by somebody who knows PaddleFormers' call and nothing of ours."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, **given):
+        return self.inner(**given)
+
+
+class Recomputed(Wrapped):
+    way = WAYS[0]
+
+    def forward(self, inputs_embeds=None, visual_pos_masks=None, deepstack_visual_embeds=None, **rest):
+        def run(embeds, mask, *levels):
+            given = {"inputs_embeds": embeds, "visual_pos_masks": mask, "deepstack_visual_embeds": list(levels) or None}
+            return self.inner(**rest, **given).last_hidden_state
+
+        levels = deepstack_visual_embeds or ()  # one by one: recompute knows no lists of tensors
+        hidden = recompute(run, inputs_embeds, visual_pos_masks, *levels, use_reentrant=self.way == "reentrant")
+        return modeling.BaseModelOutputWithPast(last_hidden_state=hidden)
+
+
+class Twice(Wrapped):
+    """R-Drop, self-distillation: the text model runs twice on one batch."""
+
+    def forward(self, **given):
+        first, second = (self.inner(**given).last_hidden_state for _ in range(2))
+        return modeling.BaseModelOutputWithPast(last_hidden_state=first + 0.5 * second)
+
+
+def trained(wrapper, kind, patched):
+    """Loss and every gradient."""
+    model = tiny.tiny_qwen3_vl()
+    model.model.language_model = wrapper(model.model.language_model)
+    batch = tiny.draw_batch(SAMPLES[kind], seed=3)
+
+    def run():
+        loss = loss_of(model, batch)
+        loss.backward()
+        return float(loss), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+    if not patched:
+        return run()
+    with apply_to_qwen3_vl():
+        return run()
+
+
+def assert_same(got, wanted):
+    assert got[0] == wanted[0]
+    assert got[1].keys() == wanted[1].keys()
+    for name, grad in wanted[1].items():
+        assert np.array_equal(got[1][name], grad), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recompute_around_the_text_model(way):
+    """Bit-exact: loss and the gradient of every parameter, as upstream's under the same wrapper."""
+    wrapper = type("Recomputed", (Recomputed,), {"way": way})
+    wanted = trained(wrapper, "several", patched=False)
+    assert_same(trained(wrapper, "several", patched=True), wanted)
+
+
+@pytest.mark.parametrize("wrapper", [Wrapped, Twice])
+@pytest.mark.parametrize("kind", ["image", "several", "video"])
+def test_wrappers_around_the_text_model(wrapper, kind):
+    """Bit-exact, with the text model run once or twice, and also under PADDLE_VL_SP_CHECK=1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PADDLE_VL_SP_CHECK", "1")
+        assert_same(trained(wrapper, kind, patched=True), trained(wrapper, kind, patched=False))
+
+
+def test_one_model_in_several_threads():
+    """Bit-exact: no result has another request's features."""
+    model = tiny.tiny_qwen3_vl()
+    model.eval()
+    batches = [tiny.draw_batch(SAMPLES[kind], seed=seed) for seed in range(6) for kind in ("image", "several")]
+    positions = [tiny.positions(model, batch) for batch in batches]
+
+    def run(i):
+        with paddle.no_grad():
+            return float(model(**batches[i], position_ids=positions[i]).loss)
+
+    with apply_to_qwen3_vl():
+        wanted = [run(i) for i in range(len(batches))]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(run, [*range(len(batches))] * 4)) == wanted * 4
+
+
+def test_a_deepstack_method_of_the_instance():
+    """Upstream calls it with its mask and so do we; bit-exact."""
+    model = tiny.tiny_qwen3_vl()
+    text, seen = model.model.language_model, []
+    original = modeling.Qwen3VLTextModel._deepstack_process
+
+    def own(hidden_states, visual_pos_masks, visual_embeds):
+        seen.append(visual_pos_masks)
+        return original(text, hidden_states, visual_pos_masks, visual_embeds)
+
+    text._deepstack_process = own
+    batch = tiny.draw_batch(SAMPLES["several"], seed=3)
+    wanted = float(loss_of(model, batch))
+    with apply_to_qwen3_vl():
+        assert float(loss_of(model, batch)) == wanted
+    assert all(isinstance(mask, paddle.Tensor) and mask.dtype == paddle.bool for mask in seen)
+    assert len(seen) == 6
+
+
+def test_a_placeholder_mask_of_the_instance():
+    """It decides where the features go, as upstream: here one place to the right; bit-exact."""
+    model = tiny.tiny_qwen3_vl()
+    inner, batch = model.model, tiny.draw_batch(SAMPLES["several"], seed=3)
+    elsewhere, original = float(loss_of(model, batch)), inner.get_placeholder_mask
+    inner.get_placeholder_mask = lambda *args, **named: tuple(
+        paddle.roll(mask.astype("int32"), 1, axis=1).astype("bool") for mask in original(*args, **named)
+    )
+    wanted = float(loss_of(model, batch))
+    assert wanted != elsewhere
+    with apply_to_qwen3_vl():
+        assert float(loss_of(model, batch)) == wanted
