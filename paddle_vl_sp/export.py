@@ -14,7 +14,7 @@ import paddle
 from paddle import Tensor
 from paddle.static import InputSpec
 
-from paddle_vl_sp.backends import load, operators, traced
+from paddle_vl_sp.backends import load, operators, plain
 from paddle_vl_sp.backends.operators import interval_table
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.log import logger
@@ -85,7 +85,7 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
     def forward(self, tokens: Tensor, intervals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         if (intervals is not None) != self.packed:
             raise ValueError("a packed builder takes interval_table(layout) beside the tokens, any other does not")
-        build = _build_by_operator if self.serving == "op" else traced.build_plan
+        build = _build_by_operator if self.serving == "op" else plain.build_plan_of_any_length
         update, gather, counts = build(tokens, intervals, self.ids, self.rule, self.sequence_first, self.padded)
         return update, gather, counts
 
@@ -112,7 +112,7 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
         ]
 
     def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-        add = operators.add_rows if self.serving == "op" else traced.add_rows
+        add = operators.add_rows if self.serving == "op" else plain.add_rows
         return add(hidden, features, update, gather)
 
 
@@ -131,10 +131,10 @@ def _build_by_operator(
     sequence_first: bool,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = traced.of_fitting_length(tokens, rule)
+    tokens = plain.check_length(tokens, rule)
     update, gather, counts = operators.build_plan_of(tokens, table, ids, rule, -1, sequence_first, -1, padded)
     if padded and table is not None:
-        update, gather = traced.of_even_shares(update, rule), traced.of_even_shares(gather, rule)
+        update, gather = plain.first_of_even_shares(update, rule), plain.first_of_even_shares(gather, rule)
     return update, gather, counts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package with `__all__`; homes says for each name the module of the package that defines it.
+    """`__getattr__` and `__dir__` for a package with `__all__`; homes: the module of the package that defines a name.
 
     ::
 

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.backends import plain, traced
+from paddle_vl_sp.backends import plain
 from paddle_vl_sp.backends.load import backend
 from paddle_vl_sp.layout import SeqLayout
 
@@ -42,11 +42,11 @@ def build_plan(
 
 
 def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    return _row_implementation(hidden).replace_rows(hidden, features, update, gather)
+    return _implementation(hidden).replace_rows(hidden, features, update, gather)
 
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, inplace: bool) -> Tensor:
-    chosen = _row_implementation(hidden)
+    chosen = _implementation(hidden)
     if not inplace or is_tracing():  # a graph reuses memory as it sees fit
         return chosen.add_rows(hidden, features, update, gather)
     needs_new_graph = hidden.stop_gradient and not features.stop_gradient and paddle.is_grad_enabled()
@@ -75,12 +75,6 @@ def on_place(x: Any, place: Any) -> Tensor:
 def is_tracing() -> bool:
     """Whether a static graph is being made, so that tensors have no place and shapes may not be numbers."""
     return not paddle.in_dynamic_mode()
-
-
-def _row_implementation(hidden: Tensor) -> ModuleType:
-    """The module of the row operations; in a graph plain Paddle's must not ask for shapes."""
-    chosen = _implementation(hidden)
-    return traced if chosen is plain and is_tracing() else chosen
 
 
 def _implementation(x: Tensor) -> ModuleType:

@@ -1,17 +1,22 @@
-"""Every operation in plain Paddle: what the custom ops must equal, and what serves where they cannot be loaded."""
+"""Every operation in plain Paddle: what the operators must equal, and what is used where they cannot be loaded.
+
+The row functions and `build_plan_of_any_length` also run while a graph is traced, where shapes are not numbers: sizes
+come from `_size`, which counts on the tensor's device then, so that nothing waits and no size is taken from data.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from typing import Any
 
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.layout import SeqLayout, length_multiple
 
 FEW_INTERVALS = 8
+NARROW = (paddle.float16, paddle.bfloat16)  # through float32 on the CPU, which lacks kernels: one rounding
 
 
 def build_plan(
@@ -28,26 +33,28 @@ def build_plan(
         update, gather, counts = build_plan(tokens, ids, layout, sequence_first, -1, padded=True)
         n = int(counts[0])
         return update[:n], gather[:n], counts
-    capacity = num_rows if num_features < 0 else min(num_rows, num_features)
     visual = tokens if ids is None else is_any_of(tokens, ids)  # [B, S]
-    feature_row = paddle.cumsum(visual.astype("int64").flatten()).reshape(visual.shape) - 1
+    feature_row = _before(visual.astype("int64").flatten(), 0).reshape(visual.shape)
     own = _owned(visual, layout).flatten()  # [B * S_local], reading order
     own_feature_row = _owned(feature_row, layout).flatten()
     row = paddle.arange(num_rows, dtype="int64")
     if sequence_first:
         row = row.reshape([layout.local_len, tokens.shape[0]]).t().flatten()
     fits = own if num_features < 0 else own & (own_feature_row < num_features)
-    update, gather = compacted([row, own_feature_row], fits, capacity)
+    capacity = num_rows if num_features < 0 else min(num_rows, num_features)
+    update, gather = (compact(x, fits)[:capacity] for x in (row, own_feature_row))
     return update, gather, paddle.stack([own.sum(), visual.sum()])
 
 
 def joint_order(tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video: int) -> tuple[Tensor, Tensor]:
     """order [num_image + num_video] into [image; video], and the counts [2] of image and video tokens."""
     is_image, is_video = (tokens.flatten() == kind for kind in ids)
-    image_row, video_row = (paddle.cumsum(kind.astype("int64")) - 1 for kind in (is_image, is_video))
+    image_row, video_row = (_before(kind.astype("int64"), 0) for kind in (is_image, is_video))
     source = paddle.where(is_video, num_image + video_row, image_row)
-    (order,) = compacted([source], is_image | is_video, num_image + num_video)
-    return order, paddle.stack([is_image.sum(), is_video.sum()])
+    order = compact(source, is_image | is_video)
+    missing = paddle.full([max(num_image + num_video - order.shape[0], 0)], -1, "int64")
+    counts = paddle.stack([is_image.sum(), is_video.sum()])
+    return paddle.concat([order, missing])[: num_image + num_video], counts
 
 
 def joint_rows(image: Tensor, video: Tensor, order: Tensor) -> Tensor:
@@ -57,38 +64,100 @@ def joint_rows(image: Tensor, video: Tensor, order: Tensor) -> Tensor:
 
 
 def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    """hidden[update] = features[gather], on a copy; -1 is skipped."""
-    return _through_spare_row(hidden, features, update, gather, paddle.scatter)
+    """hidden[update] = features[gather], on a copy; -1 is skipped, and so is what points past the end.
+
+    What is to be skipped moves a spare row to a spare row, at the end of either table.
+    """
+    rows, picked = _tables(hidden, features)
+    spare = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
+    height, feature_height = _size(rows), _size(picked)
+    fits = (update >= 0) & (update < height) & (gather >= 0) & (gather < feature_height)
+    at, source = (
+        paddle.concat([paddle.where(fits, index, index * 0 + end), _as_index(end)])  # some kernels refuse no pair
+        for index, end in ((update, height), (gather, feature_height))
+    )
+    picked = paddle.gather(paddle.concat([picked, spare]), source)
+    rows = paddle.scatter(paddle.concat([rows, spare]), at, picked)[:-1]
+    return _as_hidden(rows, hidden)
 
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    """hidden[update] += features[gather], on a copy; -1 is skipped."""
-    return _through_spare_row(
-        hidden, features, update, gather, lambda rows, at, picked: paddle.index_add(rows, at, 0, picked)
+    """hidden[update] += features[gather], on a copy; -1 is skipped, and so is what points past the end.
+
+    What is to be skipped adds -0.0 to row 0, which changes nothing, not even the sign of a zero.
+    """
+    rows, picked = _tables(hidden, features)
+    fits = (update >= 0) & (update < _size(rows)) & (gather >= 0) & (gather < _size(picked))
+    number = fits.astype("int64")
+    at, source = _with_spare(update * number, 0), _with_spare((gather + 1) * number, 0)  # some kernels refuse no pair
+    nothing = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
+    nothing = nothing * paddle.full_like(nothing, -1)  # a constant -0.0 would be saved as 0.0
+    rows = paddle.index_add(rows, at, 0, paddle.gather(paddle.concat([nothing, picked]), source))
+    return _as_hidden(rows, hidden)
+
+
+def build_plan_of_any_length(
+    tokens: Tensor,  # [B, S], neither of them 0
+    table: Tensor | None,  # int64 [K, 3], what is owned of a packed row (B = 1); else the rule says it
+    ids: tuple[int, ...] | None,
+    rule: SeqLayout,
+    sequence_first: bool,
+    padded: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """update, gather and counts [2] for the length of the tokens; that of the rule is not used."""
+    tokens = check_length(tokens, rule)
+    owned = owned_intervals(_length(tokens), rule) if table is None else table
+    visual = (tokens if ids is None else is_any_of(tokens, ids)).astype("int64")  # [B, S]
+    local, is_owned = _local_positions(tokens, owned)  # [1, S]
+    row = _rows(tokens, local, owned[:, 1].sum(), sequence_first)
+    feature_row = _before(visual.sum(axis=1, keepdim=True), 0) + _before(visual, 1)
+    own = visual.astype("bool") & is_owned
+    counts = paddle.stack([own.astype("int64").sum(), visual.sum()])
+    if not padded:
+        return paddle.masked_select(row, own), paddle.masked_select(feature_row, own), counts
+    num_rows = owned[:, 1].sum() * _length(tokens.t())
+    update, gather = (_first_rows(compact(x.flatten(), own.flatten()), num_rows, rule) for x in (row, feature_row))
+    return update, gather, counts
+
+
+def check_length(tokens: Tensor, rule: SeqLayout) -> Tensor:
+    """The tokens, through a reshape that raises where their length does not divide by what the rule needs.
+
+    An assertion would fetch its condition from the device, and the inference predictor drops it as dead code; an
+    error in a custom operator ends the process of a loaded program instead of reaching Python.
+    """
+    multiple = length_multiple(
+        cp_size=rule.cp_size, cp_mode=rule.cp_mode, sp_size=rule.sp_size, remainder=rule.remainder
     )
+    return tokens if multiple == 1 else tokens.reshape([0, multiple, -1]).flatten(1)
 
 
-def _through_spare_row(
-    hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, write: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Writes through a table with one row more, which takes the pairs that are to be skipped."""
-    width = hidden.shape[-1]
-    rows, features = _computable(hidden.reshape([-1, width])), _computable(features.astype(hidden.dtype))
-    spare = paddle.zeros([1, width], dtype=rows.dtype)
-    num_rows, num_features = rows.shape[0], features.shape[0]
-    used = (update >= 0) & (update < num_rows) & (gather >= 0) & (gather < num_features)
-    at = paddle.where(used, update, paddle.full_like(update, num_rows))
-    source = paddle.where(used, gather, paddle.full_like(gather, num_features))
-    # the spare pair keeps the index arrays from being empty, which some kernels refuse
-    at, source = (paddle.concat([x, paddle.full([1], n, "int64")]) for x, n in ((at, num_rows), (source, num_features)))
-    picked = paddle.gather(paddle.concat([features, spare]), source)
-    written = write(paddle.concat([rows, spare]), at, picked)
-    return written[:num_rows].astype(hidden.dtype).reshape(hidden.shape)
+def first_of_even_shares(indices: Tensor, rule: SeqLayout) -> Tensor:
+    """The first B * S_local of B * S padded places, by a reshape, where all ranks own equally much."""
+    return indices.reshape([rule.cp_size * rule.sp_size, -1])[0]
 
 
-def _computable(x: Tensor) -> Tensor:
-    """x, in float32 where the CPU has no kernels for its 16-bit type: exact for movement, one rounding for a sum."""
-    return x.astype("float32") if x.place.is_cpu_place() and x.element_size() == 2 else x
+def owned_intervals(length: Tensor, rule: SeqLayout) -> Tensor:
+    """(start, length, local start) of what a rank owns of a sequence, int64 [1 or 2, 3]; empty ones stay.
+
+    Rank 0 of cp_size=2, zigzag, length 8 owns [0 1 6 7]  ->  [[0 2 0] [6 2 2]]
+    """
+    if rule.cp_mode == "zigzag" and rule.cp_size > 1:
+        chunk = length // (2 * rule.cp_size)
+        late = 2 * rule.cp_size - 1 - rule.cp_rank
+        pieces = [(chunk * rule.cp_rank, chunk), (chunk * late, chunk)]
+        row_length = chunk * 2
+    else:
+        begin, end = _share(length, rule.cp_size, rule.cp_rank)
+        pieces, row_length = [(begin, end - begin)], end - begin
+    share_begin, share_end = _share(row_length, rule.sp_size, rule.sp_rank)
+    table = []
+    row = paddle.zeros_like(length)  # where the piece begins in the row that cp left
+    for start, size in pieces:
+        low, high = (paddle.minimum(paddle.maximum(x, row), row + size) for x in (share_begin, share_end))
+        table.append(paddle.concat([start + low - row, high - low, low - share_begin]))
+        row = row + size
+    return paddle.stack(table)
 
 
 def is_any_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
@@ -96,17 +165,48 @@ def is_any_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     return functools.reduce(operator.or_, (tokens == wanted for wanted in ids))
 
 
-def compacted(values: list[Tensor], keep: Tensor, capacity: int) -> list[Tensor]:
-    """The kept values in order, each padded with -1 to [capacity].
+def compact(values: Tensor, keep: Tensor) -> Tensor:
+    """The kept values in order, then -1, as many places as there were; values and keep are 1-D.
 
-    values [10 11 12 13], keep [0 1 0 1], capacity 3  ->  [11 13 -1]
+    values [10 11 12 13], keep [0 1 0 1]  ->  [11 13 -1 -1]
     """
-    place = paddle.cumsum(keep.astype("int64")) - 1
-    place = paddle.where(keep & (place < capacity), place, paddle.full_like(place, capacity))
-    empty = paddle.full([capacity + 1], -1, dtype="int64")
-    if keep.shape[0] == 0:
-        return [empty[:capacity] for _ in values]
-    return [paddle.scatter(empty, place, value)[:capacity] for value in values]
+    number = keep.astype("int64")
+    place = _with_spare(paddle.cumsum(number) * number, 0)  # what is not kept goes to a spare place in front
+    values = _with_spare(values, -1)
+    return paddle.scatter(paddle.full_like(values, -1), place, values)[1:]
+
+
+def _size(table: Tensor) -> Any:
+    """How many rows [rows, H] has: a number, or, while a graph is traced, a tensor counted by the first column.
+
+    Not by slicing the column off: oneDNN's slice, which the inference predictor takes for floats, has crashed here.
+    """
+    if paddle.in_dynamic_mode():
+        return table.shape[0]
+    column = paddle.index_select(table, paddle.zeros([1], dtype="int64"), axis=1)
+    return paddle.ones_like(column, dtype="int64").sum()
+
+
+def _as_index(size: Any) -> Tensor:
+    return paddle.full([1], size, "int64") if isinstance(size, int) else size.reshape([1])
+
+
+def _tables(hidden: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden as [rows, H] and the features, both in the dtype to compute in."""
+    features = features.astype(hidden.dtype)
+    if paddle.in_dynamic_mode():
+        return _computable(hidden).flatten(0, -2), _computable(features)
+    wide = "float32" if hidden.dtype in NARROW else hidden.dtype  # a graph may run on the CPU
+    return hidden.astype(wide).flatten(0, -2), features.astype(wide)
+
+
+def _as_hidden(rows: Tensor, hidden: Tensor) -> Tensor:
+    return rows.astype(hidden.dtype).reshape(hidden.shape if paddle.in_dynamic_mode() else paddle.shape(hidden))
+
+
+def _computable(x: Tensor) -> Tensor:
+    """x, in float32 where the CPU has no kernels for its 16-bit type: exact for movement, one rounding for a sum."""
+    return x.astype("float32") if x.place.is_cpu_place() and x.dtype in NARROW else x
 
 
 def _owned(x: Tensor, layout: SeqLayout) -> Tensor:
@@ -118,3 +218,51 @@ def _owned(x: Tensor, layout: SeqLayout) -> Tensor:
     if paddle.in_dynamic_mode():
         positions = positions.to(x.place, blocking=False)
     return paddle.index_select(x, positions, axis=1)
+
+
+def _share(length: Tensor, size: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Begin and end of a rank's share; undivided rests go to the first shares."""
+    quotient = length // size
+    rest = length - quotient * size
+    begin, end = (quotient * at + paddle.minimum(rest, paddle.full_like(rest, at)) for at in (rank, rank + 1))
+    return begin, end
+
+
+def _length(tokens: Tensor) -> Tensor:
+    """S of tokens [B, S], counted on their device: int64 [1]."""
+    return paddle.ones_like(tokens[:1], dtype="int64").sum().reshape([1])
+
+
+def _local_positions(tokens: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The local position of every global one and whether it is owned at all, both [1, S].
+
+    table [[0 2 0] [6 2 2]]  ->  local [0 1 . . . . 2 3], owned [1 1 0 0 0 0 1 1]
+    """
+    position = _before(paddle.ones_like(tokens[:1], dtype="int64"), 1)
+    start, size, local_start = (table[:, column] for column in range(3))
+    nearest = paddle.searchsorted(start, position.flatten(), right=True) - 1  # -1 before the first
+    nearest = paddle.maximum(nearest, paddle.zeros_like(nearest))
+    offset = position - paddle.gather(start, nearest)
+    owned = (offset >= 0) & (offset < paddle.gather(size, nearest))
+    return offset + paddle.gather(local_start, nearest), owned
+
+
+def _rows(tokens: Tensor, local: Tensor, local_len: Tensor, sequence_first: bool) -> Tensor:
+    """The row of every (sample, local position), [B, S]."""
+    sample = _before(paddle.ones_like(tokens[:, :1], dtype="int64"), 0)  # [B, 1]
+    if sequence_first:
+        return local * _length(tokens.t()) + sample
+    return sample * local_len + local
+
+
+def _before(number: Tensor, axis: int) -> Tensor:
+    """The sum of what comes before each place.  [1 0 2 1] -> [0 1 1 3]"""
+    return paddle.cumsum(number, axis=axis) - number
+
+
+def _first_rows(indices: Tensor, num_rows: Tensor, rule: SeqLayout) -> Tensor:
+    return first_of_even_shares(indices, rule) if rule.remainder == "error" else indices[:num_rows]
+
+
+def _with_spare(index: Tensor, value: int) -> Tensor:
+    return paddle.concat([paddle.full([1], value, dtype="int64"), index])

@@ -11,7 +11,7 @@ import pytest
 
 import oracle
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.backends import load, plain, traced
+from paddle_vl_sp.backends import load, plain
 from paddle_vl_sp.export import DeepstackAdd, IndexBuilder, interval_table, save
 
 IMAGE, VIDEO, TEXT = 5, 6, 7
@@ -217,24 +217,28 @@ def test_intervals_by_tensors_are_those_of_the_layout(rule):
     """Exact, for lengths that a graph would learn at run time."""
     for seq_len in (12, 24, 48) if rule.get("remainder") != "front" else range(1, 14):
         layout = SeqLayout(seq_len, **rule)
-        table = traced.owned_intervals(paddle.to_tensor([seq_len]), layout).numpy()
+        table = plain.owned_intervals(paddle.to_tensor([seq_len]), layout).numpy()
         owned = [start + i for start, length, _ in table for i in range(length)]
         assert owned == layout.positions().tolist()
         assert [low + i for _, length, low in table for i in range(length)] == list(range(layout.local_len))
 
 
+@pytest.mark.parametrize("name", ["add_rows", "replace_rows"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_adding_by_tensors_is_adding_by_reference(dtype):
-    """Exact: pairs that are to be skipped, or point past the end, and features of another type."""
+def test_pairs_to_be_skipped(name, dtype):
+    """Exact, against a loop: pairs of -1 or past the end change nothing; features are cast first."""
     rng = np.random.default_rng(2)
     hidden, features = (paddle.to_tensor(rng.standard_normal(shape)) for shape in ((2, 5, 3), (4, 3)))
-    update, gather = paddle.to_tensor([0, 3, 7, -1, 10, 8]), paddle.to_tensor([0, 1, 3, -1, 2, 4])
+    update, gather = [0, 3, 7, -1, 10, 8], [0, 1, 3, -1, 2, 4]
     for feature_type in (dtype, "float32"):
-        pair = hidden.astype(dtype), features.astype(feature_type)
-        got, want = (module.add_rows(*pair, update, gather) for module in (traced, plain))
-        assert got.dtype == want.dtype
-        assert np.array_equal(got.astype("float64").numpy(), want.astype("float64").numpy())
-        assert not np.array_equal(got.astype("float64").numpy(), pair[0].astype("float64").numpy())
+        given, added = hidden.astype(dtype), features.astype(feature_type)
+        wanted, rows = (x.astype(dtype).astype("float64").numpy().reshape(-1, 3) for x in (given, added))
+        for u, g in ((0, 0), (3, 1), (7, 3)):
+            wanted[u] = rows[g] + (wanted[u] if name == "add_rows" else 0)
+        got = getattr(plain, name)(given, added, paddle.to_tensor(update), paddle.to_tensor(gather))
+        assert (got.dtype, got.shape) == (given.dtype, given.shape)
+        rounded = paddle.to_tensor(wanted).astype("float32" if dtype != "float64" else dtype).astype(dtype)
+        assert np.array_equal(got.astype("float64").numpy().reshape(-1, 3), rounded.astype("float64").numpy())
 
 
 def test_the_interval_table_of_the_docstring():
