@@ -141,7 +141,7 @@ class _GatherRows(PyLayer):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, group, whole = ctx.rows, ctx.group, _packed(grads)
         if ctx.grad == "whole":
-            mine = _taken(whole, rows.mine(group.rank)).clone()  # never a view into autograd's own memory
+            mine = take_rows(whole, rows.mine(group.rank)).clone()  # never a view into autograd's own memory
         else:
             ours = whole.clone() if len(grads) == 1 else whole  # autograd's own buffer is not summed into
             mine = _SUMS[ctx.mode](ours, rows, group)
@@ -165,49 +165,49 @@ def _padded(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     missing = rows.longest - mine.shape[0]
     if missing:
         mine = paddle.concat([mine, mine.new_zeros([missing, mine.shape[1]])])
-    return _taken(collectives.all_gather(mine, group), rows.from_padded())
+    return take_rows(collectives.all_gather(mine, group), rows.from_padded())
 
 
-def _among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+def _sum_among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     # -0.0 and not 0.0, which would turn a row's -0.0 into 0.0: x + -0.0 is x, in every bit, for every x
     zero = mine.new_full([1, mine.shape[1]], -0.0)
     place = rows.mine(group.rank)
     source = np.full(rows.total, len(place), dtype=np.int64)
     source[place] = np.arange(len(place))
-    return collectives.all_reduce_sum(_taken(paddle.concat([mine, zero]), source), group)
+    return collectives.all_reduce_sum(take_rows(paddle.concat([mine, zero]), source), group)
 
 
-def _one_by_one(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+def _broadcast_each(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     blocks = []
     for rank, count in enumerate(rows.counts):
         block = mine if rank == group.rank else mine.new_empty([count, mine.shape[1]])
         blocks.append(collectives.broadcast(block, rank, group))
     whole = paddle.concat(blocks)
-    return whole if rows.order is None else _taken(whole, rows.order)
+    return whole if rows.order is None else take_rows(whole, rows.order)
 
 
 def _scattered_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     if not collectives.has_reduce_scatter(group):
         return _cut_sum(grad, rows, group)
     padding = grad.new_zeros([1, grad.shape[1]])
-    blocks = _taken(paddle.concat([grad, padding]), rows.to_padded())
+    blocks = take_rows(paddle.concat([grad, padding]), rows.to_padded())
     return collectives.reduce_scatter_sum(blocks, group)[: rows.counts[group.rank]]
 
 
 def _cut_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
-    return _taken(collectives.all_reduce_sum(grad, group), rows.mine(group.rank))
+    return take_rows(collectives.all_reduce_sum(grad, group), rows.mine(group.rank))
 
 
-def _sums_one_by_one(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
-    blocks = (collectives.reduce_sum(rank, _taken(grad, rows.mine(rank)), group) for rank in range(group.nranks))
+def _reduce_each(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+    blocks = (collectives.reduce_sum(rank, take_rows(grad, rows.mine(rank)), group) for rank in range(group.nranks))
     return list(blocks)[group.rank]
 
 
-_MOVES = {"max": _padded, "sum": _among_zeros, "ragged": _one_by_one}
-_SUMS = {"max": _scattered_sum, "sum": _cut_sum, "ragged": _sums_one_by_one}
+_MOVES = {"max": _padded, "sum": _sum_among_zeros, "ragged": _broadcast_each}
+_SUMS = {"max": _scattered_sum, "sum": _cut_sum, "ragged": _reduce_each}
 
 
-def _taken(x: Tensor, index: Indices) -> Tensor:
+def take_rows(x: Tensor, index: Indices) -> Tensor:
     """x[index] for rows; a view where the rows lie side by side."""
     first, size = (int(index[0]) if index.size else 0), index.size
     if size == 0 or bool((np.diff(index) == 1).all()):

@@ -308,7 +308,7 @@ def second_gradients():
     functions = {
         "RingAttention": lambda x: ring_attention(x, x, x, layout=cp, group=group),
         "HeadsToSequence": lambda x: ulysses_attention(x, x, x, group=group),
-        "Unshard": lambda x: unshard(x, cp, group, axis=1),
+        "GatherRows": lambda x: unshard(x, cp, group, axis=1),
     }
     for name, function in functions.items():
         x = cut(whole(0, 1, 8, 4, 8), cp.positions())
