@@ -5,8 +5,8 @@
     visual_update_indices   int64 [ranks, n]  row r: the rows of rank r's flattened hidden states; -1 where it has fewer
     visual_gather_indices   int64 [ranks, n]  the feature row of each, increasing; -1 where it has fewer
     visual_positions        int64 [N]         the place of every visual token among the B * S tokens; [1, N] where the
-                                              plans are for the flattened batch, so that a model can tell
-    visual_mask             bool [B, S]       where they are: its shape tells a model that it is planned for its ids
+                                              plans are for the flattened batch, which is how a model sees it
+    visual_mask             bool [B, S]       where they are; its shape must be that of the model's ids
     visual_feature_order    int64 [N]         with images and videos: the row of [image; video] each token takes
 
 The plans of *all* ranks travel in every batch, and a rank takes its own row when it uses them: Paddle's tensor-parallel
@@ -145,7 +145,7 @@ class LoadedPlans:
         return VisualPlan.from_indices(update, gather, row_shape, num_features)
 
 
-def own_row(rows: Tensor, rank: int, size: int) -> Tensor:
+def own_row(rows: Any, rank: int, size: int) -> Any:
     """[ranks, n] -> [n] of this rank; an array [n] is this rank's already."""
     if len(rows.shape) == 1:
         return rows
@@ -188,7 +188,7 @@ def indices_to_carry(plan: VisualPlan, num_stages: int) -> dict[str, Tensor]:
 
 
 class Handover(Generic[T]):
-    """A value from a forward to the calls below it, past whatever stands between the two.
+    """A value from a forward to the calls below it, past whatever is between the two.
 
     It belongs to the thread, can be read as often as the deeper call runs, and is gone after. Where a deeper call is
     replayed in the backward, as recompute does, there is none: that call must be able to do without.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, ORDER, POSITIONS, UPDATE, own_row
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import plan_visual
 from paddle_vl_sp.settings import CHECK, is_on
+
+Integers = npt.NDArray[np.int64]
 
 
 class CheckFailed(ValueError, RuntimeError):
@@ -23,7 +25,14 @@ def checking() -> bool:
     return is_on(CHECK)
 
 
-def check_loaded(update: Any, gather: Any, mask: Any, layout: SeqLayout, sequence_first: bool, advice: str) -> None:
+def check_loaded(
+    update: Tensor | Integers,
+    gather: Tensor | Integers,
+    mask: Tensor | npt.NDArray[np.bool_],
+    layout: SeqLayout,
+    sequence_first: bool,
+    advice: str,
+) -> None:
     """Index arrays that came with a batch against those that its mask [B, S] asks for.
 
     Of arrays [ranks, n] every rank compares all rows: then all ranks raise, or none does, without a collective.
@@ -39,12 +48,12 @@ def check_loaded(update: Any, gather: Any, mask: Any, layout: SeqLayout, sequenc
             _check_indices(f"{key} of rank {rank}", row[row >= 0], expected, advice)
 
 
-def check_positions(got: Tensor, expected: Tensor, advice: str) -> None:
-    _check_indices(POSITIONS, np.asarray(got), np.asarray(expected), advice)
+def check_positions(got: Tensor | Integers, expected: Integers, advice: str) -> None:
+    _check_indices(POSITIONS, np.asarray(got), expected, advice)
 
 
-def check_order(got: Tensor, expected: Any, advice: str) -> None:
-    _check_indices(ORDER, np.asarray(got), np.asarray(expected), advice)
+def check_order(got: Tensor | Integers, expected: Integers, advice: str) -> None:
+    _check_indices(ORDER, np.asarray(got), expected, advice)
 
 
 def check_result(what: str, ours: Tensor, upstream: Tensor, advice: str) -> None:
@@ -61,7 +70,7 @@ def check_result(what: str, ours: Tensor, upstream: Tensor, advice: str) -> None
     raise CheckFailed(f"{CHECK}: {what}: {how}; {advice}")
 
 
-def _check_indices(key: str, got: Any, expected: Any, advice: str) -> None:
+def _check_indices(key: str, got: Integers, expected: Integers, advice: str) -> None:
     if not np.array_equal(got, expected):
         raise CheckFailed(
             f"{CHECK}: {key} of the batch is not what its ids ask for: got {_head(got)}, expected {_head(expected)}; "
@@ -69,5 +78,5 @@ def _check_indices(key: str, got: Any, expected: Any, advice: str) -> None:
         )
 
 
-def _head(indices: Any) -> str:
+def _head(indices: Integers) -> str:
     return f"{indices.size} indices {indices[:4].tolist()}..."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from paddle import Tensor
+
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
@@ -17,12 +19,12 @@ CARRIED = (UPDATE, GATHER, LEVELS, MASK)
 class VisualDeepstack:
     """For a subclass of a PaddleFleet transformer layer: after the layer, level `i` is added to layer `i`'s rows.
 
-    The addition stands outside recompute and uses the plan of the embedding. Where only visual_pos_masks arrived, from
+    The addition is outside recompute and uses the plan of the embedding. Where only visual_pos_masks arrived, from
     an embedding of PaddleFleet's own, the first deepstack layer makes the plan and, like every maker of a plan,
-    completes the gradients of the levels. The last one takes everything visual out of the dict.
+    completes the gradients of the levels. The last one removes everything visual from the dict.
 
     inplace = False  the sum is a new tensor: hooks may keep the layer's output, as under PaddleFleet
-    inplace = True   the layer's output is written where it stands, for layers whose output nobody else keeps
+    inplace = True   the layer's output is overwritten, for layers whose output is not kept elsewhere
     """
 
     inplace = False
@@ -45,12 +47,12 @@ class VisualDeepstack:
             out.update(carried)
         return out
 
-    def _deepstack_process(self, hidden_states: Any, visual_pos_masks: Any, visual_embeds: Any) -> Any:
+    def _deepstack_process(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
         """visual_embeds [N, H] added where visual_pos_masks [B, S] says; as upstream, their gradient is partial."""
         plan = self._plan_of_mask(visual_pos_masks, hidden_states, visual_embeds)
         return self._add(hidden_states, visual_embeds, plan, inplace=False)
 
-    def _carried_plan(self, carried: dict[str, Any], hidden: Any) -> VisualPlan:
+    def _carried_plan(self, carried: dict[str, Any], hidden: Tensor) -> VisualPlan:
         """The plan of the dict, or a new one, which `carried` then has for the layers that follow."""
         levels = carried[LEVELS]
         if UPDATE in carried and GATHER in carried:
@@ -68,20 +70,20 @@ class VisualDeepstack:
         carried |= indices_to_carry(plan, pipeline_size(self.config))
         return plan
 
-    def _row_shape(self, hidden: Any, mask: Any) -> tuple[int, int]:
+    def _row_shape(self, hidden: Tensor, mask: Tensor | None) -> tuple[int, int]:
         """The leading shape that the layer's order and the mask's batch ask for."""
         first, second = hidden.shape[:2]
         if mask is None:
             return first, second
         return (first, mask.shape[0]) if self.config.sequence_parallel else (mask.shape[0], second)
 
-    def _plan_of_mask(self, mask: Any, hidden: Any, embeds: Any) -> VisualPlan:
+    def _plan_of_mask(self, mask: Tensor, hidden: Tensor, embeds: Tensor) -> VisualPlan:
         """For hidden [S_local, B, H] under sequence parallel; without it, or flattened, rows go sample by sample."""
         sequence_first = bool(self.config.sequence_parallel) and hidden.ndim == 3
         layout = layer_share(self).layout(int(mask.shape[1]))
         return plan_visual(mask, None, layout, sequence_first=sequence_first, num_features=int(embeds.shape[0]))
 
-    def _add(self, hidden: Any, embeds: Any, plan: VisualPlan, inplace: bool) -> Any:
+    def _add(self, hidden: Tensor, embeds: Tensor, plan: VisualPlan, inplace: bool) -> Tensor:
         return add_rows(hidden, own_columns(embeds, int(hidden.shape[-1])), plan, inplace=inplace)
 
 
@@ -95,7 +97,7 @@ def deepstack_layer(base: type) -> type:
     return visual_subclass(VisualDeepstack, base)
 
 
-def own_columns(embeds: Any, width: int) -> Any:
+def own_columns(embeds: Tensor, width: int) -> Tensor:
     """This rank's columns where the hidden states are cut along H as well: embeds [N, H] -> [N, H / size]."""
     total = int(embeds.shape[-1])
     if total == width:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import paddle
+from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry, plan_in
 from paddle_vl_sp.comm.grads import complete_grad
@@ -38,7 +39,7 @@ class VisualEmbedding:
     multimodal_embedding: bool
 
     def forward(
-        self, dict_args: dict[str, Any], decoder_input: Any = None, packed_seq_params: Any = None
+        self, dict_args: dict[str, Any], decoder_input: Tensor | None = None, packed_seq_params: Any = None
     ) -> dict[str, Any]:
         visual = visual_inputs(dict_args, self.config) if self.multimodal_embedding else None
         if visual is None or decoder_input is not None:
@@ -49,7 +50,7 @@ class VisualEmbedding:
         return self._merged(dict_args, visual, packed_seq_params)
 
     def visual_layout(self, seq_len: int) -> SeqLayout:
-        """What this rank holds of the sequence. A subclass that cuts by context parallel says here how it does."""
+        """What this rank holds of the sequence. A subclass that cuts by context parallel overrides this."""
         size = context_parallel_size()
         if size > 1:
             raise ValueError(
@@ -109,7 +110,7 @@ class VisualEmbedding:
         if visual.order is not None and len(visual.features) > 1:
             check_order(visual.order, visual.order_of_ids(), advice)
 
-    def _insert(self, out: dict[str, Any], features: list[Any], plan: VisualPlan) -> None:
+    def _insert(self, out: dict[str, Any], features: list[Tensor], plan: VisualPlan) -> None:
         """Writes the main features into the hidden states and hands on the levels; features are [main, *levels]."""
         if plan.num_features == 0:  # nothing to write, but a tower that ran stays in the graph
             out["hidden_states"] = replace_rows(out["hidden_states"], paddle.concat(features), plan)
@@ -119,7 +120,7 @@ class VisualEmbedding:
         if levels:
             out[LEVELS] = levels
 
-    def _completed(self, features: list[Any], plan: VisualPlan) -> list[Any]:
+    def _completed(self, features: list[Tensor], plan: VisualPlan) -> list[Tensor]:
         share = embedding_share(self)
         return complete_grad(list(features), plan, share.group) if share.size > 1 else list(features)
 
@@ -132,7 +133,9 @@ class VisualEmbedding:
         with paddle.no_grad():
             _check_output(out, self._upstream(dict(dict_args), None, packed_seq_params))
 
-    def _upstream(self, dict_args: dict[str, Any], decoder_input: Any, packed_seq_params: Any) -> dict[str, Any]:
+    def _upstream(
+        self, dict_args: dict[str, Any], decoder_input: Tensor | None, packed_seq_params: Any
+    ) -> dict[str, Any]:
         out: dict[str, Any] = super().forward(dict_args, decoder_input, packed_seq_params)  # type: ignore[misc]
         return out
 

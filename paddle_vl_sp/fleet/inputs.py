@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import paddle
+from paddle import Tensor
 
 from paddle_vl_sp.backends.dispatch import joint_rows, on_place
 from paddle_vl_sp.backends.plain import is_any_of
@@ -22,10 +23,10 @@ FEATURES = ("image_embeds", "video_embeds", "deepstack_image_embeds", "deepstack
 class VisualInputs:
     """The kinds a batch has features for: their placeholder ids, and per kind [main, level 0, level 1, ...]."""
 
-    ids: Any  # [B, S]
+    ids: Tensor  # [B, S]
     placeholder_ids: dict[str, int]
-    features: dict[str, list[Any]]  # each [N_kind, H]
-    order: Any  # [N] into [image; video] where the data loader made it, else None
+    features: dict[str, list[Tensor]]  # each [N_kind, H]
+    order: Tensor | None  # [N] into [image; video] where the data loader made it, else None
 
     @property
     def num_features(self) -> int:
@@ -35,18 +36,18 @@ class VisualInputs:
     def num_levels(self) -> int:
         return max(len(rows) - 1 for rows in self.features.values())
 
-    def mask(self) -> Any:
+    def mask(self) -> Tensor:
         """Where the visual tokens are: bool [B, S]."""
         return is_any_of(self.ids, self._wanted())
 
-    def joined(self) -> list[Any]:
+    def joined(self) -> list[Tensor]:
         """[main, *levels] with the rows of all kinds in reading order, each [N, H]."""
         self._check_levels()
         if len(self.features) == 1:
             return next(iter(self.features.values()))
         image, video = ([self._own_rows(kind, rows) for rows in self.features[kind]] for kind in KINDS)
         if self.order is None:
-            joined: list[Any] = joint_features(image, video, self.ids, self._wanted())
+            joined: list[Tensor] = joint_features(image, video, self.ids, self._wanted())
             return joined
         check_feature_count(int(self.order.shape[0]), self.num_features)
         order = on_place(self.order, image[0].place)
@@ -64,8 +65,8 @@ class VisualInputs:
     def _wanted(self) -> tuple[int, ...]:
         return tuple(self.placeholder_ids.values())
 
-    def _own_rows(self, kind: str, rows: Any) -> Any:
-        """The kind's own rows of a level that has rows for all kinds, as PaddleFleet's joint merge takes them."""
+    def _own_rows(self, kind: str, rows: Tensor) -> Tensor:
+        """The kind's own rows of a level that has rows for all kinds, which PaddleFleet's joint merge accepts."""
         if rows.shape[0] == self.features[kind][0].shape[0]:
             return rows
         visual = paddle.masked_select(self.ids, self.mask())  # [N]

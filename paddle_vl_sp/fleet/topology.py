@@ -1,4 +1,4 @@
-"""Where we are in a PaddleFleet model: its modules, and what share of the sequence an embedding or a layer holds."""
+"""PaddleFleet's modules, and what share of the sequence an embedding or a layer holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import paddle
 
+from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.layout import SeqLayout
 
 ROOT = "paddlefleet"
@@ -46,7 +47,7 @@ class Share:
 
     rank: int
     size: int
-    group: Any
+    group: Group | None
 
     def layout(self, seq_len: int) -> SeqLayout:
         return SeqLayout(seq_len, sp_size=self.size, sp_rank=self.rank)
@@ -69,11 +70,12 @@ def layer_share(layer: Any) -> Share:
     return _share_of(tensor_parallel_group(), "parallel_state has none")
 
 
-def tensor_parallel_group() -> Any:
+def tensor_parallel_group() -> Group | None:
     """The group of parallel_state, None where there is none."""
     if not paddle.distributed.is_initialized():
         return None
-    return fleet_module("parallel_state").get_tensor_model_parallel_group(check_initialized=False)
+    group: Group | None = fleet_module("parallel_state").get_tensor_model_parallel_group(check_initialized=False)
+    return group
 
 
 def context_parallel_size() -> int:
@@ -86,7 +88,7 @@ def pipeline_size(config: Any) -> int:
     return max(configured, int(fleet_module("parallel_state").get_pipeline_model_parallel_world_size()))
 
 
-def _share_of(group: Any, where: str) -> Share:
+def _share_of(group: Group | None, where: str) -> Share:
     if group is None:
         raise ValueError(
             f"sequence_parallel is on but there is no tensor-parallel group: {where}; initialise model parallelism "

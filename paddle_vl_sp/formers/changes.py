@@ -1,4 +1,4 @@
-"""What is changed at the moment, and how each change is taken back."""
+"""What is changed at the moment, and how each change is undone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from paddle.nn import Layer
 
 from paddle_vl_sp.formers import shared_tower
 from paddle_vl_sp.formers.known import OURS, Make
@@ -22,7 +24,7 @@ class Replacement:
     ours: Any
 
     def undo(self) -> bool:
-        """Puts the original back, unless somebody else has put something over ours."""
+        """Puts the original back, unless other code has replaced ours since."""
         now = self.owner.__dict__.get(self.name)
         if now is not self.ours:
             theirs, name = getattr(now, "__module__", now), f"{self.owner.__name__}.{self.name}"
@@ -36,7 +38,7 @@ class Replacement:
 class SharedTower:
     """One model whose tower's work is shared."""
 
-    inner: Any
+    inner: Layer
 
     def undo(self) -> bool:
         shared_tower.stop_sharing(self.inner)
@@ -63,7 +65,7 @@ def replace(owner: Any, method: str, make: Make) -> Replacement | None:
     return replacement
 
 
-def share(model: Any) -> SharedTower | None:
+def share(model: Layer) -> SharedTower | None:
     """Shares the work of the model's tower; None where it is shared already."""
     if shared_tower.is_shared(shared_tower.plain_model_of(model)):
         return None
@@ -72,7 +74,7 @@ def share(model: Any) -> SharedTower | None:
     return shared
 
 
-def take_back(changes: Iterable[Change]) -> None:
+def undo_changes(changes: Iterable[Change]) -> None:
     for change in reversed([change for change in _in_place if change in changes]):
         if change.undo():
             _in_place.remove(change)
@@ -80,4 +82,4 @@ def take_back(changes: Iterable[Change]) -> None:
 
 def revert() -> None:
     """Puts everything back that `apply_to_qwen3_vl` replaced: the same function objects."""
-    take_back(tuple(_in_place))
+    undo_changes(tuple(_in_place))

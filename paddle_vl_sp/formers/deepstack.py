@@ -9,6 +9,7 @@ from typing import Any
 
 import paddle
 from paddle import Tensor
+from paddle.nn import Layer
 
 from paddle_vl_sp.carried import Handover, is_same_memory
 from paddle_vl_sp.plan import VisualPlan
@@ -31,7 +32,7 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
     """Adds by the plan that was made for the mask, and leaves other masks to the original."""
 
     @functools.wraps(original)
-    def _deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Any:
+    def _deepstack_process(self: Layer, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Any:
         own = OWN_ROWS.get()
         is_planned = own is not None and is_same_memory(own.mask, visual_pos_masks)
         if own is None or not is_planned or hidden_states.shape[-1] != visual_embeds.shape[-1]:

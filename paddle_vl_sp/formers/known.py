@@ -88,7 +88,7 @@ def formers_version() -> str:
 
 
 def _where(function: Any, owner: type) -> str:
-    """Whose code it is: a newer PaddleFormers, or somebody who replaced the method before us."""
+    """Whose code it is: a newer PaddleFormers, or that of other code that replaced the method before."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     place = f"{code.co_filename}:{code.co_firstlineno}" if code else "no Python code"
     if function.__module__ != owner.__module__:

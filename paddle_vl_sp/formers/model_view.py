@@ -10,11 +10,11 @@ Change = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]
 
 
 class ModelView:
-    """Stands in for `self` in a forward of PaddleFormers, which calls `self.language_model(...)`.
+    """Takes the place of `self` in a forward of PaddleFormers, which calls `self.language_model(...)`.
 
-    What that call gets is changed on the way, so that whatever stands between the model and its text model, a wrapper
-    or a recompute, sees and replays the arguments that it would see upstream. All else is the model's own. Nothing is
-    put on the model, so threads do not meet.
+    The arguments of that call are changed on the way, so that whatever is between the model and its text model, a
+    wrapper or a recompute, sees and replays the arguments that it would see upstream. All else is the model's own.
+    Nothing is put on the model, so threads do not interfere.
     """
 
     def __init__(self, model: Any, change: Change) -> None:

@@ -1,10 +1,12 @@
-"""q_norm and k_norm of the plain classes: replicated parameters whose gradients nobody sums."""
+"""q_norm and k_norm of the plain classes: replicated parameters whose gradients upstream does not sum."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from paddle.nn import Layer
 
 from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, Line
 
@@ -15,7 +17,7 @@ def text_init(original: Callable[..., Any]) -> Callable[..., Any]:
     """Marks q_norm and k_norm under sequence parallelism, so that the trainer sums their gradients."""
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
         if self.config.sequence_parallel:
             for norm in _head_norms(self):
@@ -24,7 +26,7 @@ def text_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def mark_head_norms(model: Any) -> list[Line]:
+def mark_head_norms(model: Layer) -> list[Line]:
     """Marks them in a model that was built before its class was changed, so that PaddleFormers' trainer sums them.
 
     Every rank's gradient covers its own heads only. The marks must be there before the trainer wraps the model.
@@ -42,7 +44,7 @@ def mark_head_norms(model: Any) -> list[Line]:
     return [Line("model", "q_norm, k_norm", REPLACED, f"{len(norms)} marked, the trainer sums their gradients")]
 
 
-def _head_norms(model: Any) -> list[Any]:
+def _head_norms(model: Layer) -> list[Any]:
     return [
         layer
         for name, layer in model.named_sublayers()

@@ -7,8 +7,10 @@ import importlib
 import importlib.util
 from typing import Any
 
+from paddle.nn import Layer
+
 from paddle_vl_sp.backends.load import backend as backend_in_use
-from paddle_vl_sp.formers.changes import Change, replace, share, take_back
+from paddle_vl_sp.formers.changes import Change, replace, share, undo_changes
 from paddle_vl_sp.formers.families import QWEN3_VL
 from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, Make, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
@@ -24,11 +26,11 @@ class UpstreamChanged(RuntimeError):
 
 
 def apply_to_qwen3_vl(
-    model: Any = None, *, backend: str = "auto", strict: bool = True, vision_dp: bool = False
+    model: Layer | None = None, *, backend: str = "auto", strict: bool = True, vision_dp: bool = False
 ) -> PatchReport:
     """Replaces the methods of PaddleFormers' Qwen3-VL classes that place visual features; `revert()` puts them back.
 
-    Classes are changed, so it holds for models built before and after. Calling it again changes nothing. What it did
+    Classes are changed, so it applies to models built before and after. Calling it again changes nothing. What it did
     is in the report, which is also a context manager: ``with apply_to_qwen3_vl(): ...``.
 
     model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
@@ -64,7 +66,7 @@ def apply_to_qwen3_vl(
         lines.append(_share(model, made))
     if model is not None:
         lines += mark_head_norms(model)
-    report = PatchReport(tuple(lines), functools.partial(take_back, made))
+    report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
     if not report.replaced:
         logger.warning("nothing of Qwen3-VL is replaced: %s", report.in_a_line())
     if made:
@@ -120,12 +122,12 @@ def _first_line(make: Make) -> str:
     return (make.__doc__ or "").partition("\n")[0]
 
 
-def _share(model: Any, made: list[Change]) -> Line:
+def _share(model: Layer, made: list[Change]) -> Line:
     name = "the tower's work"
     try:
         shared = share(model)
     except ValueError:
-        take_back(made)
+        undo_changes(made)
         raise
     if shared is None:
         return Line("model", name, REPLACED, "was already shared")

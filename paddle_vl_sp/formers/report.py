@@ -1,4 +1,4 @@
-"""What applying did: class by class and method by method, as a value that can be read."""
+"""What applying did, class by class and method by method, as a value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Line:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `apply_to_qwen3_vl` did. As a context manager it takes back, on leaving, what that call had put in."""
+    """What `apply_to_qwen3_vl` did. As a context manager it undoes, on leaving, what that call had replaced."""
 
     lines: tuple[Line, ...]
     take_back: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
@@ -40,26 +40,26 @@ class PatchReport:
         families: dict[str, list[Line]] = {}
         for line in sorted(self.lines, key=lambda line: STATES.index(line.state)):
             families.setdefault(line.family, []).append(line)
-        return "; ".join(f"{family}: {self._told(lines)}" for family, lines in families.items())
+        return "; ".join(f"{family}: {self._describe(lines)}" for family, lines in families.items())
 
     @staticmethod
-    def _told(lines: list[Line]) -> str:
+    def _describe(lines: list[Line]) -> str:
         """Numbers by state, with the reasons where something is not replaced."""
-        told = []
+        parts = []
         for state in dict.fromkeys(line.state for line in lines):
             same = [line for line in lines if line.state == state]
             why = "" if state == REPLACED else f" ({'; '.join(dict.fromkeys(line.why for line in same))})"
-            told.append(f"{len(same)} {state}{why}")
-        return ", ".join(told)
+            parts.append(f"{len(same)} {state}{why}")
+        return ", ".join(parts)
 
     def __str__(self) -> str:
         """A table, one line a method."""
         rows = [(line.family, line.name, line.state, line.why) for line in self.lines]
         family, name, state = (max((len(row[i]) for row in rows), default=0) for i in range(3))
-        told = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
+        table = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
         states = {state: len(self.names(state)) for state in STATES}
-        told.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
-        return "\n".join(["paddle_vl_sp and Qwen3-VL", *told])
+        table.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
+        return "\n".join(["paddle_vl_sp and Qwen3-VL", *table])
 
     def __enter__(self) -> PatchReport:
         return self

@@ -7,20 +7,22 @@ from typing import Any
 from weakref import WeakSet
 
 import paddle
+from paddle import Tensor
+from paddle.nn import Layer
 
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import OURS
 
-Encode = Callable[[Any, Any], tuple[Any, list[Any]]]
+Encode = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
 
 _sharing: WeakSet[Any] = WeakSet()
 
 
-def share_tower(model: Any) -> Any:
+def share_tower(model: Layer) -> Any:
     """Turns it on for the plain Qwen3-VL inside `model`, and marks the tower's parameters: returns what has them.
 
     Each rank's parameter gradients then cover its own images. PaddleFormers' trainer sums marked parameters over the
-    tensor-parallel group under sequence parallelism; in a loop of one's own, sum_parameter_grads does.
+    tensor-parallel group under sequence parallelism; in your own loop, sum_parameter_grads does.
     """
     from paddle_vl_sp.comm.grads import mark_for_sum
 
@@ -35,13 +37,13 @@ def share_tower(model: Any) -> Any:
     return inner
 
 
-def stop_sharing(inner: Any) -> None:
+def stop_sharing(inner: Layer) -> None:
     _sharing.discard(inner)
     for parameter in inner.visual.parameters():
         parameter.sequence_parallel = False
 
 
-def plain_model_of(model: Any) -> Any:
+def plain_model_of(model: Layer) -> Any:
     """The layer that encodes and inserts, by a forward of ours."""
     for layer in model.sublayers(include_self=True):
         if hasattr(type(layer).forward, OURS) and hasattr(layer, "visual"):
@@ -53,14 +55,14 @@ def plain_model_of(model: Any) -> Any:
     )
 
 
-def has_own_mask(model: Any) -> bool:
+def has_own_mask(model: Layer) -> bool:
     """Whether a subclass, or the instance, decides itself where the features go: PaddleFormers' forward must ask it."""
     if "get_placeholder_mask" in vars(model):
         return True
     return bool(type(model).get_placeholder_mask.__module__.partition(".")[0] != "paddleformers")
 
 
-def text_config(inner: Any) -> Any:
+def text_config(inner: Layer) -> Any:
     """The configuration of the text model, also of one that is wrapped."""
     text = inner.language_model
     if hasattr(text, "config"):
@@ -69,8 +71,8 @@ def text_config(inner: Any) -> Any:
     return next((layer.config for layer in layers if hasattr(layer, "config")), inner.config.text_config)
 
 
-def refuse_own_mask(inner: Any, is_to_be_shared: bool = False) -> None:
-    """PaddleFormers' own forward, which such a subclass needs, has every rank encode every image."""
+def refuse_own_mask(inner: Layer, is_to_be_shared: bool = False) -> None:
+    """PaddleFormers' own forward, which such a model needs, has every rank encode every image."""
     if (is_to_be_shared or is_shared(inner)) and has_own_mask(inner):
         raise ValueError(
             f"vision_dp=True with a subclass that has its own get_placeholder_mask ({type(inner).__name__}): "
@@ -78,7 +80,7 @@ def refuse_own_mask(inner: Any, is_to_be_shared: bool = False) -> None:
         )
 
 
-def _check_marks(tower: Any) -> None:
+def _check_marks(tower: Layer) -> None:
     """Parameters that came after the marks, such as LoRA's, would be trained on this rank's own images."""
     unmarked = [
         name
@@ -95,11 +97,11 @@ def _check_marks(tower: Any) -> None:
         )
 
 
-def is_shared(inner: Any) -> bool:
+def is_shared(inner: Layer) -> bool:
     return inner in _sharing
 
 
-def encoded(inner: Any, encode: Encode, pixels: Any, grid: Any) -> tuple[Any, list[Any]]:
+def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> tuple[Tensor, list[Tensor]]:
     """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H] and levels."""
     if not is_shared(inner):
         return encode(pixels, grid)

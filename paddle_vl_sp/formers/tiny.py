@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import paddle
+from paddle.nn import Layer
 
 IMAGE, VIDEO, START, END, PAD, VOCAB = 500, 501, 502, 503, 0, 512
 MERGE, PATCH, FRAMES, CHANNELS = 2, 4, 2, 3
@@ -117,7 +118,7 @@ def draw_batch(samples: Sequence[Sequence[str]], seq_len: int = 64, seed: int = 
 def _draw_row(
     rng: np.random.Generator, kinds: Sequence[str], seq_len: int, grids: dict[str, list[tuple[int, int, int]]]
 ) -> npt.NDArray[np.int64]:
-    """One sample [S]; every frame of a video stands between its own start and end."""
+    """One sample [S]; every frame of a video is between its own start and end."""
     row = list(rng.integers(1, WORDS, rng.integers(2, 6)))
     for kind in kinds:
         height, width = GRIDS[rng.integers(len(GRIDS))]
@@ -137,33 +138,33 @@ def shifted_labels(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.where(labels < WORDS, labels, -100)
 
 
-def positions(model: Any, batch: dict[str, Any]) -> Any:
+def positions(model: Layer, batch: dict[str, Any]) -> Any:
     """Position ids [3, B, S] by the model's own rule, as a collate function puts them into a batch."""
     grids = batch.get("image_grid_thw"), batch.get("video_grid_thw")
     return model.model.get_rope_index(batch["input_ids"], *grids)[0]
 
 
-def weights_of(model: Any) -> dict[str, npt.NDArray[Any]]:
+def weights_of(model: Layer) -> dict[str, npt.NDArray[Any]]:
     return {name: parameter.numpy() for name, parameter in model.named_parameters()}
 
 
-def gradients_of(model: Any) -> dict[str, npt.NDArray[Any]]:
+def gradients_of(model: Layer) -> dict[str, npt.NDArray[Any]]:
     """The gradients there are: a text-only batch gives the tower none."""
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def drop_gradients(model: Any) -> None:
+def drop_gradients(model: Layer) -> None:
     model.clear_gradients(set_to_zero=False)  # a parameter's own clear_gradient leaves zeros
 
 
-def load_weights(model: Any, weights: dict[str, npt.NDArray[Any]], rank: int = 0, nranks: int = 1) -> None:
+def load_weights(model: Layer, weights: dict[str, npt.NDArray[Any]], rank: int = 0, nranks: int = 1) -> None:
     """Loads the weights of a one-rank model, cut for `rank` of `nranks`."""
     for name, parameter in model.named_parameters():
         parameter.set_value(paddle.to_tensor(cut(name, weights[name], rank, nranks)).astype(parameter.dtype))
 
 
 def cut(name: str, weight: npt.NDArray[Any], rank: int, nranks: int) -> npt.NDArray[Any]:
-    """What rank `rank` holds of a weight; the tower and the norms are whole everywhere."""
+    """The part of a weight that rank `rank` holds; the tower and the norms are whole everywhere."""
     if name.startswith("model.visual."):
         return weight
     if name.endswith("qkv_proj.weight"):
@@ -176,7 +177,7 @@ def cut(name: str, weight: npt.NDArray[Any], rank: int, nranks: int) -> npt.NDAr
     return weight
 
 
-def sum_marked_gradients(model: Any, group: Any) -> None:
+def sum_marked_gradients(model: Layer, group: Any) -> None:
     """What the trainer does before an optimizer step: sums the gradients of sequence-parallel parameters."""
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:

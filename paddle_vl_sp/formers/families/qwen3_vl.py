@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor
+from paddle.nn import Layer
 
 from paddle_vl_sp.backends.dispatch import joint_rows
 from paddle_vl_sp.carried import Handover, LoadedPlans, is_same_memory
@@ -55,7 +56,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         loaded = LoadedPlans.pop_from(kwargs, "flattened")
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
@@ -91,7 +92,7 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments
         mask, levels = given.get("visual_pos_masks"), given.get("deepstack_visual_embeds")
@@ -107,17 +108,17 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_levels(model: Any, mask: Tensor, levels: list[Tensor]) -> Any:
+def _with_levels(model: Layer, mask: Tensor, levels: list[Tensor]) -> Any:
     """The model, whose text model gets mask and levels as PaddleFormers' forward would hand them over."""
     given = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
     return ModelView(model, lambda args, kwargs: (args, {**kwargs, **given}))
 
 
-def _encoded(model: Any, kind: str, given: dict[str, Any]) -> list[Tensor]:
+def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
     """[main, *levels] of one kind, each [N_kind, H]."""
     pixels, grid, method = KINDS[kind]
 
-    def encode(pixels: Any, grid: Any) -> tuple[Any, list[Any]]:
+    def encode(pixels: Tensor, grid: Tensor) -> tuple[Tensor, list[Tensor]]:
         per_item, levels = getattr(model, method)(pixels, grid)
         return paddle.concat(list(per_item)), levels
 
@@ -126,7 +127,7 @@ def _encoded(model: Any, kind: str, given: dict[str, Any]) -> list[Tensor]:
 
 
 def _inserted(
-    model: Any, embeds: Tensor, features: dict[str, list[Tensor]], ids: Tensor, loaded: LoadedPlans | None
+    model: Layer, embeds: Tensor, features: dict[str, list[Tensor]], ids: Tensor, loaded: LoadedPlans | None
 ) -> tuple[Tensor, Visual, list[Tensor]]:
     """The embeddings [B, S, H] with the main features in their places, what was planned, and the levels [N, H]."""
     wanted = {kind: getattr(model.config, f"{kind}_token_id") for kind in features}
@@ -136,7 +137,7 @@ def _inserted(
         loaded.check_shape(ids)
         plan, syncs = loaded.whole(ids.shape, num_features), 0
     else:
-        # Where the text model plans for its own cut, and so counts, this one need not wait for the device.
+        # the text model plans for its own cut and compares the counts: this plan need not synchronise
         padded = _is_cut(model) and any(len(rows) > 1 for rows in features.values())
         plan, syncs = _plan_whole(mask, num_features, padded), int(not padded)
     if loaded and checking():
@@ -151,7 +152,7 @@ def _plan_whole(mask: Tensor, num_features: int, padded: bool) -> VisualPlan:
     return plan_visual(mask, None, layout, sequence_first=False, num_features=num_features, padded=padded)
 
 
-def _is_cut(model: Any) -> bool:
+def _is_cut(model: Layer) -> bool:
     return bool(getattr(shared_tower.text_config(model), "sequence_parallel", False))
 
 

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from paddle import Tensor
+from paddle.nn import Layer
+
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlans, indices_to_carry, own_row
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
@@ -25,7 +28,7 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(original)
-    def forward(self: Any, dict_args: dict[str, Any]) -> Any:
+    def forward(self: Layer, dict_args: dict[str, Any]) -> Any:
         if not _adds_here(self, dict_args):
             return original(self, dict_args)
         plan, levels = _planned(self, dict_args)
@@ -43,7 +46,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Lets this rank's row of the data loader's plans past the fixed dict that the original makes."""
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         loaded = LoadedPlans.pop_from(kwargs, "sequence")
         if loaded is None:
             return original(self, *args, **kwargs)
@@ -59,14 +62,14 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _adds_here(layer: Any, dict_args: dict[str, Any]) -> bool:
+def _adds_here(layer: Layer, dict_args: dict[str, Any]) -> bool:
     levels, mask = dict_args.get(LEVELS), dict_args.get(MASK)
     if not levels or mask is None or layer.layer_number not in range(len(levels)):
         return False
     return bool(mask.ndim == 2 and dict_args["hidden_states"].ndim == 3)
 
 
-def _planned(layer: Any, dict_args: dict[str, Any]) -> tuple[VisualPlan, list[Any]]:
+def _planned(layer: Layer, dict_args: dict[str, Any]) -> tuple[VisualPlan, list[Any]]:
     """The plan, and the levels with whole gradients."""
     hidden, levels = dict_args["hidden_states"], list(dict_args[LEVELS])
     num_features = levels[0].shape[0]
@@ -88,7 +91,7 @@ def _num_stages() -> int:
     return 1 if groups is None else int(groups.get_pipe_parallel_world_size())
 
 
-def _own(model: Any, rows: Any) -> Any:
+def _own(model: Layer, rows: Tensor) -> Tensor:
     """This rank's row; the first where nothing is cut."""
     is_cut = topology() is not None and getattr(model, "sequence_parallel_lm", False)
     if not is_cut and rows.shape[0] == 1:
