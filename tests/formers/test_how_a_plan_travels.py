@@ -5,56 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import paddle
 import pytest
-from paddle.distributed.fleet.utils import recompute
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of
 
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
+from text_wrappers import Recomputed, RecomputedOtherwise, Twice, Wrapped, wrap
 
 pytestmark = pytest.mark.usefixtures("implementation")
-
-WAYS = ["reentrant", "not reentrant"]
-
-
-class Wrapped(paddle.nn.Layer):
-    """Put around the text model by somebody who knows PaddleFormers' call and nothing of ours."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def get_input_embeddings(self):
-        return self.inner.get_input_embeddings()
-
-    def forward(self, **given):
-        return self.inner(**given)
-
-
-class Recomputed(Wrapped):
-    way = WAYS[0]
-
-    def forward(self, inputs_embeds=None, visual_pos_masks=None, deepstack_visual_embeds=None, **rest):
-        def run(embeds, mask, *levels):
-            given = {"inputs_embeds": embeds, "visual_pos_masks": mask, "deepstack_visual_embeds": list(levels) or None}
-            return self.inner(**rest, **given).last_hidden_state
-
-        levels = deepstack_visual_embeds or ()  # one by one: recompute knows no lists of tensors
-        hidden = recompute(run, inputs_embeds, visual_pos_masks, *levels, use_reentrant=self.way == "reentrant")
-        return modeling.BaseModelOutputWithPast(last_hidden_state=hidden)
-
-
-class Twice(Wrapped):
-    """R-Drop, self-distillation: the text model runs twice on one batch."""
-
-    def forward(self, **given):
-        first, second = (self.inner(**given).last_hidden_state for _ in range(2))
-        return modeling.BaseModelOutputWithPast(last_hidden_state=first + 0.5 * second)
 
 
 def trained(wrapper, kind, patched):
     """Loss and every gradient."""
-    model = tiny.tiny_qwen3_vl()
-    model.model.language_model = wrapper(model.model.language_model)
+    model = wrap(tiny.tiny_qwen3_vl(), wrapper)
     batch = tiny.draw_batch(SAMPLES[kind], seed=3)
 
     def run():
@@ -75,10 +37,9 @@ def assert_same(got, wanted):
         assert np.array_equal(got[1][name], grad), name
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_recompute_around_the_text_model(way):
+@pytest.mark.parametrize("wrapper", [Recomputed, RecomputedOtherwise])
+def test_recompute_around_the_text_model(wrapper):
     """Bit-exact: loss and the gradient of every parameter, as upstream's under the same wrapper."""
-    wrapper = type("Recomputed", (Recomputed,), {"way": way})
     wanted = trained(wrapper, "several", patched=False)
     assert_same(trained(wrapper, "several", patched=True), wanted)
 
