@@ -1,144 +1,139 @@
-"""Builds the CUDA kernels, runs each against numpy on a GPU, and times it against the bytes it must move.
+"""Builds the CUDA kernels, compares each with the slow answer on a GPU, and times it against the bytes it must move.
 
-    python tools/gpu_check.py [--out docs/gpu-results.md] [--json FILE] [--quick]
+    python tools/gpu_check.py [--out docs/gpu-results.md] [--quick] [--parts check time sanitize]
 
-Needs an NVIDIA GPU, nvcc, numpy, and PyTorch or CuPy for device memory; nothing of Paddle. Exits with 0 where
-everything matches, 1 where something does not, 2 where there is no GPU to run on.
+Needs an NVIDIA GPU, nvcc, numpy and PyTorch; nothing of Paddle. Each part runs in a process of its own, since a crash
+must not end the others; each line is in the report as soon as it is known. Exits with 0 where everything matches, 1
+where something does not, 2 where there is no GPU to run on or no nvcc.
 """
 
-from __future__ import annotations
-
 import argparse
-import datetime
-import json
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+import time
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from gpu_checks.checks import Tally, run_checks
 from gpu_checks.library import Library, build
-from gpu_checks.memory import Memory, find_memory
-from gpu_checks.timing import Timing, copy_bandwidth, run_timings
 
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
-ALL_PARTS = ("check", "sanitize", "time")
-
-
-def first_line(*command: str) -> str:
-    """The first line a tool prints, or that it is not there."""
-    if shutil.which(command[0]) is None:
-        return f"{command[0]} not found"
-    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
-    return next((line.strip() for line in printed if line.strip()), "nothing printed")
+PARTS = {"check": "Against numpy and PyTorch", "time": "Times", "sanitize": "compute-sanitizer, quick checks"}
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZER_SECONDS = 120  # a tool
+FAILED = "FAILED "  # in a line of the report
 
 
-def describe(memory: Memory) -> dict[str, str]:
-    device = memory.device()
-    return {
-        "device": f"{device.name}, sm_{device.architecture}, L2 {device.l2_bytes >> 20} MiB",
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": first_line("sh", "-c", "nvcc --version | grep release"),
-        "memory through": memory.name,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python tools/gpu_check.py " + " ".join(sys.argv[1:]),
-    }
+def show(lines: Iterable[str], *files: TextIO) -> bool:
+    """Prints each line as soon as it is known; whether one of them is a failure."""
+    failed = False
+    for line in lines:
+        failed |= FAILED in line
+        for file in files:
+            print(line, file=file, flush=True)
+    return failed
 
 
-def sanitize(library: Path, memory: str) -> dict[str, str]:
-    """What each tool of compute-sanitizer says of the quick checks: "passed", or the end of its output."""
-    if shutil.which("compute-sanitizer") is None:
-        return {}
-    child = [sys.executable, __file__, "--quick", "--parts", "check", "--library", str(library)]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # its cache hides stray accesses
-    results = {}
-    for tool in SANITIZER_TOOLS:
-        options = ["--tool", tool, "--error-exitcode", "9"]
-        if tool == "memcheck":  # calls that a framework makes to see whether they fail are none of ours
-            options += ["--report-api-errors", "no"]
-        command = ["compute-sanitizer", *options, *child, "--memory", memory]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        results[tool] = "passed" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
-    return results
+def find_gpu() -> Any:
+    """Its properties, by PyTorch; RuntimeError where there is none."""
+    try:
+        import torch
+    except ImportError as error:
+        raise RuntimeError(f"no GPU to run on: PyTorch cannot be imported ({error})") from error
+    if not torch.cuda.is_available():
+        raise RuntimeError("no GPU to run on: PyTorch sees none")
+    return torch.cuda.get_device_properties(0)
 
 
-def timing_lines(timings: list[Timing], bandwidth: float) -> list[str]:
-    lines = [
-        f"A device-to-device copy moves {bandwidth / 1e12:.2f} TB/s; a floor is the bytes over that. Kernels are",
-        "timed in replays of a graph over buffers beyond the L2, PyTorch's ways as they are called.",
-        "",
-        "| what | case | µs | floor µs | times the floor | TB/s |",
-        "|---|---|---|---|---|---|",
+def describe(gpu: Any) -> list[str]:
+    def printed_by(command: str) -> str:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        return " ".join((done.stdout or done.stderr).split())
+
+    return [
+        f"* device: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 30} GiB",
+        f"* driver: {printed_by('nvidia-smi --query-gpu=driver_version --format=csv,noheader')}",
+        f"* nvcc: {printed_by('nvcc --version | grep release')}; PyTorch {sys.modules['torch'].__version__}",
+        f"* {time.strftime('%Y-%m-%d')}: `python tools/gpu_check.py {' '.join(sys.argv[1:])}`",
     ]
-    for timing in timings:
-        floor = 1e6 * timing.bytes / bandwidth
-        rate = timing.bytes / timing.microseconds / 1e6
-        numbers = f"{timing.microseconds:.1f} | {floor:.1f} | {timing.microseconds / floor:.2f} | {rate:.2f}"
-        lines.append(f"| {timing.what} | {timing.case} | {numbers} |")
-    return lines
 
 
-def report_lines(results: dict[str, Any], timings: list[Timing]) -> list[str]:
-    lines = ["# The CUDA kernels on a GPU", ""]
-    lines += [f"* {name}: {value}" for name, value in results["machine"].items()]
-    lines += ["", "## Against numpy", ""]
-    lines += [f"* {group}: {count} passed" for group, count in results["passed"].items()]
-    lines += [f"* FAILED {failure}" for failure in results["failures"][:20]]
-    lines += ["", "## compute-sanitizer, quick checks", ""]
-    lines += [f"* {tool}: {said}" for tool, said in results["sanitizer"].items()] or ["* not run"]
-    if timings:
-        lines += ["", "## Times", "", *timing_lines(timings, results["copy_bytes_per_second"])]
-    return lines
+def worker_command(part: str, library: Path, quick: bool) -> list[str]:
+    return [sys.executable, __file__, "--worker", part, "--library", str(library), *["--quick"] * quick]
+
+
+def work(part: str, library: Path, quick: bool) -> Iterator[str]:
+    """The lines of one part, in the process that is its own."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # oracle.py
+    from gpu_checks import checks, timing
+
+    run = {"check": checks.run_checks, "time": timing.run_timings, "sanitize": checks.run_kernels}[part]
+    try:
+        yield from run(Library(library), quick)
+    except Exception as error:
+        traceback.print_exc()
+        yield f"* {FAILED}{part} ended by {error!r}"
+
+
+def run_part(part: str, library: Path, quick: bool) -> Iterator[str]:
+    with subprocess.Popen(worker_command(part, library, quick), stdout=subprocess.PIPE, text=True) as worker:
+        yield from (line.rstrip("\n") for line in worker.stdout or ())
+    if worker.returncode != 0:
+        yield f"* {FAILED}{part} ended with code {worker.returncode}"
+
+
+def sanitize(library: Path) -> Iterator[str]:
+    """The quick checks under each tool of compute-sanitizer."""
+    if shutil.which("compute-sanitizer") is None:
+        yield "* not run: compute-sanitizer not found"
+        return
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # its cache hides stray accesses
+    for tool in SANITIZER_TOOLS:
+        command = ["timeout", str(SANITIZER_SECONDS), "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        if tool == "memcheck":  # calls that PyTorch makes to see whether they fail are none of ours
+            command += ["--report-api-errors", "no"]
+        command += worker_command("sanitize", library, quick=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            yield f"* {tool}: passed"
+        else:  # 124: out of time
+            yield f"* {FAILED}{tool}, code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the report here, as markdown")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--out", type=Path, default=os.devnull, help="write the report here, as Markdown")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller inputs")
-    parser.add_argument("--parts", nargs="+", choices=ALL_PARTS, default=ALL_PARTS)
-    parser.add_argument("--memory", choices=("auto", "torch", "cupy"), default="auto")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--library", type=Path, help="a library built before; default: build it")
+    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def run(arguments: argparse.Namespace, memory: Memory, folder: Path) -> tuple[dict[str, Any], list[Timing]]:
-    path = arguments.library or build([memory.device().architecture], folder)
-    library = Library(path)
-    tally, timings = Tally(), []
-    results: dict[str, Any] = {"machine": describe(memory), "sanitizer": {}}
-    if "check" in arguments.parts:
-        tally = run_checks(library, memory, arguments.quick)
-    if "sanitize" in arguments.parts:
-        results["sanitizer"] = sanitize(path, "torch" if memory.name.startswith("PyTorch") else "cupy")
-    if "time" in arguments.parts and not tally.failures:
-        results["copy_bytes_per_second"] = copy_bandwidth(memory)
-        timings = run_timings(library, memory, arguments.quick)
-    results.update(asdict(tally), timings=[asdict(timing) for timing in timings])
-    return results, timings
 
 
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        memory = find_memory(arguments.memory)
-    except RuntimeError as error:
-        print(f"gpu_check: {error}")
-        return 2
+    if arguments.worker is not None:
+        return int(show(work(arguments.worker, arguments.library, arguments.quick), sys.stdout))
     with tempfile.TemporaryDirectory() as folder:
-        results, timings = run(arguments, memory, Path(folder))
-    report = "\n".join(report_lines(results, timings)) + "\n"
-    print(report)
-    if arguments.out is not None:
-        arguments.out.write_text(report, encoding="utf-8")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    sanitizer_failed = any(said != "passed" for said in results["sanitizer"].values())
-    return 1 if results["failures"] or sanitizer_failed else 0
+        try:
+            gpu = find_gpu()
+            library = arguments.library or build([f"{gpu.major}{gpu.minor}"], Path(folder))
+        except (RuntimeError, FileNotFoundError) as error:
+            print(f"gpu_check: {error}")
+            return 2
+        with open(arguments.out, "w", encoding="utf-8") as out:
+            failed = show(["# The CUDA kernels on a GPU", "", *describe(gpu)], sys.stdout, out)
+            for part in arguments.parts:
+                heading = ["", f"## {PARTS[part]}", ""]
+                if part == "time" and failed:
+                    heading += ["**A check failed: these may be times of kernels that do something else.**", ""]
+                lines = sanitize(library) if part == "sanitize" else run_part(part, library, arguments.quick)
+                failed |= show(itertools.chain(heading, lines), sys.stdout, out)
+    return int(failed)
 
 
 if __name__ == "__main__":

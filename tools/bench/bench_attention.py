@@ -5,11 +5,8 @@ python tools/bench/bench_attention.py [--local 512] [--ranks 2 4] [--heads 8] [-
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import paddle
@@ -22,7 +19,7 @@ from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import num_pairs, ring_schedule
 from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.testing import run_ranks
-from timing import SHOWN, write_json
+from timing import add_table, parse_sizes, write_json
 
 MIB = 1 << 20
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -107,7 +104,7 @@ class _Counted:
 
 
 def show_balance(sizes: tuple[int, ...] = (2, 4, 8, 16, 32)) -> None:
-    """Pairs computed: the busiest rank against the mean, summed over the steps, and step by step (all wait for it)."""
+    """Pairs computed: busiest rank over the mean, summed over the steps, and where each step waits for its busiest."""
     print("\nwork of the busiest rank / mean (1.00 is balanced); in brackets with the ring waiting at every step")
     print(f"{'ranks':>6} {'zigzag':>15} {'contiguous':>15} {'zigzag, packed':>15} {'contiguous, packed':>19}")
     for size in sizes:
@@ -137,32 +134,20 @@ def show_costs(local: int, ranks: list[int], shapes: Shapes) -> None:
     print(f"Paddle {paddle.version.full_version}, CPU, gloo; fp32, B 1, {heads} heads, {kv_heads} key heads of {width}")
     print(f"every rank holds {local} positions; MiB at the peak, forward and backward, above q, k and v; MiB sent")
     print(f"{'ranks':>6} {'S':>6}  {'':12} {'peak MiB':>9} {'sent fwd':>9} {'sent bwd':>9}")
-    table: dict[str, Any] = {
-        "title": "attention: memory and bytes",
-        "note": f"{local} positions",
-        "lines": [],
-    }
-    SHOWN.append(table)
+    lines = add_table("attention: memory and bytes", f"{local} positions")
     for size in ranks:
         results = run_ranks(bench_attention.measure, size, local, shapes, timeout=300)
         rows = {name: np.max([rank[name] for rank in results], axis=0) for name in results[0]}
         rows |= bench_attention.alone(local * size, shapes)
         for name, (peak, forward, backward) in rows.items():
             line = {"name": name, "peak_MiB": peak, "sent_forward_MiB": forward, "sent_backward_MiB": backward}
-            table["lines"].append(line | {"ranks": size})
+            lines.append(line | {"ranks": size})
             sent = f"{forward:9.2f} {backward:9.2f}" if name in results[0] else f"{'one process':>19}"
             print(f"{size:6d} {local * size:6d}  {name:12} {peak:9.1f} {sent}")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--local", type=int, default=512)
-    options.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    options.add_argument("--heads", type=int, default=8)
-    options.add_argument("--kv-heads", type=int, default=4)
-    options.add_argument("--head-size", type=int, default=64)
-    options.add_argument("--json", type=Path, help="a file for the numbers")
-    chosen = options.parse_args()
+    chosen = parse_sizes(__doc__, local=512, ranks=[2, 4], heads=8, kv_heads=4, head_size=64)
     paddle.set_device("cpu")
     show_costs(chosen.local, chosen.ranks, (chosen.heads, chosen.kv_heads, chosen.head_size))
     show_balance()

@@ -5,15 +5,12 @@ python tools/bench/bench_plan.py [--batch 8] [--seq 131072] [--sp 8] [--rounds 3
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import paddle
 
-from paddle_vl_sp import SeqLayout, backend, plan_visual
+from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.backends import plain
-from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
+from timing import Contender, copied, parse_sizes, race, runs_of_visual, show, start_race, write_json
 
 RUN = (256, 4096)  # visual tokens of an image or a few frames
 IMAGE = 151655
@@ -57,15 +54,8 @@ def check(found: tuple[paddle.Tensor, paddle.Tensor], expected: tuple[np.ndarray
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--batch", type=int, default=8)
-    options.add_argument("--seq", type=int, default=131072)
-    options.add_argument("--sp", type=int, default=8)
-    options.add_argument("--rounds", type=int, default=30)
-    options.add_argument("--json", type=Path, help="a file for the numbers")
-    args = options.parse_args()
-    keep_memory()
-    print(f"{machine()}\npaddle_vl_sp: {backend()}")
+    args = parse_sizes(__doc__, batch=8, seq=131072, sp=8, rounds=30)
+    start_race()
 
     host_mask = runs_of_visual(args.batch, args.seq, *RUN)
     rank = args.sp // 2
@@ -92,12 +82,10 @@ def main() -> None:
         check(contender.run(), expected, contender.name)
 
     moved = host_mask.size + 16 * pairs
-    source, target = np.ones(moved // 2, dtype=np.uint8), np.ones(moved // 2, dtype=np.uint8)
-    floor = Contender("floor: its bytes, copied", lambda: np.copyto(target, source))
     note = f"one rank of {args.sp}, {pairs} pairs; must read {host_mask.size} and write {16 * pairs} bytes"
     show(
         f"index building, B {args.batch}, S {args.seq}, half visual, runs of {RUN[0]} to {RUN[1]}",
-        race(best, others, floor, args.rounds),
+        race(best, others, copied(moved), args.rounds),
         note,
     )
     write_json(args.json)

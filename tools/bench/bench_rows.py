@@ -8,7 +8,6 @@ import), checks that every way gives the same hidden states and gradients, then 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, backend, plan_visual
-from timing import Contender, keep_memory, machine, race, runs_of_visual, show, write_json
+from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual
+from timing import Contender, copied, parse_sizes, race, runs_of_visual, show, start_race, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 FORMERS = 'pip install "paddleformers==1.2.0" "pyarrow<26"'
@@ -68,7 +67,7 @@ def ways(mask: paddle.Tensor, layout: SeqLayout, plan: VisualPlan) -> tuple[dict
 
 
 class Made(PyLayer):
-    """A copy with a gradient that costs nothing: what a layer hands on, without the layer's own time."""
+    """A copy with a gradient that costs nothing: what a layer passes on, without the layer's own time."""
 
     @staticmethod
     def forward(ctx: object, x: paddle.Tensor) -> paddle.Tensor:
@@ -80,7 +79,7 @@ class Made(PyLayer):
 
 
 class Inputs:
-    """Hidden states that an operation made, features and an output gradient; fresh handles for every round."""
+    """Hidden states that are the result of an operation, features and an output gradient; prepared for every round."""
 
     def __init__(self, plan: VisualPlan, num_features: int, width: int) -> None:
         rng = np.random.default_rng(0)
@@ -108,20 +107,9 @@ def check(inputs: Inputs, all_ways: dict[str, Way]) -> None:
             raise SystemExit(f"{name} gives other values or gradients: nothing is timed")
 
 
-def copied(num_bytes: int) -> Contender:
-    """The floor: the same number of bytes, read and written once by a copy."""
-    source, target = (np.ones(num_bytes // 2, dtype=np.uint8) for _ in range(2))
-    return Contender("floor: its bytes, copied", lambda: np.copyto(target, source))
-
-
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"batch": 4, "seq": 32768, "sp": 4, "hidden": 1024, "rounds": 15}.items():
-        options.add_argument(f"--{name}", type=int, default=value)
-    options.add_argument("--json", type=Path, help="a file for the numbers")
-    args = options.parse_args()
-    keep_memory()
-    print(f"{machine()}\npaddle_vl_sp: {backend()}")
+    args = parse_sizes(__doc__, batch=4, seq=32768, sp=4, hidden=1024, rounds=15)
+    start_race()
 
     mask = paddle.to_tensor(runs_of_visual(args.batch, args.seq, 256, 4096))
     layout = SeqLayout(args.seq, sp_size=args.sp, sp_rank=args.sp // 2)

@@ -10,22 +10,20 @@ gather    each mode over real processes; every result is compared with the expec
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
+from timing import MALLOC, add_table, write_json
 
 Costs = npt.NDArray[np.int64]
 
-TABLES: list[dict[str, Any]] = []  # what --json writes: a title, a note, and lines of a name and numbers
 ALPHA = tower_alpha(1152, 4304)
 LEVELS, HIDDEN, BYTES = 4, 4096, 2  # features and three deepstack levels in bf16
 DRAWS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.float64]]] = {
@@ -68,12 +66,7 @@ RULES = {
 
 
 def balance(batches: int) -> None:
-    table: dict[str, Any] = {
-        "title": "vision DP: load over the least",
-        "note": f"{batches} draws",
-        "lines": [],
-    }
-    TABLES.append(table)
+    lines = add_table("vision DP: load over the least", f"{batches} draws")
     print("| drawn | images | ranks | " + " | ".join(RULES) + " | contiguous worse than greedy |")
     print("|---" * (len(RULES) + 4) + "|")
     for name, draw in DRAWS.items():
@@ -85,9 +78,9 @@ def balance(batches: int) -> None:
             loads = {rule: np.array([share(costs, ranks) for costs in drawn]) for rule, share in RULES.items()}
             worse = int((loads["contiguous"] > loads["greedy, mean of the rest"]).sum())
             line = {rule: float((load / bound).mean()) for rule, load in loads.items()}
-            table["lines"].append({"name": f"{name}, {images} images, {ranks} ranks"} | line)
-            told = " | ".join(f"{(load / bound).mean():.3f}" for load in loads.values())
-            print(f"| {name} | {images} | {ranks} | {told} | {worse} of {batches} |", flush=True)
+            lines.append({"name": f"{name}, {images} images, {ranks} ranks"} | line)
+            cells = " | ".join(f"{mean:.3f}" for mean in line.values())
+            print(f"| {name} | {images} | {ranks} | {cells} | {worse} of {batches} |", flush=True)
 
 
 BATCHES = {
@@ -148,18 +141,17 @@ def gather(ranks: int) -> None:
     from bench_vision import timed_gathers as task  # importable, as the ranks need it
     from paddle_vl_sp.testing import run_ranks
 
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # else page faults are what is timed
-        os.environ.setdefault(name, str(2**32))
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, MALLOC[name])
     total, width = 4096, 2048
     results = run_ranks(task, ranks, total, width, 9, timeout=300)
-    slowest = {(name, mode): max(told[i][2] for told in results) for i, (name, mode, _) in enumerate(results[0])}
+    slowest = {(name, mode): max(result[i][2] for result in results) for i, (name, mode, _) in enumerate(results[0])}
     print(f"\n{ranks} gloo processes, {total} rows of {width} float32 together; MiB that each rank sends, forward ms")
     print("| counts | " + " | ".join(MODES) + " | auto |")
     print("|---" * (len(MODES) + 2) + "|")
-    table: dict[str, Any] = {"title": "gather modes, forward ms", "note": f"{ranks} gloo processes", "lines": []}
-    TABLES.append(table)
+    lines = add_table("gather modes, forward ms", f"{ranks} gloo processes")
     for name, counts in count_sets(ranks, total):
-        table["lines"].append({"name": name} | {mode: slowest[name, mode] * 1e3 for mode in ("auto", *MODES)})
+        lines.append({"name": name} | {mode: slowest[name, mode] * 1e3 for mode in ("auto", *MODES)})
         rows = UnevenRows(tuple(counts))
         scale = width * 4 * (ranks - 1) / ranks / 2**20
         cells = [f"{rows.wire_rows(mode) * scale:.0f} MiB, {slowest[name, mode] * 1e3:.0f} ms" for mode in MODES]
@@ -180,10 +172,7 @@ def main() -> None:
         batches(options.ranks)
     if "gather" in parts:
         gather(options.ranks)
-    if options.json is not None:
-        from timing import machine
-
-        options.json.write_text(json.dumps({"machine": machine(), "tables": TABLES}))
+    write_json(options.json)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,19 +17,30 @@ from statistics import median
 import numpy as np
 import paddle
 
+from paddle_vl_sp import backend
+
 # glibc maps every larger block anew and gives it back at once: without this, large tensors measure page faults.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "OMP_NUM_THREADS": "1"}
 SYNCHRONISING_METHODS = ("item", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__")
 SYNCHRONISING_FUNCTIONS = ("nonzero", "masked_select")
+TABLES: list[dict[str, object]] = []  # what --json writes: a title, a note, and lines of a name and numbers
 
 
-def keep_memory() -> None:
-    """Starts this program again with an allocator that keeps its memory, unless it has."""
+def parse_sizes(doc: str | None, **sizes: int | list[int]) -> argparse.Namespace:
+    """The command line: an option for each size, a list takes several, and --json."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in sizes.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=value, nargs="+" if isinstance(value, list) else None)
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
+    return parser.parse_args()
+
+
+def start_race() -> None:
+    """Says what runs, in a process whose allocator keeps its memory: starts this program again, unless it is one."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-
-
-SHOWN: list[dict[str, object]] = []  # tables: a title, a note, and lines of a name and numbers
+    print(f"{machine()}\npaddle_vl_sp: {backend()}")
 
 
 @dataclass(frozen=True)
@@ -70,25 +82,38 @@ def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int
     ]
 
 
+def copied(num_bytes: int) -> Contender:
+    """The floor: as many bytes, half of them read and half written by a copy."""
+    source, target = (np.ones(num_bytes // 2, dtype=np.uint8) for _ in range(2))
+    return Contender("floor: its bytes, copied", lambda: np.copyto(target, source))
+
+
+def add_table(title: str, note: str) -> list[dict[str, object]]:
+    """A table for --json; returns its lines, to be filled."""
+    lines: list[dict[str, object]] = []
+    TABLES.append({"title": title, "note": note, "lines": lines})
+    return lines
+
+
 def show(title: str, lines: list[Line], note: str) -> None:
-    SHOWN.append({"title": title, "note": note, "lines": [asdict(line) for line in lines]})
+    add_table(title, note).extend(asdict(line) for line in lines)
     print(f"\n{title}\n  {note}")
-    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'waits for the device':>21}")
+    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11}")
     for line in lines:
         print(
             f"  {line.name:44} {line.milliseconds:10.3f} {line.times_ours:8.2f} {line.times_floor:8.2f}"
-            f" {line.syncs:21d}"
+            f" {line.syncs:11d}"
         )
 
 
 def write_json(path: Path | None) -> None:
     """Everything shown so far and the machine, where a path is given."""
     if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "tables": SHOWN}))
+        path.write_text(json.dumps({"machine": machine(), "tables": TABLES}))
 
 
 def count_syncs(contender: Contender) -> int:
-    """How often one run asks the host for a value that a device would have to finish first."""
+    """The host syncs of one run."""
     arguments = contender.prepare()
     with counted_syncs() as counts:
         contender.run(*arguments)

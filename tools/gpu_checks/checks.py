@@ -1,252 +1,208 @@
-"""Runs the kernels against the oracle."""
+"""Runs every kernel on random inputs and compares, bit by bit, all that it wrote with what it must write."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from . import inputs, oracle
-from .inputs import IndexCase, RowsCase
-from .library import Library, Query
-from .memory import DeviceArray, Memory
-from .oracle import Array, Plan
+import oracle  # tests/oracle.py
 
-Case = TypeVar("Case")
+from . import inputs
+from .device import Guarded, capture, launch_rows, stream
+from .inputs import Case, Random
+from .library import OPERATIONS, Library, Query
+
 POISON = -7
+MAX_FAILURES = 20
+FAR_ROWS = (1 << 31) // 1024 + 1000  # of width 1024: beyond 2^31 elements
 
 
-@dataclass
-class Tally:
-    """How many checks of each group passed, and what failed."""
+class IndexRun:
+    """One rank's tokens and intervals on the GPU, and poisoned places for the tile counts and the plan."""
 
-    passed: dict[str, int] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    def __init__(self, library: Library, rng: Random, case: Case) -> None:
+        self.library, self.case, self._rng = library, case, rng
+        self.pieces = inputs.draw_pieces(rng, case.layout, case.seq_len)
+        self.positions = [position for piece in self.pieces.tolist() for position in range(*piece)]
+        self.tokens = Guarded(self._draw(case.pattern), case.offset)
+        own, every, self.num_rows = *self._num_visual, case.batch * len(self.positions)
+        capacities = {"exact": own, "under": own // 2, "over": own + 5000, "zero": 0, "rows": self.num_rows}
+        features = {"exact": every, "fewer": every * 3 // 4, "more": every + 3, "unknown": -1}
+        self.capacity, self.num_features = capacities[case.capacity], features[case.features]
+        shapes = ((library.num_tiles(case.batch, case.seq_len), 2), (self.capacity,), (self.capacity,), (2,))
+        self.results = [Guarded(torch.full(shape, POISON)) for shape in shapes]
+        self.tiles, self.update, self.gather, self.counts = self.results
+        lengths = self.pieces[:, 1] - self.pieces[:, 0]
+        table = np.stack([self.pieces[:, 0], lengths, np.cumsum(lengths) - lengths], axis=1)
+        self._table = Guarded(torch.from_numpy(table))
+        tokens = (self.tokens.address, case.token_type, case.batch, case.seq_len)
+        self._query = Query(*tokens, self.ids, table, self._table.address, len(self.positions))
 
-    def run(self, group: str, check: Callable[[Case], None], cases: Iterable[Case]) -> None:
-        self.passed[group] = 0
-        for case in cases:
-            try:
-                check(case)
-                self.passed[group] += 1
-            except (AssertionError, RuntimeError) as error:
-                self.failures.append(f"{group}: {error} in {case}")
-
-
-class TokensOnDevice:
-    """Tokens and intervals of one rank, ready for the kernels, with the plan they must give."""
-
-    def __init__(self, memory: Memory, case: IndexCase, rng: np.random.Generator) -> None:
-        self.case, self._rng = case, rng
-        self.intervals, self.local_len = inputs.make_layout(rng, case.layout, case.seq_len)
-        self.ids = inputs.make_ids(rng, case.token_type, case.num_ids)
-        self.table = DeviceArray(memory, self.intervals)
-        self.visual, tokens = self._draw(case.pattern)
-        item = tokens.dtype.itemsize
-        self.tokens = DeviceArray(memory, tokens, case.offset * item)
-        self.query = Query(
-            self.tokens.address,
-            case.token_type,
-            case.batch,
-            case.seq_len,
-            self.ids,
-            self.intervals,
-            self.table.address,
-            self.local_len,
-        )
-
-    def _draw(self, pattern: str) -> tuple[Array, Array]:
-        visual = inputs.make_visual(self._rng, pattern, (self.case.batch, self.case.seq_len))
-        return visual, inputs.make_tokens(self._rng, visual, self.case.token_type, self.ids)
+    def _draw(self, pattern: str) -> Tensor:
+        case = self.case
+        self._visual = inputs.draw_visual(self._rng, pattern, (case.batch, case.seq_len))
+        tokens, self.ids = inputs.draw_tokens(self._rng, self._visual, case.token_type, case.num_ids)
+        self._num_visual = [int(self._visual[:, self.positions].sum()), int(self._visual.sum())]  # own, all
+        return tokens
 
     def redraw(self, pattern: str) -> None:
-        """Other tokens in the same place."""
-        self.visual, tokens = self._draw(pattern)
-        self.tokens.write(tokens)
+        """Other tokens in the same place, and the results poisoned again."""
+        self.tokens.tensor.copy_(self._draw(pattern))
+        for result in self.results:
+            result.tensor.fill_(POISON)
 
-    def plan(self, capacity: int, num_features: int) -> Plan:
-        return oracle.make_plan(
-            self.visual,
-            self.intervals,
-            self.local_len,
-            capacity=capacity,
-            num_features=num_features,
-            sequence_first=self.case.sequence_first,
-        )
+    def count(self) -> None:
+        self.library.count_tiles(self._query, self.tiles.address, stream())
 
-
-class PlanOnDevice:
-    """Poisoned places for the tile counts and the plan."""
-
-    def __init__(self, memory: Memory, num_tiles: int, capacity: int, num_features: int) -> None:
-        def poisoned(*shape: int) -> DeviceArray:
-            return DeviceArray(memory, np.full(shape, POISON, np.int64))
-
-        self.capacity, self.num_features = capacity, num_features
-        self.tiles = poisoned(num_tiles, 2)
-        self.update, self.gather, self.counts = poisoned(capacity), poisoned(capacity), poisoned(2)
-
-    def count(self, library: Library, source: TokensOnDevice, stream: int) -> None:
-        library.count_tiles(source.query, self.tiles.address, stream)
-
-    def launch(self, library: Library, source: TokensOnDevice, stream: int) -> None:
+    def launch(self) -> None:
         """Both kernels."""
-        self.count(library, source, stream)
-        library.write_plan(
-            source.query,
-            self.tiles.address,
-            (self.update.address, self.gather.address),
-            capacity=self.capacity,
-            num_features=self.num_features,
-            counts=self.counts.address if source.case.counts else 0,
-            sequence_first=source.case.sequence_first,
-            stream=stream,
-        )
+        self.count()
+        sizes = {"capacity": self.capacity, "num_features": self.num_features}
+        places = {"pairs": (self.update.address, self.gather.address), "counts": self.counts.address * self.case.counts}
+        order = {"sequence_first": self.case.sequence_first, "stream": stream()}
+        self.library.write_plan(self._query, self.tiles.address, **sizes, **places, **order)
 
-    def check(self, source: TokensOnDevice) -> None:
-        want = source.plan(self.capacity, self.num_features)
-        counts = want.counts if source.case.counts else np.full(2, POISON)
-        expect_equal("counts", self.counts.read(), counts)
-        expect_equal("sum of tiles", self.tiles.read().sum(0), want.counts)
-        expect_equal("update", self.update.read(), want.update)
-        expect_equal("gather", self.gather.read(), want.gather)
-
-
-def expect_equal(what: str, got: Array, want: Array) -> None:
-    if not np.array_equal(got, want):
-        place = int(np.flatnonzero(got.ravel() != want.ravel())[0])
-        raise AssertionError(f"{what}[{place}] is {got.flat[place]}, expected {want.flat[place]}")
+    def check(self) -> Tensor:
+        """Of all that was written. Returns the padded pairs [2, capacity]; takes seconds for millions of tokens."""
+        found = oracle.pairs(self._visual, self.positions, self.case.sequence_first)
+        pairs = torch.from_numpy(np.array(found, np.int64))
+        pairs = pairs[:, pairs[1] < self.num_features] if self.num_features >= 0 else pairs
+        padded, counts = torch.full((2, self.capacity), -1), torch.tensor(self._num_visual)
+        padded[:, : pairs.shape[1]] = pairs[:, : self.capacity]
+        expect_bits("counts", self.counts.read(), counts if self.case.counts else torch.full((2,), POISON))
+        expect_bits("sum of tiles", self.tiles.read().sum(0), counts)
+        expect_bits("update", self.update.read(), padded[0])
+        expect_bits("gather", self.gather.read(), padded[1])
+        self.tokens.read()  # its guards
+        return padded
 
 
-def expect_same_values(what: str, got: Array, want: Array, type_name: str) -> None:
-    if not oracle.same_values(got, want, type_name):
-        rows = np.flatnonzero((got != want).any(1))
-        raise AssertionError(f"{what} differs in {len(rows)} rows, the first is {rows[0]}")
+def expect_bits(what: str, got: Tensor, want: Tensor, computed: bool = False) -> None:
+    """Raises AssertionError where a bit differs. Where values were computed, not only moved, a NaN may be any NaN."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[want.element_size()]
+    different = got.view(bits) != want.view(bits)
+    if computed:
+        different &= ~(torch.isnan(got) & torch.isnan(want))
+    if bool(different.any()):
+        place = tuple(different.nonzero()[0].tolist())
+        found, wanted = (f"{x[place].item()} (bits {x.view(bits)[place].item()})" for x in (got, want))
+        number = f"{int(different.sum())} of {different.numel()} values differ"
+        raise AssertionError(f"{what}: {number}, the first at {list(place)}: {found}, expected {wanted}")
 
 
-class Checks:
-    """The checks of one library on one device; each draws its inputs from the same generator."""
-
-    def __init__(self, library: Library, memory: Memory, seed: int = 0) -> None:
-        self.library, self.memory = library, memory
-        self.rng = np.random.default_rng(seed)
-
-    def index(self, case: IndexCase) -> None:
-        source = TokensOnDevice(self.memory, case, self.rng)
-        own, everything = source.plan(0, -1).counts.tolist()
-        capacity = {"exact": own, "under": own // 2, "over": own + 5000, "zero": 0}[case.capacity]
-        num_features = {
-            "exact": everything,
-            "fewer": everything * 3 // 4,
-            "more": everything + 3,
-            "unknown": -1,
-        }[case.features]
-        num_tiles = self.library.num_tiles(case.batch, case.seq_len)
-        plan = PlanOnDevice(self.memory, num_tiles, capacity, num_features)
-        plan.launch(self.library, source, self.memory.stream)
-        plan.check(source)
-        source.tokens.read()  # its guards
-
-    def rows(self, case: RowsCase) -> None:
-        types = case.hidden_type, case.feature_type
-        hidden = inputs.make_values(self.rng, (case.num_rows, case.width), types[0])
-        features = inputs.make_values(self.rng, (case.num_features, case.width), types[1])
-        pairs = inputs.make_pairs(self.rng, case.pairs, case.num_rows, case.num_features)
-        on_device = [
-            DeviceArray(self.memory, array, offset * array.dtype.itemsize)
-            for array, offset in zip((hidden, features), case.offsets, strict=True)
-        ]
-        indices = [DeviceArray(self.memory, np.ascontiguousarray(index)) for index in pairs]
-        with np.errstate(all="ignore"):
-            want = oracle.apply_rows(case.operation, hidden, types[0], features, types[1], pairs)
-        self.library.rows(
-            case.operation,
-            (on_device[0].address, types[0]),
-            (0 if case.operation == "zero" else on_device[1].address, types[1]),
-            (indices[0].address, indices[1].address),
-            (pairs.shape[1], case.num_rows, case.num_features, case.width),
-            self.memory.stream,
-        )
-        with np.errstate(all="ignore"):
-            expect_same_values("hidden", on_device[0].read(), want[0], types[0])
-            expect_same_values("features", on_device[1].read(), want[1], types[1])
-
-    def graph(self, case: IndexCase) -> None:
-        """Count, write and add captured once, replayed over changed tokens, without a host sync."""
-        width, capacity, num_features = 96, 700, 900
-        source = TokensOnDevice(self.memory, case, self.rng)
-        num_rows = source.local_len * case.batch
-        hidden = inputs.make_values(self.rng, (num_rows, width), "bfloat16")
-        features = inputs.make_values(self.rng, (num_features, width), "bfloat16")
-        num_tiles = self.library.num_tiles(case.batch, case.seq_len)
-        plan = PlanOnDevice(self.memory, num_tiles, capacity, num_features)
-        place, given = DeviceArray(self.memory, hidden), DeviceArray(self.memory, features)
-
-        def launch(stream: int) -> None:
-            plan.launch(self.library, source, stream)
-            self.library.rows(
-                "add",
-                (place.address, "bfloat16"),
-                (given.address, "bfloat16"),
-                (plan.update.address, plan.gather.address),
-                (capacity, num_rows, num_features, width),
-                stream,
-            )
-
-        launch(self.memory.stream)  # loads the kernels, which a capture may not
-        self.memory.synchronize()
-        replay = self.memory.capture(launch)
-        for pattern in ("runs", "none", "sparse", "all", "random"):
-            source.redraw(pattern)
-            place.write(hidden)
-            replay()
-            self.memory.synchronize()
-            plan.check(source)
-            want = source.plan(capacity, num_features)
-            with np.errstate(all="ignore"):
-                pairs = np.stack([want.update, want.gather])
-                expected, _ = oracle.apply_rows("add", hidden, "bfloat16", features, "bfloat16", pairs)
-                expect_same_values(f"hidden ({pattern})", place.read(), expected, "bfloat16")
-
-    def far_rows(self, operation: str) -> None:
-        """Rows beyond 2^31 elements, in hidden and in features."""
-        width, count = 1024, 40
-        num_rows = (1 << 31) // width + 1000
-        row_bytes = width * 2
-        start = (num_rows - count) * row_bytes
-        buffers = [self.memory.empty(num_rows * row_bytes) for _ in range(2)]
-        values = [inputs.make_values(self.rng, (count, width), "bfloat16") for _ in range(2)]
-        for buffer, value in zip(buffers, values, strict=True):
-            self.memory.write(buffer, start, value)
-        near = inputs.make_pairs(self.rng, "full", count, count)
-        indices = [DeviceArray(self.memory, np.ascontiguousarray(index)) for index in near + num_rows - count]
-        with np.errstate(all="ignore"):
-            want = oracle.apply_rows(operation, values[0], "bfloat16", values[1], "bfloat16", near)
-        self.library.rows(
-            operation,
-            (self.memory.address(buffers[0]), "bfloat16"),
-            (self.memory.address(buffers[1]), "bfloat16"),
-            (indices[0].address, indices[1].address),
-            (count, num_rows, num_rows, width),
-            self.memory.stream,
-        )
-        for name, buffer, expected in zip(("hidden", "features"), buffers, want, strict=True):
-            got = self.memory.read(buffer, start, count * row_bytes).view(np.uint16).reshape(count, width)
-            with np.errstate(all="ignore"):
-                expect_same_values(name, got, expected, "bfloat16")
+def expected_rows(operation: str, hidden: Tensor, features: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden and features after `operation`, on the host. Sums are in float32 (float64), rounded once."""
+    hidden, features = hidden.clone(), features.clone()
+    inside = (pairs >= 0).all(0) & (pairs[0] < len(hidden)) & (pairs[1] < len(features))
+    update, gather = pairs[:, inside]
+    if operation == "take":
+        features.zero_()
+        features[gather] = cast(hidden[update], features.dtype)
+    elif operation == "zero":
+        hidden[update] = 0
+    else:
+        given = cast(features[gather], hidden.dtype)
+        if operation == "add":
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            given = (hidden[update].to(wide) + given.to(wide)).to(hidden.dtype)
+        hidden[update] = given
+    return hidden, features
 
 
-def run_checks(library: Library, memory: Memory, quick: bool) -> Tally:
-    """Everything; `quick` is the small part of it that also runs under compute-sanitizer."""
-    checks, tally = Checks(library, memory), Tally()
-    tally.run("index", checks.index, inputs.index_cases(checks.rng, quick))
-    tally.run("rows", checks.rows, inputs.rows_cases(quick))
-    if quick:
-        return tally
-    padded = IndexCase(3, 5000, "zigzag")
-    tally.run("graph", checks.graph, [padded, replace(padded, layout="packed", sequence_first=False)])
-    if memory.free_bytes() > 12 << 30:
-        tally.run("rows beyond 2^31 elements", checks.far_rows, ("replace", "add", "take", "zero"))
-    return tally
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every bit kept within one type, by way of float32 between two."""
+    return values if values.dtype == dtype else values.to(torch.float32).to(dtype)
+
+
+def expect_rows(operation: str, got: list[Tensor], before: list[Tensor], pairs: Tensor) -> None:
+    """`got` and `before` are hidden and features; computed are sums, and what became another type."""
+    computed = operation == "add" or before[0].dtype != before[1].dtype
+    hidden, features = expected_rows(operation, *before, pairs)
+    expect_bits("hidden", got[0], hidden, computed)
+    expect_bits("features", got[1], features, computed)
+
+
+def check_index(library: Library, rng: Random, case: Case) -> None:
+    run = IndexRun(library, rng, case)
+    run.launch()
+    run.check()
+
+
+def check_rows(library: Library, rng: Random, case: Case) -> None:
+    sizes = zip(case.sizes, case.types, strict=True)
+    before = [inputs.draw_values(rng, rows, case.width, type_name) for rows, type_name in sizes]
+    pairs = inputs.draw_pairs(rng, case.pairs, *case.sizes)
+    places = [Guarded(values, offset) for values, offset in zip(before, case.offsets, strict=True)]
+    launch_rows(library, case.operation, places[0].tensor, places[1].tensor, *pairs.cuda())
+    expect_rows(case.operation, [place.read() for place in places], before, pairs)
+
+
+def check_graph(library: Library, rng: Random, case: Case) -> None:
+    """Count, write and add captured once, replayed over changed tokens, without a host sync."""
+    run = IndexRun(library, rng, case)
+    before = [inputs.draw_values(rng, rows, 96, "bfloat16") for rows in (run.num_rows, run.num_features)]
+    places = [Guarded(values) for values in before]
+    arrays = [each.tensor for each in (*places, run.update, run.gather)]
+
+    def launch() -> None:
+        run.launch()
+        launch_rows(library, "add", *arrays)
+
+    replay = capture(launch)
+    for pattern in ("runs", "none", "sparse", "all", "random"):
+        run.redraw(pattern)
+        places[0].tensor.copy_(before[0])
+        replay()
+        torch.cuda.synchronize()
+        pairs = run.check()
+        expect_rows("add", [place.read() for place in places], before, pairs)
+
+
+def check_far_rows(library: Library, rng: Random, operation: str) -> None:
+    """The last rows of hidden and of features beyond 2^31 elements; no other row of them changes, but by take."""
+    width, count = 1024, 40
+    before = [inputs.draw_values(rng, count, width, "bfloat16") for _ in range(2)]
+    buffers = [torch.full((FAR_ROWS, width), POISON, dtype=torch.bfloat16, device="cuda") for _ in before]
+    for buffer, values in zip(buffers, before, strict=True):
+        buffer[-count:].copy_(values)
+    pairs = inputs.draw_pairs(rng, "full", count, count)
+    launch_rows(library, operation, *buffers, *(pairs + FAR_ROWS - count).cuda())
+    expect_rows(operation, [buffer[-count:].cpu() for buffer in buffers], before, pairs)
+    for buffer, fill in zip(buffers, (POISON, 0 if operation == "take" else POISON), strict=True):
+        if bool((buffer[:-count] != fill).any()):
+            raise AssertionError(f"a row that no pair names is not {fill} everywhere")
+
+
+def check_all(name: str, check: Callable[[Any], None], cases: Iterable[Any]) -> Iterator[str]:
+    passed = failed = 0
+    for case in cases:
+        try:
+            check(case)
+            passed += 1
+        except (AssertionError, RuntimeError) as error:
+            failed += 1
+            yield f"* FAILED {name}: {' '.join(str(error).split())} in {case}"
+        if failed == MAX_FAILURES:
+            break
+    yield f"* {name}: {passed} passed, {failed} failed{', stopped' if failed == MAX_FAILURES else ''}"
+
+
+def run_kernels(library: Library, quick: bool) -> Iterator[str]:
+    rng = np.random.default_rng(0)
+    yield from check_all("index", partial(check_index, library, rng), inputs.index_cases(rng, quick))
+    yield from check_all("rows", partial(check_rows, library, rng), inputs.rows_cases(rng, quick))
+
+
+def run_checks(library: Library, quick: bool) -> Iterator[str]:
+    """The kernels, replays of a captured graph, and rows beyond 2^31 elements where there is memory for them."""
+    yield from run_kernels(library, quick)
+    rng, sizes = np.random.default_rng(1), {"batch": 3, "seq_len": 5000, "capacity": "under", "features": "fewer"}
+    cases = [inputs.make_case(inputs.INDEX, layout=layout, **sizes) for layout in ("zigzag", "packed")]
+    yield from check_all("graph", partial(check_graph, library, rng), cases)
+    if quick or torch.cuda.mem_get_info()[0] < 16 << 30:
+        yield "* rows beyond 2^31 elements: not run (quick, or less than 16 GiB of free memory)"
+    else:
+        yield from check_all("rows beyond 2^31 elements", partial(check_far_rows, library, rng), OPERATIONS)

@@ -2,250 +2,173 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from . import inputs, oracle
-from .checks import PlanOnDevice, TokensOnDevice, expect_same_values
-from .inputs import IndexCase
-from .library import Library
-from .memory import GUARD, DeviceArray, Memory, TorchMemory
-from .oracle import Array
+from . import inputs
+from .checks import IndexRun, expect_bits, expect_rows
+from .device import capture, launch_rows, microseconds
+from .inputs import Case
+from .library import OPERATIONS, TOKEN_TYPES, Library
 
-COPY_BYTES = 1 << 30
 REPEATS = 21
+HEADER = """A device-to-device copy moves {:.2f} TB/s, read and written bytes counted; the floor is the bytes that must
+move over that. All are replays of a graph over buffers beyond the L2, but for PyTorch's ways that synchronise (by
+mask, and its plan): these are timed as they are called.
 
-
-@dataclass(frozen=True)
-class Timing:
-    what: str
-    case: str
-    microseconds: float
-    bytes: int  # each input read once, each output written once
-
-
-@dataclass(frozen=True)
-class RowsSize:
-    """A deepstack layer on one rank of 8: half of B * S / 8 rows visual, features of the whole batch."""
-
-    width: int
-    num_rows: int = 32768
-    num_features: int = 131072
-
-    @property
-    def num_pairs(self) -> int:
-        return self.num_rows // 2
-
-
-def median_us(memory: Memory, run: Callable[[], None]) -> float:
-    for _ in range(3):
-        run()
-    return 1e3 * statistics.median(memory.milliseconds(run) for _ in range(REPEATS))
-
-
-def time_launches(memory: Memory, launches: Sequence[Callable[[int], None]]) -> float:
-    """Microseconds of one call, as the median over replays of a graph of all of them in turn."""
-    for launch in launches:
-        launch(memory.stream)
-    memory.synchronize()
-
-    def all_of_them(stream: int) -> None:
-        for launch in launches:
-            launch(stream)
-
-    return median_us(memory, memory.capture(all_of_them)) / len(launches)
-
-
-def copy_bandwidth(memory: Memory) -> float:
-    """Bytes a second of a large device-to-device copy, read and written bytes counted."""
-    source, target = memory.empty(COPY_BYTES), memory.empty(COPY_BYTES)
-    fill_random(memory, source)
-    return 2 * COPY_BYTES / (median_us(memory, lambda: memory.copy(target, source)) * 1e-6)
-
-
-def fill_random(memory: Memory, buffer: Any) -> None:
-    """Plain numbers as bfloat16, the same 8 MiB over and over."""
-    rng = np.random.default_rng(1)
-    values = rng.standard_normal(1 << 22).astype(np.float32).view(np.uint32) >> 16
-    block = memory.empty(2 * values.size)
-    memory.write(block, 0, values.astype(np.uint16))
-    for start in range(0, len(buffer), len(block)):
-        size = min(len(block), len(buffer) - start)
-        memory.copy(buffer[start : start + size], block[:size])
-    memory.synchronize()
-
-
-def num_sets(memory: Memory, touched: int) -> int:
-    """So many buffer sets that the L2 cannot hold what comes around again."""
-    return max(2, 4 * memory.device().l2_bytes // touched + 1)
-
-
-def random_pairs(size: RowsSize, seed: int) -> Array:
-    """Visual tokens in runs of 256 rows; their feature rows in one run, as one rank's are."""
-    rng = np.random.default_rng(seed)
-    runs = np.sort(rng.permutation(size.num_rows // 256)[: size.num_pairs // 256])
-    update = (runs[:, None] * 256 + np.arange(256)).ravel()
-    first = int(rng.integers(0, size.num_features - size.num_pairs + 1))
-    return np.stack([update, np.arange(first, first + size.num_pairs)])
+| what | case | µs, median | min | quartiles | floor µs | median / floor | TB/s |
+|---|---|---|---|---|---|---|---|"""
+Row = Callable[..., str]
 
 
 class RowsSet:
-    """Hidden, features and pairs on the device, bfloat16."""
+    """bfloat16 hidden and features on the GPU, half of the rows visual in runs of 256, their feature rows one run."""
 
-    def __init__(self, memory: Memory, size: RowsSize, seed: int) -> None:
-        self.size, self.pairs = size, random_pairs(size, seed)
-        self.hidden = memory.empty(size.num_rows * size.width * 2)
-        self.features = memory.empty(size.num_features * size.width * 2)
-        for buffer in (self.hidden, self.features):
-            fill_random(memory, buffer)
-        self.update, self.gather = (DeviceArray(memory, np.ascontiguousarray(p)) for p in self.pairs)
-        self._addresses = [(memory.address(b), "bfloat16") for b in (self.hidden, self.features)]
+    def __init__(self, seed: int, width: int, num_rows: int, num_features: int) -> None:
+        rng = np.random.default_rng(seed)
+        runs = np.sort(rng.permutation(num_rows // 256)[: num_rows // 512])
+        update = (runs[:, None] * 256 + np.arange(256)).ravel()
+        gather = np.arange(len(update)) + rng.integers(0, num_features - len(update) + 1)
+        self.pairs = torch.from_numpy(np.stack([update, gather])).cuda()
+        self.update, self.gather = self.pairs
+        self.mask = torch.zeros(num_rows, dtype=torch.bool, device="cuda")
+        self.mask[self.update] = True
+        self.hidden = torch.empty((num_rows, width), dtype=torch.bfloat16, device="cuda")
+        self.features = torch.empty((num_features, width), dtype=torch.bfloat16, device="cuda")
 
-    def launch(self, library: Library, operation: str, stream: int) -> None:
-        size = self.size
-        sizes = (size.num_pairs, size.num_rows, size.num_features, size.width)
-        pairs = self.update.address, self.gather.address
-        library.rows(operation, self._addresses[0], self._addresses[1], pairs, sizes, stream)
+    def given(self) -> Tensor:
+        return self.features[self.gather]
 
-    def verify(self, library: Library, memory: Memory, operation: str) -> None:
-        """Launches once and looks at a few rows: no time of a wrong kernel."""
-        chosen = np.linspace(0, self.size.num_pairs - 1, 9).astype(np.int64)
-        nearby = np.stack([np.arange(9), np.arange(9)])
-        before = self._rows(memory, chosen)
-        with np.errstate(all="ignore"):
-            want = oracle.apply_rows(operation, before[0], "bfloat16", before[1], "bfloat16", nearby)
-        self.launch(library, operation, memory.stream)
-        for got, expected in zip(self._rows(memory, chosen), want, strict=True):
-            expect_same_values(operation, got, expected, "bfloat16")
+    def check(self, operation: str, way: Callable[[RowsSet], Any]) -> None:
+        """Does one call do what its name says?"""
+        before = [self.hidden.clone(), self.features.clone()]
+        way(self)
+        expect_rows(operation, [self.hidden, self.features], before, self.pairs)
 
-    def _rows(self, memory: Memory, chosen: Array) -> list[Array]:
-        """The hidden and the feature rows of the chosen pairs."""
-        size = self.size.width * 2
-        return [
-            np.stack([memory.read(buffer, row * size, size).view(np.uint16) for row in rows.tolist()])
-            for buffer, rows in zip((self.hidden, self.features), self.pairs[:, chosen], strict=True)
-        ]
+    def bytes(self, operation: str) -> int:
+        n = len(self.update)
+        rows = {"replace": 2 * n, "add": 3 * n, "take": n + len(self.features), "zero": n}[operation]
+        return rows * self.hidden.shape[1] * 2 + 16 * n
 
 
-def row_bytes(operation: str, size: RowsSize) -> int:
-    pairs, features = size.num_pairs, size.num_features
-    rows = {"replace": 2 * pairs, "add": 3 * pairs, "take": pairs + features, "zero": pairs}[operation]
-    return rows * size.width * 2 + 16 * pairs
+def time_graph(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Microseconds of one call, from replays of a graph of all of them in turn."""
+    replay = capture(lambda: [call() for call in calls])
+    replay()
+    return [microseconds(replay) / len(calls) for _ in range(REPEATS)]
 
 
-def time_rows(library: Library, memory: Memory, size: RowsSize) -> list[Timing]:
-    sets = [RowsSet(memory, size, seed) for seed in range(num_sets(memory, size.num_pairs * size.width * 2))]
-    case = f"bf16, {size.num_pairs} of {size.num_rows} rows x {size.width}, {size.num_features} features"
-    timings = []
-    for operation in ("replace", "add", "take", "zero"):
-        if operation == "zero":  # leaves hidden empty: behind everything that reads it
-            timings += time_torch_rows(memory, sets, case)
-        sets[0].verify(library, memory, operation)
-        spent = time_launches(memory, [partial(s.launch, library, operation) for s in sets])
-        timings.append(Timing(operation, case, spent, row_bytes(operation, size)))
-    return timings
+def time_calls(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Microseconds of one call as Python makes it, from all of them in turn."""
+    turns = itertools.cycle(calls)
+    for _ in range(3):
+        next(turns)()
+    return [microseconds(next(turns)) for _ in range(REPEATS)]
 
 
-def time_torch_rows(memory: Memory, sets: list[RowsSet], case: str) -> list[Timing]:
-    """What a framework does without these kernels: by mask (which synchronises), and by index."""
-    if not isinstance(memory, TorchMemory):
-        return []
-    torch = memory.torch
-    size = sets[0].size
-    tensors = []
-    for s in sets:
-        hidden = s.hidden.view(torch.bfloat16).view(size.num_rows, size.width)
-        features = s.features.view(torch.bfloat16).view(size.num_features, size.width)
-        update, gather = (torch.from_numpy(np.ascontiguousarray(p)).cuda() for p in s.pairs)
-        mask = torch.zeros(size.num_rows, dtype=torch.bool, device="cuda")
-        mask[update] = True
-        tensors.append((hidden, features, update, gather, mask))
-
-    def add_by_mask(h: Any, f: Any, u: Any, g: Any, m: Any) -> None:
-        h[m] += f[g]
-
-    def replace_by_mask(h: Any, f: Any, u: Any, g: Any, m: Any) -> None:
-        h[m] = f[g]
-
-    ways: dict[str, tuple[str, Callable[..., Any]]] = {
-        "h[mask] = f[g]": ("replace", replace_by_mask),
-        "index_copy_": ("replace", lambda h, f, u, g, m: h.index_copy_(0, u, f.index_select(0, g))),
-        "h[mask] += f[g]": ("add", add_by_mask),
-        "index_add_": ("add", lambda h, f, u, g, m: h.index_add_(0, u, f.index_select(0, g))),
-        "zeros + index_copy_": (
-            "take",
-            lambda h, f, u, g, m: torch.zeros_like(f).index_copy_(0, g, h.index_select(0, u)),
-        ),
-        "index_fill_": ("zero", lambda h, f, u, g, m: h.index_fill_(0, u, 0)),
-    }
-    timings = []
-    for name, (operation, way) in ways.items():
-        turns = iter(tensors * (REPEATS + 3))
-        spent = median_us(memory, lambda way=way, turns=turns: way(*next(turns)))  # type: ignore[misc]
-        timings.append(Timing(f"PyTorch {operation}: {name}", case, spent, row_bytes(operation, size)))
-    return timings
+# What, operation, way, how it is timed: a way by mask synchronises, so that no graph can hold it.
+PEERS: list[tuple[str, str, Callable[[RowsSet], Any], Callable[..., list[float]]]] = [
+    ("h[mask] = f[g]", "replace", lambda s: s.hidden.index_put_((s.mask,), s.given()), time_calls),
+    ("index_copy_", "replace", lambda s: s.hidden.index_copy_(0, s.update, s.given()), time_graph),
+    ("h[mask] += f[g]", "add", lambda s: s.hidden.index_put_((s.mask,), s.hidden[s.mask] + s.given()), time_calls),
+    ("index_add_", "add", lambda s: s.hidden.index_add_(0, s.update, s.given()), time_graph),
+    ("index_copy_", "take", lambda s: s.features.zero_().index_copy_(0, s.gather, s.hidden[s.update]), time_graph),
+    ("index_fill_", "zero", lambda s: s.hidden.index_fill_(0, s.update, 0), time_graph),
+]
 
 
-def time_index(library: Library, memory: Memory, case: IndexCase) -> list[Timing]:
+def table_row(
+    bandwidth: float, what: str, case: str, num_bytes: int, check: Callable[[], Any], measure: Callable[[], list[float]]
+) -> str:
+    """num_bytes: each input read once, each output written once. Also what is wrong is timed, and marked."""
+    try:
+        check()
+    except (AssertionError, RuntimeError) as error:
+        what += f" FAILED {error}"
+    times = measure()
+    first, median, third = statistics.quantiles(times, n=4)
+    floor = 1e6 * num_bytes / bandwidth
+    measured = f"{median:.1f} | {min(times):.1f} | {first:.1f} to {third:.1f}"
+    return f"| {what} | {case} | {measured} | {floor:.1f} | {median / floor:.2f} | {num_bytes / median / 1e6:.2f} |"
+
+
+def num_sets(touched: int) -> int:
+    """So many sets of buffers that the L2 cannot hold what comes around again; 16 at the most."""
+    l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
+    return min(16, max(2, 4 * l2_bytes // touched + 1))
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Bytes a second of a large device-to-device copy, read and written bytes counted."""
+    source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * num_bytes / (statistics.median(time_calls([lambda: target.copy_(source)])) * 1e-6)
+
+
+def time_rows(library: Library, row: Row, width: int, num_rows: int, num_features: int) -> Iterator[str]:
+    sets = [RowsSet(seed, width, num_rows, num_features) for seed in range(num_sets(num_rows * width))]
+    case = f"bf16, {len(sets[0].update)} of {num_rows} rows x {width}, {num_features} features"
+
+    def kernel(operation: str, s: RowsSet) -> None:
+        launch_rows(library, operation, s.hidden, s.features, *s.pairs)
+
+    ways = [(operation, operation, partial(kernel, operation), time_graph) for operation in OPERATIONS]
+    ways += [(f"PyTorch {operation}: {what}", operation, way, measure) for what, operation, way, measure in PEERS]
+    for what, operation, way, measure in ways:
+        for each in sets:
+            each.hidden.normal_()
+            each.features.normal_()
+        check, calls = partial(sets[0].check, operation, way), [partial(way, each) for each in sets]
+        yield row(what, case, sets[0].bytes(operation), check, partial(measure, calls))
+
+
+def torch_plan(run: IndexRun) -> tuple[Tensor, Tensor]:
+    """PyTorch's update and gather of a rank that owns one interval, sequence first."""
+    start, stop = run.pieces[0].tolist()
+    image_id, video_id = run.ids.tolist()
+    visual = (run.tokens.tensor == image_id) | (run.tokens.tensor == video_id)
+    feature = visual.flatten().cumsum(0).reshape(visual.shape) - 1
+    own = visual[:, start:stop]
+    place = own.nonzero()
+    return place[:, 1] * len(own) + place[:, 0], feature[:, start:stop][own]
+
+
+def check_torch_plan(run: IndexRun) -> None:
+    written = torch.stack([run.update.read(), run.gather.read()])
+    expect_bits("pairs", torch.stack(torch_plan(run)).cpu(), written[:, written[0] >= 0])
+
+
+def time_index(library: Library, row: Row, case: Case) -> Iterator[str]:
     """Both kernels of a padded plan, and PyTorch's way where the rank owns one interval."""
-    token_bytes = case.batch * case.seq_len * inputs.TOKEN_DTYPES[case.token_type].itemsize
-    sources, plans = [], []
-    for seed in range(min(16, num_sets(memory, token_bytes))):
-        sources.append(TokensOnDevice(memory, case, np.random.default_rng(seed)))
-        capacity = case.batch * sources[-1].local_len
-        plans.append(PlanOnDevice(memory, library.num_tiles(case.batch, case.seq_len), capacity, -1))
-        plans[-1].launch(library, sources[-1], memory.stream)
-        plans[-1].check(sources[-1])
-    sets = list(zip(sources, plans, strict=True))
+    token_bytes = case.batch * case.seq_len * {"int64": 8, "int32": 4, "mask": 1}[case.token_type]
+    runs = [IndexRun(library, np.random.default_rng(seed), case) for seed in range(num_sets(token_bytes))]
+    plan_bytes = token_bytes + 16 * runs[0].capacity
     name = f"B{case.batch} S{case.seq_len} {case.token_type}, {case.layout}"
-    counts = [partial(p.count, library, s) for s, p in sets]
-    both = [partial(p.launch, library, s) for s, p in sets]
-    plan_bytes = token_bytes + 16 * plans[0].capacity
-    timings = [
-        Timing("count", name, time_launches(memory, counts), token_bytes),
-        Timing("count + write", name, time_launches(memory, both), plan_bytes),
-    ]
-    if len(sources[0].intervals) == 1 and case.token_type != "mask" and isinstance(memory, TorchMemory):
-        spent = time_torch_index(memory, sources)
-        timings.append(Timing("PyTorch plan: cumsum and nonzero", name, spent, plan_bytes))
-    return timings
+    runs[0].launch()
+    counts, plans = [run.count for run in runs], [run.launch for run in runs]
+    yield row("count + write", name, plan_bytes, runs[0].check, partial(time_graph, plans))
+    yield row("count", name, token_bytes, runs[0].tiles.read, partial(time_graph, counts))
+    if len(runs[0].pieces) == 1 and case.token_type != "mask":
+        check, calls = partial(check_torch_plan, runs[0]), [partial(torch_plan, run) for run in runs]
+        yield row("PyTorch plan: cumsum, nonzero", name, plan_bytes, check, partial(time_calls, calls))
 
 
-def time_torch_index(memory: TorchMemory, sources: list[TokensOnDevice]) -> float:
-    torch, case = memory.torch, sources[0].case
-    tensors = []
-    for s in sources:
-        raw = s.tokens.buffer[GUARD : len(s.tokens.buffer) - GUARD]
-        tensors.append(raw.view(getattr(torch, case.token_type)).view(case.batch, case.seq_len))
-    turns = iter(list(zip(tensors, sources, strict=True)) * (REPEATS + 3))
-
-    def plan() -> None:
-        tokens, source = next(turns)
-        start, length, _ = source.intervals[0].tolist()
-        image_id, video_id = source.ids.tolist()
-        visual = (tokens == image_id) | (tokens == video_id)
-        feature = visual.flatten().cumsum(0).view(visual.shape) - 1
-        local = visual[:, start : start + length]
-        local.T.flatten().nonzero()
-        feature[:, start : start + length].T[local.T]
-
-    return median_us(memory, plan)
-
-
-def run_timings(library: Library, memory: Memory, quick: bool) -> list[Timing]:
-    timings = []
-    for layout in ("contiguous", "zigzag", "packed"):
-        case = IndexCase(2, 4096, layout) if quick else IndexCase(8, 131072, layout)
-        timings += time_index(library, memory, case)
-    if quick:
-        return timings + time_rows(library, memory, RowsSize(256, 1024, 2048))
-    for token_type in inputs.TOKEN_DTYPES:
-        timings += time_index(library, memory, IndexCase(64, 131072, token_type=token_type))
-    for width in (4096, 1024, 5120, 1001):
-        timings += time_rows(library, memory, RowsSize(width))
-    return timings
+def run_timings(library: Library, quick: bool) -> Iterator[str]:
+    """A table, line by line."""
+    bandwidth = copy_bandwidth(1 << 24 if quick else 1 << 30)
+    row = partial(table_row, bandwidth)
+    yield HEADER.format(bandwidth / 1e12)
+    cases = [{"batch": 8, "layout": layout} for layout in ("contiguous", "zigzag", "packed")]
+    cases += [{"batch": 64, "token_type": name} for name in TOKEN_TYPES]
+    for case in cases[:1] if quick else cases:
+        sizes = {"seq_len": 4096 if quick else 131072, "capacity": "rows", "features": "unknown"}
+        yield from time_index(library, row, inputs.make_case(inputs.INDEX, **sizes, **case))
+    for width in (256,) if quick else (4096, 1024, 5120, 1001):  # a deepstack layer on one rank of 8
+        yield from time_rows(library, row, width, *((1024, 2048) if quick else (32768, 131072)))
