@@ -222,16 +222,17 @@ def test_intervals_by_tensors_are_those_of_the_layout(rule):
         assert [low + i for _, length, low in table for i in range(length)] == list(range(layout.local_len))
 
 
+@pytest.mark.parametrize("name", ["add_rows", "replace_rows"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_adding_by_tensors_is_adding_by_reference(dtype):
+def test_rows_by_tensors_are_those_of_the_reference(dtype, name):
     """Exact: pairs that are to be skipped, or point past the end, and features of another type."""
     rng = np.random.default_rng(2)
     hidden, features = (paddle.to_tensor(rng.standard_normal(shape)) for shape in ((2, 5, 3), (4, 3)))
     update, gather = paddle.to_tensor([0, 3, 7, -1, 10, 8]), paddle.to_tensor([0, 1, 3, -1, 2, 4])
     for feature_type in (dtype, "float32"):
         pair = hidden.astype(dtype), features.astype(feature_type)
-        got, want = (module.add_rows(*pair, update, gather) for module in (by_rule, reference))
-        assert got.dtype == want.dtype
+        got, want = (getattr(module, name)(*pair, update, gather) for module in (by_rule, reference))
+        assert got.dtype == want.dtype == pair[0].dtype
         assert np.array_equal(got.astype("float64").numpy(), want.astype("float64").numpy())
         assert not np.array_equal(got.astype("float64").numpy(), pair[0].astype("float64").numpy())
 
@@ -254,8 +255,10 @@ def test_what_cannot_be_saved_is_refused():
         IndexBuilder((), sequence_first=True)
     with pytest.raises(ValueError, match="cp_rank 2 is out of range"):
         IndexBuilder((1,), sequence_first=True, cp_size=2, cp_rank=2)
-    with pytest.raises(ValueError, match="a packed builder takes interval_table"):
-        IndexBuilder((1,), sequence_first=True, packed=True)(paddle.zeros([1, 4], "int64"))
+    tokens, table = paddle.zeros([1, 4], "int64"), paddle.to_tensor(interval_table(SeqLayout(4)))
+    for packed, given in ((True, [tokens]), (False, [tokens, table])):
+        with pytest.raises(ValueError, match="a packed builder takes interval_table"):
+            IndexBuilder((1,), sequence_first=True, packed=packed)(*given)
 
 
 @pytest.mark.parametrize(("switch", "fails"), [("op", True), ("auto", False)])

@@ -48,6 +48,14 @@ def test_a_check_that_fails_says_by_how_much():
         deepstack._hold_equal(one, one.reshape([3, 2]))
 
 
+def test_the_check_takes_nan_for_equal_to_nan():
+    """In the same place: a model that has diverged does not blame this package."""
+    x = paddle.to_tensor([float("nan"), 1.0, float("inf")])
+    deepstack._hold_equal(x, x.clone())
+    with pytest.raises(DiffersFromUpstream, match="2 of 3 values differ"):
+        deepstack._hold_equal(x, x[[1, 0, 2]])
+
+
 def test_a_model_without_head_norms_is_a_line():
     (line,) = norms.mark_head_norms(paddle.nn.Linear(2, 2))
     assert line.why == "Linear has none of the plain classes'"
