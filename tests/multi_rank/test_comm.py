@@ -11,7 +11,7 @@ import pytest
 
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, collectives, plan_visual, replace_rows
 from paddle_vl_sp.comm import agree, all_gather_rows, complete_grad
-from paddle_vl_sp.consensus import check_same, fingerprint
+from paddle_vl_sp.consensus import check_same, exchange, fingerprint
 from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.gather import gather_rows
 from paddle_vl_sp.replicas import check_replicas, sync_replicas
@@ -227,16 +227,18 @@ def a_second_gradient_is_refused():
 
 
 def any_one_of_several_may_need_a_gradient():
+    """On all ranks, or on all but the first, which then comes to the backward all the same."""
     group = world()
     for needing in range(3):
-        for check in (False, True):
+        for check, first_rank in ((False, 0), (True, 0), (True, 1)):
             xs = [block(group.rank, 2, 3) for _ in range(3)]
-            leaf(xs[needing])
+            xs[needing].stop_gradient = group.rank < first_rank
             wholes = all_gather_rows(xs, [2] * group.nranks, group, check=check)
-            assert not wholes[needing].stop_gradient
+            assert not exchange([whole.stop_gradient for whole in wholes], group)[:, needing].any()
             sum(whole.sum() for whole in wholes).backward()
-            assert (xs[needing].grad == group.nranks).all()
-            assert all(x.grad is None for i, x in enumerate(xs) if i != needing)
+            for i, x in enumerate(xs):
+                assert (x.grad is not None) == (i == needing and group.rank >= first_rank)
+                assert x.grad is None or (x.grad == group.nranks).all()
 
 
 def an_idle_rank_comes_to_the_backward():
