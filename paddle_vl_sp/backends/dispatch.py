@@ -9,8 +9,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.backends import plain
-from paddle_vl_sp.backends.load import backend
+from paddle_vl_sp.backends import load, plain
 from paddle_vl_sp.layout import SeqLayout
 
 
@@ -83,7 +82,7 @@ def _implementation(x: Tensor) -> ModuleType:
         device = "cpu" if x.place.is_cpu_place() else "gpu" if x.place.is_gpu_place() else "other"
     else:
         device = paddle.get_device().split(":")[0]
-    if device not in backend().devices:
+    if device not in load.backend().devices:
         return plain
     from paddle_vl_sp.backends import operators
 

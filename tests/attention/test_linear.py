@@ -35,6 +35,31 @@ def test_chunked_equals_position_by_position(chunk, bounds, monkeypatch):
         np.testing.assert_allclose(x.numpy(), y.numpy(), atol=1e-5 * float(y.abs().max()))
 
 
+def by_hand(q, k, v, g, beta, normalize, scale):
+    """The docstring's rule in numpy, [S, H, ..] of one sample."""
+    if normalize:
+        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    state, outs = np.zeros((v.shape[1], k.shape[-1], v.shape[-1])), []
+    for t in range(len(q)):
+        state = np.exp(g[t])[:, None, None] * state
+        read = np.einsum("hd,hde->he", k[t], state)
+        state = state + np.einsum("hd,he->hde", k[t], beta[t][:, None] * (v[t] - read))
+        outs.append(scale * np.einsum("hd,hde->he", q[t], state))
+    return np.stack(outs)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_options_of_the_delta_rule(normalize, scale):
+    """1e-5 absolute, against numpy: unit length or not, the default scale or another; so is the slow rule's default."""
+    inputs = [0.2 * x.detach() if i < 2 else x.detach() for i, x in enumerate(arrays(9, key_heads=4))]
+    want = by_hand(*(x.numpy()[0] for x in inputs), normalize, 8**-0.5 if scale is None else scale)
+    got = [gated_delta_rule(*inputs, normalize=normalize, scale=scale)]
+    got += [recurrent_delta_rule(*inputs)] if normalize and scale is None else []
+    for out in got:
+        np.testing.assert_allclose(out.numpy()[0], want, atol=1e-5)
+
+
 def test_strong_decay_does_not_overflow():
     """Decays of e^-30 a step: finite; output and gradients within 1e-5 relative or 1e-6 absolute."""
     inputs = arrays(40)

@@ -24,6 +24,20 @@ def test_the_mean_is_over_the_tokens_that_are_not_ignored():
     np.testing.assert_allclose(sequence_parallel_loss(logits, LABELS, group=None).item(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ignored", [-100, 0, 4, 255])
+def test_any_label_may_be_the_ignored_one(ignored):
+    """Exact: loss and gradient are those of the same labels with the default in that place."""
+    labels = paddle.to_tensor([[1, ignored, 2, ignored]])
+    results = []
+    for given, options in ((labels, {"ignore_index": ignored}), (paddle.to_tensor([[1, -100, 2, -100]]), {})):
+        logits, _ = arrays()
+        loss = sequence_parallel_loss(logits, given, group=None, **options)
+        results.append(
+            [loss.item(), paddle.grad(loss, logits)[0].tolist(), token_losses(logits, given, **options).tolist()]
+        )
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("num_tokens", [None, 7.0])
 def test_weights_have_a_gradient_too(num_tokens):
     """1e-6: against the weighted mean in plain Paddle; an ignored token's weight has none."""

@@ -1,10 +1,12 @@
 """How many ranks to Ulysses, how many to the ring, and which groups."""
 
+import paddle
 import paddle.distributed as dist
 import pytest
 
 from paddle_vl_sp.attention import choose_degrees, groups_from_fleet, groups_from_ranks
 from paddle_vl_sp.attention.groups import rows_and_columns
+from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.comm.exchange import partners
 from paddle_vl_sp.testing import FakeGroup
 
@@ -106,3 +108,14 @@ def test_partners_leave_nobody_out(size):
     for turn in rounds:
         assert all(turn[turn[rank]] == rank != turn[rank] for rank in range(size))
     assert all({turn[rank] for turn in rounds} == set(range(size)) - {rank} for rank in range(size))
+
+
+def test_messages_name_their_peers_by_global_rank(monkeypatch):
+    """Exact: P2POp takes the rank in the world, our callers give the place in the group."""
+    seen = []
+    monkeypatch.setattr(exchange, "is_gloo", lambda _: False)
+    monkeypatch.setattr(dist, "P2POp", lambda op, x, peer, group: seen.append((op, peer)))
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [])
+    one = paddle.ones([1])
+    exchange.Messages([(1, one), (2, one)], [(2, one)], FakeGroup(0, 3, [4, 6, 5]))
+    assert seen == [(dist.isend, 6), (dist.isend, 5), (dist.irecv, 5)]

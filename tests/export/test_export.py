@@ -259,8 +259,10 @@ def test_what_cannot_be_saved_is_refused():
         IndexBuilder((), sequence_first=True)
     with pytest.raises(ValueError, match="cp_rank 2 is out of range"):
         IndexBuilder((1,), sequence_first=True, cp_size=2, cp_rank=2)
-    with pytest.raises(ValueError, match="a packed builder takes interval_table"):
-        IndexBuilder((1,), sequence_first=True, packed=True)(paddle.zeros([1, 4], "int64"))
+    tokens, table = paddle.zeros([1, 4], "int64"), paddle.to_tensor(interval_table(SeqLayout(4)))
+    for packed, given in ((True, [tokens]), (False, [tokens, table])):
+        with pytest.raises(ValueError, match="a packed builder takes interval_table"):
+            IndexBuilder((1,), sequence_first=True, packed=packed)(*given)
 
 
 @pytest.mark.parametrize(("switch", "fails"), [("op", True), ("auto", False)])

@@ -177,6 +177,41 @@ def test_a_stack_of_layers_adds_every_level_once(num_empty, with_indices, full_r
     assert all(same_bits(level.grad, np.ones_like(level.numpy())) for level in levels)
 
 
+class Keeping(paddle.nn.Layer):
+    """A layer that remembers its output: the hidden states themselves, or their double."""
+
+    def __init__(self, config, layer_number):
+        super().__init__()
+        self.config, self.layer_number = config, layer_number
+
+    def forward(self, dict_args):
+        hidden = dict_args["hidden_states"]
+        self.kept = hidden * 2 if self.layer_number else hidden
+        return dict_args | {"hidden_states": self.kept}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("is_leaf", [False, True])
+def test_in_place_writes_the_layers_output_and_no_leaf(inplace, is_leaf):
+    """Bit-exact sum and gradients; what the layer keeps is written only where that was asked for, and never a leaf."""
+    from paddle_vl_sp.fleet import VisualDeepstack
+
+    cls = type("KeepingTransformerLayer", (VisualDeepstack, Keeping), {"inplace": inplace})
+    mask = some_mask(2, 8, 0.5, seed=3)
+    given, levels, hidden = a_dict(mask, 2)
+    layer = made_layer(cls, 0 if is_leaf else 1)
+    out = layer(given)["hidden_states"]
+    before = hidden if is_leaf else 2 * hidden
+    expected = before.copy()
+    expected[mask] += levels[layer.layer_number].numpy()
+    assert same_bits(out, expected)
+    assert (out is layer.kept) == (inplace and not is_leaf)
+    assert same_bits(layer.kept, expected if inplace and not is_leaf else before)
+    out.sum().backward()
+    assert same_bits(levels[layer.layer_number].grad, np.ones_like(levels[0].numpy()))
+    assert same_bits(given["hidden_states"].grad, np.full_like(hidden, 1 if is_leaf else 2))
+
+
 def test_everything_visual_leaves_with_the_last_level_and_nothing_before():
     """The caller's dict stays as it was; the last deepstack layer drops all four keys, or the first where none is."""
     mask = some_mask(2, 8, 0.5, seed=3)

@@ -151,9 +151,18 @@ def test_check_compares_the_merge_with_upstreams(monkeypatch, broken, group):
 
 
 def test_check_raises_no_false_alarm_under_dropout(monkeypatch):
-    """Two forwards drop other values, so there is nothing to compare."""
+    """Two forwards drop other values, so there is nothing to compare; in evaluation nothing drops, and there is."""
+    from paddle_vl_sp.fleet import embedding as module
+
     monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
-    run(build(config(hidden_dropout_prob=0.5), ours()), a_batch(some_ids(IMAGES, 2, 8), IMAGES, 2))
+    real = module.replace_rows
+    monkeypatch.setattr(module, "replace_rows", lambda *args: real(*args) + 1e-3)
+    embedding = build(config(hidden_dropout_prob=0.5), ours())
+    batch = a_batch(some_ids(IMAGES, 2, 8), IMAGES, 2)
+    run(embedding, batch)
+    embedding.eval()
+    with pytest.raises(ValueError, match="PADDLE_VL_SP_CHECK: hidden_states differs"):
+        run(embedding, batch)
 
 
 def spoiled_batch(spoil):

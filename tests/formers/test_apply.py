@@ -12,15 +12,7 @@ import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
 
-from paddle_vl_sp.formers import (
-    PatchReport,
-    UpstreamChanged,
-    apply_to_qwen3_vl,
-    norms,
-    revert,
-    shared_tower,
-    tiny,
-)
+from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, norms, revert, shared_tower, tiny
 from paddle_vl_sp.formers.families import QWEN3_VL
 from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
 
@@ -115,9 +107,11 @@ def changed_deepstack(self, hidden_states, visual_pos_masks, visual_embeds):
     return hidden_states
 
 
-@pytest.fixture
-def changed(monkeypatch):
-    """One method of the plain dense classes is another than the known one."""
+@pytest.fixture(params=["ours", "upstream's"])
+def changed(request, monkeypatch):
+    """One method of the plain dense classes is another than the known one: somebody's, or in a newer PaddleFormers."""
+    if request.param == "upstream's":
+        monkeypatch.setattr(changed_deepstack, "__module__", modeling.__name__)
     monkeypatch.setattr(modeling.Qwen3VLTextModel, "_deepstack_process", changed_deepstack)
 
 
@@ -275,6 +269,22 @@ def test_vision_dp_marks_and_unmarks():
         shared_tower.encoded(model.model, None, None, None)
     revert()
     assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+
+
+def test_vision_dp_again_after_a_revert():
+    """The marks are there again, whoever has taken them away: revert, or the end of a context."""
+    model = tiny.tiny_qwen3_vl()
+    model.model.language_model.config.sequence_parallel = True
+    for _ in range(2):
+        with apply_to_qwen3_vl(model, vision_dp=True) as report:
+            assert "parameters marked" in str(report)
+            assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
+        assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+    apply_to_qwen3_vl(model, vision_dp=True)
+    revert()
+    apply_to_qwen3_vl(model, vision_dp=True)
+    assert shared_tower.is_shared(model.model)
+    assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
 
 
 def test_vision_dp_refuses_models_that_upstream_runs():

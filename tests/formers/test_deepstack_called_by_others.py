@@ -61,6 +61,14 @@ def test_a_check_that_fails_says_by_how_much():
         check_result("it", one, one.reshape([3, 2]), "")
 
 
+def test_the_check_takes_nan_for_equal_to_nan():
+    """In the same place: a model that has diverged does not blame this package."""
+    x = paddle.to_tensor([float("nan"), 1.0, float("inf")])
+    check_result("it", x, x.clone(), "")
+    with pytest.raises(DiffersFromUpstream, match="2 of 3 values differ"):
+        check_result("it", x, x[[1, 0, 2]], "")
+
+
 def test_a_model_without_head_norms_is_a_line():
     (line,) = norms.mark_head_norms(paddle.nn.Linear(2, 2))
     assert line.why == "Linear has none of the plain classes'"

@@ -18,8 +18,9 @@ IMAGE, VIDEO = 7, 8
 
 
 def topology(rank, nranks, stages=1):
+    """Of the second data-parallel copy: global ranks are not those within the group."""
     return SimpleNamespace(
-        get_model_parallel_group=lambda: FakeGroup(rank, nranks),
+        get_model_parallel_group=lambda: FakeGroup(rank, nranks, range(nranks, 2 * nranks)),
         get_model_parallel_rank=lambda: rank,
         get_model_parallel_world_size=lambda: nranks,
         get_pipe_parallel_world_size=lambda: stages,
@@ -35,6 +36,7 @@ def as_rank(monkeypatch):
             "paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology(rank, nranks, stages)
         )
         monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
+        monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: nranks + rank)
 
     return become
 
@@ -104,6 +106,24 @@ def some_case(batch=2):
     mask = masks(batch)[1]
     hidden = rng.standard_normal((batch, SEQ_LEN, WIDTH)).astype("float32")
     return mask, hidden, [rng.standard_normal((int(mask.sum()), WIDTH)).astype("float32") for _ in range(LEVELS)]
+
+
+def test_flattened_hidden_states_are_upstreams_affair(as_rank):
+    """Bit-exact: [B * S_local, H] goes through our layer as through PaddleFormers' own."""
+    mask, hidden, levels = some_case()
+    as_rank(1, 2)
+
+    def flattened():
+        given = {
+            "hidden_states": paddle.to_tensor(hidden[:, SEQ_LEN // 2 :].reshape(-1, WIDTH)),
+            "visual_pos_masks": paddle.to_tensor(mask),
+            "deepstack_visual_emb": list(map(paddle.to_tensor, levels)),
+        }
+        return layer(0, True)(given)["hidden_states"].numpy()
+
+    wanted = flattened()
+    with apply_to_qwen3_vl():
+        assert same_bits(wanted, flattened())
 
 
 def test_one_plan_for_all_layers(as_rank, built):
@@ -257,6 +277,26 @@ def test_the_loaders_plan_passes_the_fixed_dict(as_rank, dist_model, rank):
     assert not dist_model.language_model._forward_pre_hooks
 
 
+def test_no_hook_is_left_after_an_error(as_rank, dist_model):
+    """The error goes through, and the next batch, of text, gets no plan of the last one."""
+    as_rank(0, 2)
+    ids = np.full((2, 8), IMAGE)
+    given = {key: paddle.to_tensor(value) for key, value in plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=2).items()}
+    language_model, recorded = dist_model.language_model, dist_model.language_model.forward
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    language_model.forward = fail
+    with apply_to_qwen3_vl():
+        with pytest.raises(ZeroDivisionError):
+            dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids), **given)
+        assert not language_model._forward_pre_hooks
+        language_model.forward = recorded
+        dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids))
+    assert not any(key in language_model.given for key in given)
+
+
 def test_the_order_of_images_and_videos_passes_too(as_rank, dist_model):
     """For the embedding, which joins both kinds by it."""
     as_rank(0, 2)
@@ -268,10 +308,11 @@ def test_the_order_of_images_and_videos_passes_too(as_rank, dist_model):
     assert dist_model.language_model.given["visual_feature_order"].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("planned", [1, 2])
-def test_a_plan_for_another_degree_is_refused(as_rank, dist_model, planned):
-    """Both numbers and the mend; also where the degree was left out."""
+@pytest.mark.parametrize(("planned", "is_cut"), [(1, True), (2, True), (2, False)])
+def test_a_plan_for_another_degree_is_refused(as_rank, dist_model, planned, is_cut):
+    """Both numbers and the mend; also where the degree was left out, and where a plan for several is not needed."""
     as_rank(0, 4)
+    dist_model.sequence_parallel_lm = is_cut
     ids = np.full((2, 8), IMAGE)
     plans = plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=planned)
     given = {key: paddle.to_tensor(value) for key, value in plans.items()}

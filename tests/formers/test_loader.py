@@ -51,6 +51,16 @@ def test_each_row_is_the_plan_of_that_rank(sp_size, cut, kind):
         assert set(plans) == KEYS
 
 
+@pytest.mark.parametrize(("sequence_parallel", "rows"), [(None, [1, 4]), (False, [1, 4]), (True, [2, 1])])
+def test_one_rank_with_sequence_parallelism_on(sequence_parallel, rows):
+    """Exact: [S, B, H] also where one rank has all of it, which the degree alone does not say."""
+    ids = np.array([[1, tiny.IMAGE, 1, 1], [tiny.IMAGE, 1, 1, 1]])
+    plans = plans_of_all_ranks(ids, IDS, 1, "sequence", sequence_parallel)
+    assert plans[UPDATE].tolist() == [rows]
+    collated = PlanningCollate(dict, IDS, sequence_parallel=sequence_parallel)({"input_ids": ids})
+    assert collated[UPDATE].tolist() == [rows]
+
+
 def test_text_gets_nothing():
     """No keys: the forward is upstream's."""
     batch = tiny.draw_batch(SAMPLES["text"])
@@ -86,6 +96,14 @@ def test_dropped_placeholders_are_told_in_the_loader():
         PlanningCollate(dict, IDS, merge_size=tiny.MERGE)(batch)
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_placeholders_without_a_grid_are_told_in_the_loader(kind):
+    """Both numbers, and the kind: a processor that lost the pixels."""
+    ids = np.full((1, 4), dict(zip(("image", "video"), IDS, strict=True))[kind])
+    with pytest.raises(ValueError, match=f"has 4 {kind} tokens but 0 feature rows"):
+        PlanningCollate(dict, IDS, merge_size=tiny.MERGE)({"input_ids": ids})
+
+
 @pytest.mark.parametrize("kind", ["one", "several", "video", "both"])
 def test_the_model_takes_them(kind):
     """Bit-exact: loss and gradients with and without."""
@@ -112,6 +130,9 @@ def test_wrong_plans_are_refused(monkeypatch):
             loss_of(model, fewer)
         with pytest.raises(ValueError, match="no visual_positions"):
             loss_of(model, {key: value for key, value in batch.items() if key != "visual_positions"})
+        both = PlanningCollate(dict, IDS, cut="flattened")(tiny.draw_batch([["image", "video"]], 96, seed=3))
+        with pytest.raises(ValueError, match=r"has \d+ visual tokens but \d+ feature rows"):
+            loss_of(model, {**both, "visual_feature_order": both["visual_feature_order"][:-1]})
         monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
         loss_of(model, batch)
         with pytest.raises(ValueError, match="visual_positions of the batch is not what its ids ask for"):

@@ -1,5 +1,6 @@
 """On one rank, where upstream is right: losses, gradients, logits and tokens are equal bit for bit."""
 
+import numpy as np
 import paddle
 import pytest
 from paddleformers.transformers.qwen3_vl import modeling
@@ -7,6 +8,8 @@ from training import BUILDERS, SAMPLES, batches, loss_of, same_bits, train, upst
 
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
+from paddle_vl_sp.formers.families import qwen3_vl
+from paddle_vl_sp.testing import FakeGroup
 
 FEW = 5  # one batch of every kind
 
@@ -111,10 +114,16 @@ def test_lora():
     assert len(upstream[1]) > 20
 
 
-def test_state_dict_keys():
-    """The same keys in the same order, before and after."""
-    model = tiny.tiny_qwen3_vl()
-    upstream, patched = upstream_and_patched(lambda: list(model.state_dict()))
+@pytest.mark.parametrize("family", BUILDERS)
+def test_state_dict_keys(family):
+    """The same keys in the same order, of a model that is built and has made a step upstream, and patched."""
+
+    def run():
+        model = BUILDERS[family]()
+        train(model, batches(1))
+        return list(model.state_dict())
+
+    upstream, patched = upstream_and_patched(run)
     assert upstream == patched
 
 
@@ -223,6 +232,15 @@ class Narrow(modeling.Qwen3VLTextModel):
         return super().forward(**known, return_dict=True)
 
 
+class OwnAddition(modeling.Qwen3VLTextModel):
+    """Adds in its own way, by the mask that PaddleFormers hands it."""
+
+    def _deepstack_process(self, hidden_states, visual_pos_masks, visual_embeds):
+        assert visual_pos_masks.dtype == paddle.bool
+        assert visual_pos_masks.ndim == 2
+        return super()._deepstack_process(hidden_states, visual_pos_masks, 2 * visual_embeds)
+
+
 class Deaf(modeling.Qwen3VLTextModel):
     def forward(self, inputs_embeds=None, **_):
         return modeling.BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
@@ -260,9 +278,28 @@ def test_a_text_model_that_never_calls_paddleformers():
             loss_of(model, batch)
 
 
-@pytest.mark.parametrize("part", [OwnText, Narrow, OwnMask])
+def test_an_error_on_the_way_leaves_nothing_behind(monkeypatch):
+    """Bit-exact: the next forward of the same model, of text after images, is that of a model without the error."""
+    text = tiny.draw_batch(SAMPLES["text"])
+    with apply_to_qwen3_vl():
+        wanted = float(loss_of(tiny.tiny_qwen3_vl(), text))
+        model = tiny.tiny_qwen3_vl()
+        before = set(vars(model.language_model))
+
+        def fail(*args, **named):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(modeling.Qwen3VLTextModel, "forward", fail)  # over ours, which never runs
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model, batches(1)[0])
+        monkeypatch.undo()
+        assert set(vars(model.language_model)) == before
+        assert float(loss_of(model, text)) == wanted
+
+
+@pytest.mark.parametrize("part", [OwnText, Narrow, OwnMask, OwnAddition])
 def test_subclasses_with_methods_of_their_own_are_asked(part):
-    """Bit-exact; deepstack is added by plan all the same."""
+    """Bit-exact; deepstack is added by plan all the same, but where it is the addition that is theirs."""
 
     def run():
         model = tiny.tiny_qwen3_vl()
@@ -313,6 +350,20 @@ def test_too_few_features():
     model = tiny.tiny_qwen3_vl()
     with apply_to_qwen3_vl(), pytest.raises(ValueError, match=f"has {visual} visual tokens but {visual - 1} feature"):
         loss_of(model, batch)
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [4, 5], [5, 4]])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_within_the_group_says_which_rows(monkeypatch, rank, ranks):
+    """Exact: the group's place counts, not a global rank; of the flattened batch, as the plain classes cut it."""
+    mask = np.random.default_rng(0).random((2, 8)) < 0.5
+    number, own = int(mask.sum()), slice(8 * rank, 8 * rank + 8)
+    monkeypatch.setattr(qwen3_vl, "require_tensor_parallel_group", lambda: FakeGroup(rank, 2, ranks))
+    monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: ranks[rank])
+    plan, _ = qwen3_vl._of_this_rank(paddle.to_tensor(mask), [paddle.ones([number, 3])], sequence_parallel=True)
+    assert plan.row_shape == (1, 8)
+    assert plan.update_indices.tolist() == np.flatnonzero(mask.ravel()[own]).tolist()
+    assert plan.gather_indices.tolist() == (np.cumsum(mask) - 1)[own][mask.ravel()[own]].tolist()
 
 
 def test_sequence_parallel_without_a_group():

@@ -1,5 +1,6 @@
 """Gathers, complete gradients, replicas over gloo. Bar: bit-exact, also the sums, which are of small whole numbers."""
 
+import itertools
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,7 +11,7 @@ import pytest
 
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.comm.agree import agree, check_same, fingerprint
+from paddle_vl_sp.comm.agree import agree, check_same, exchange, fingerprint
 from paddle_vl_sp.comm.gather import all_gather_rows, gather_rows
 from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
 from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
@@ -225,6 +226,21 @@ def a_second_gradient_is_refused():
         assert (first == 2 * group.nranks).all()
 
 
+def any_one_of_several_may_need_a_gradient():
+    """On all ranks, or on all but the first, which then comes to the backward all the same."""
+    group = world()
+    for needing in range(3):
+        for check, first_rank in ((False, 0), (True, 0), (True, 1)):
+            xs = [block(group.rank, 2, 3) for _ in range(3)]
+            xs[needing].stop_gradient = group.rank < first_rank
+            wholes = all_gather_rows(xs, [2] * group.nranks, group, check=check)
+            assert not exchange([whole.stop_gradient for whole in wholes], group)[:, needing].any()
+            sum(whole.sum() for whole in wholes).backward()
+            for i, x in enumerate(xs):
+                assert (x.grad is not None) == (i == needing and group.rank >= first_rank)
+                assert x.grad is None or (x.grad == group.nranks).all()
+
+
 def an_idle_rank_comes_to_the_backward():
     """Its x is a constant; without the agreement it would leave the others waiting."""
     group = world()
@@ -270,6 +286,17 @@ def a_gather_of_differing_ranks_is_an_error_on_all():
         gather(x, counts=None if odd else counts)()
     other = np.array(counts) if odd else counts
     assert gather(x, counts=other)().shape == [2 * group.nranks, 3]  # the same numbers of another type
+
+
+def each_argument_of_a_gather_must_be_the_same():
+    """Every one that goes into the fingerprint, by itself; each value alone is allowed."""
+    group, x = world(), paddle.ones([2, 3])
+    odd = group.rank == group.nranks - 1
+    same = {"counts": [2] * group.nranks, "mode": "max", "grad": "partial"}
+    for name, other in {"counts": [3, *same["counts"][1:]], "mode": "sum", "grad": "whole"}.items():
+        given = {**same, name: other} if odd else same
+        gather = lambda given=given: all_gather_rows(x, group=group, check=True, **given)  # noqa: E731
+        same_error_everywhere(gather, group, f"same arguments here: rank {group.nranks - 1} .fingerprint", "differs")
 
 
 def wrong_arguments_are_told():
@@ -364,6 +391,7 @@ def feature_gradients_are_complete():
         (["float16"] * 2, {}),
         (["float32", "bfloat16", "float16"], {}),
         (["float64", "float32"], {}),
+        (["bfloat16", "float32", "float64"], {}),
     ]
     for mask in (UNEVEN, FIRST_ONLY, np.zeros_like(UNEVEN)):
         for dtypes, option in options:
@@ -372,6 +400,22 @@ def feature_gradients_are_complete():
             for got, expected in zip(here, alone, strict=True):
                 got, expected = (np.zeros([4, 5], "float32") if x is None else x.numpy() for x in (got, expected))
                 np.testing.assert_array_equal(got, expected, str((dtypes, option)))
+
+
+ONE_BIT_MORE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def levels_of_two_dtypes_keep_every_bit():
+    """A gradient that only its own dtype can hold, whichever level comes first."""
+    group, plan = world(), VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 1)
+    for dtypes in itertools.permutations(ONE_BIT_MORE, 2):
+        levels = [leaf(paddle.zeros([1, 2], dtype)) for dtype in dtypes]
+        grads = [paddle.full([1, 2], 1 + ONE_BIT_MORE[dtype], "float64").astype(dtype) for dtype in dtypes]
+        owned = [grad if group.rank == 0 else paddle.zeros_like(grad) for grad in grads]
+        paddle.autograd.backward(complete_grad(levels, plan, group), owned)
+        for level, grad in zip(levels, grads, strict=True):
+            assert level.grad.dtype == grad.dtype
+            assert bits(level.grad) == bits(grad), dtypes
 
 
 def without_completion_they_are_not():
@@ -450,10 +494,42 @@ def drifted_replicas_are_found_and_mended():
     assert check_replicas(module, group) == []  # the moments, too, were made equal
 
 
-def replicas_of_another_shape_are_refused():
+def replicas_that_are_not_alike_are_refused():
+    """Each thing that goes into the fingerprint, by itself: a shape, a dtype, a name."""
     group = world()
-    module = paddle.nn.Linear(3, 4 + (group.rank == 1))
-    same_error_everywhere(lambda: sync_replicas(module, group), group, "same parameters .names, shapes", "rank 1")
+    other = group.rank == 1
+    of_half = paddle.nn.Linear(3, 4)
+    modules = {
+        "shape": paddle.nn.Linear(3, 4 + other),
+        "transposed": paddle.nn.Linear(*((4, 3) if other else (3, 4)), bias_attr=False),
+        "dtype": of_half.to(dtype="bfloat16") if other else of_half,
+        "name": paddle.nn.ParameterDict({"b" if other else "a": paddle.nn.Linear(3, 4).weight}),
+    }
+    for module in modules.values():
+        for function in (check_replicas, sync_replicas):
+            same_error_everywhere(
+                lambda function=function, module=module: function(module, group),
+                group, "same parameters .names, shapes", "rank 1",
+            )  # fmt: skip
+
+
+def master_weights_are_made_equal_too():
+    """They overwrite 16-bit parameters at the next step: also behind a wrapper, and of replicas only."""
+    group, module = world(), small_module()
+    module.to(dtype="bfloat16")
+    module[1].weight.is_distributed = True
+    masters = {p.name: paddle.full(p.shape, 1.0 + group.rank) for p in module.parameters()}
+    moments = {p.name: paddle.full(p.shape, 5.0 + group.rank) for p in module.parameters()}
+    optimizer = SimpleNamespace(_accumulators={"moment1": moments}, _master_weights=masters)
+    for given in (optimizer, SimpleNamespace(_inner_opt=optimizer)):
+        for states, start in ((masters, 1.0), (moments, 5.0)):
+            for x in states.values():
+                paddle.assign(paddle.full_like(x, start + group.rank), output=x)
+        sync_replicas(module, group, given)
+        for p in module.parameters():
+            rank = group.rank if p is module[1].weight else 0
+            assert (masters[p.name] == 1.0 + rank).all()
+            assert (moments[p.name] == 5.0 + rank).all()
 
 
 def replicas_leave_tensor_parallel_parameters_alone():
@@ -507,20 +583,24 @@ CASES = [
     gather_in_any_order,
     gathers_over_sub_groups,
     a_second_gradient_is_refused,
+    any_one_of_several_may_need_a_gradient,
     an_idle_rank_comes_to_the_backward,
     nothing_needs_a_gradient,
     a_gather_of_differing_ranks_is_an_error_on_all,
+    each_argument_of_a_gather_must_be_the_same,
     wrong_arguments_are_told,
     one_error_is_everyones,
     different_batches_are_seen,
     no_group_where_there_are_ranks_is_told,
     feature_gradients_are_complete,
+    levels_of_two_dtypes_keep_every_bit,
     without_completion_they_are_not,
     completion_is_one_collective,
     completion_is_left_out_where_it_can_be,
     completion_takes_strided_features_and_leaves,
     drifted_replicas_are_found_and_mended,
-    replicas_of_another_shape_are_refused,
+    replicas_that_are_not_alike_are_refused,
+    master_weights_are_made_equal_too,
     replicas_leave_tensor_parallel_parameters_alone,
     nan_and_16_bit_replicas,
     infinite_replicas,

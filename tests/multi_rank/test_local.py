@@ -172,6 +172,42 @@ def wrong_numbers_are_everyones_error():
     same_error_everywhere(plan(layout=other, tokens=grown), group, "must hold the same layout")
 
 
+def each_argument_must_be_the_same():
+    """Every one that goes into the fingerprint, by itself; each value alone is allowed."""
+    group = world()
+    size, last = group.nranks, group.nranks - 1
+    odd = group.rank == last
+    cut = {"seq_len": 16, "cp_size": size, "cp_rank": group.rank}
+    same = {
+        "layout": SeqLayout(**cut),
+        "batch": 1,
+        "placeholder_ids": IDS,
+        "sequence_first": True,
+        "num_features": [16, 0],
+    }
+    others = {
+        "seq_len": {"layout": SeqLayout(**cut | {"seq_len": 32})},
+        "cp_mode": {"layout": SeqLayout(**cut, cp_mode="contiguous")},
+        "cut": {"layout": SeqLayout(16, sp_size=size, sp_rank=group.rank)},
+        "cu_seqlens": {"layout": SeqLayout(**cut, cu_seqlens=(0, 16))},
+        "remainder": {"layout": SeqLayout(**cut, remainder="front")},
+        "batch": {"batch": 2},
+        "order of ids": {"placeholder_ids": IDS[::-1]},
+        "another id": {"placeholder_ids": (IMAGE, VIDEO + 1)},
+        "sequence_first": {"sequence_first": False},
+        "num_features": {"num_features": [15, 1]},  # as many in all
+    }
+    for name, other in others.items():
+        given = {**same, **other} if odd else dict(same)
+        tokens = np.full([given.pop("batch"), given["layout"].local_len], IMAGE)
+        plan = lambda tokens=tokens, given=given: plan_visual_local(tokens, group=group, **given)  # noqa: E731
+        words = f"must hold the same layout .*: rank {last} .fingerprint"
+        try:
+            same_error_everywhere(plan, group, words, "differs from rank 0")
+        except BaseException as error:
+            raise AssertionError(name) from error
+
+
 def few_bytes_travel():
     group, sent, real = world(), [], dist.stream.all_gather
     layout = SeqLayout(48, cp_size=group.nranks)
@@ -197,6 +233,7 @@ CASES = [
     features_kept_apart_by_kind,
     whatever_plan_visual_accepts,
     wrong_numbers_are_everyones_error,
+    each_argument_must_be_the_same,
     few_bytes_travel,
 ]
 

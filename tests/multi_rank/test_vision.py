@@ -296,6 +296,40 @@ def ranks_that_differ_are_everyones_error():
     same_error_everywhere(lambda: shared(model, grid, policy=policy), group, "same batch and pass the same arguments")
 
 
+def each_argument_must_be_the_same():
+    """Every one that goes into the fingerprint, by itself; each value alone is allowed."""
+    group, grid = world(), grid_of("videos")
+    odd = group.rank == group.nranks - 1
+    others = {
+        "grid_thw": np.concatenate([grid[1:], grid[:1]]),
+        "policy": "longest",
+        "idle": "skip",
+        "grad": "whole",
+        "mode": "sum",
+        "split_frames": True,
+        "alpha": 7,
+        "replicate_below": 10**6,
+    }
+    for name, other in others.items():
+        given = {"grid": grid}
+        if odd:
+            given = {"grid": other} if name == "grid_thw" else {"grid": grid, name: other}
+        same_error_everywhere(lambda given=given: shared(tower(), **given), group, "same batch and pass the same")
+    blank = lambda x, g: x[: len(x) // (1 if odd else 4), :HIDDEN]  # noqa: E731
+    merge_size = lambda: shared(blank, grid, merge_size=1 if odd else 2)  # noqa: E731
+    same_error_everywhere(merge_size, group, "same batch and pass the same")
+
+
+def work_is_shared_from_the_threshold_on():
+    """Two images of 16 patches: sharing spares the busiest rank 16, so 16 is worth it and 17 is not."""
+    grid = np.array([[1, 4, 4]] * 2)
+    for replicate_below, images in ((16, 1), (17, 2)):
+        model = tower()
+        shared(model, grid, replicate_below=replicate_below)
+        assert len(model.calls) == 1
+        assert len(model.calls[0]) == images
+
+
 def wrong_inputs_are_told():
     group, grid, model = world(), grid_of("uneven"), tower()
     same_error_everywhere(lambda: shared(model, grid, idle="sleep"), group, "'dummy', 'skip', got 'sleep'")
@@ -505,6 +539,11 @@ def sum_of_gradients_fills_gaps():
         parameter.main_grad = paddle.full(parameter.shape, group.rank + 1.0)
     sum_parameter_grads(model, group)
     assert (model.weight.main_grad == sum(range(1, group.nranks + 1))).all()
+    for parameter in model.parameters():  # there, but not filled on every rank
+        parameter.main_grad = paddle.ones(parameter.shape) if group.rank == 0 else None
+    sum_parameter_grads(model, group)
+    assert all(bool((parameter.main_grad == 1).all()) for parameter in model.parameters())
+    assert model.weight.grad is None
 
 
 def sums_go_in_buckets():
@@ -549,6 +588,8 @@ CASES = [
     one_exchange_one_gather_one_sum,
     an_error_in_one_tower_stops_all,
     ranks_that_differ_are_everyones_error,
+    each_argument_must_be_the_same,
+    work_is_shared_from_the_threshold_on,
     wrong_inputs_are_told,
     a_tensor_parallel_tower_is_refused,
     every_wiring_has_the_whole_gradient_and_a_second_sum_is_seen,

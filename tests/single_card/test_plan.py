@@ -126,16 +126,21 @@ def test_a_padded_plan_tells_a_mismatch_when_asked(tensor):
 
 
 def test_a_plan_on_the_host_goes_to_a_device():
+    """Exact: arrays, shape and counts, also counts that the arrays alone do not tell."""
     ids = np.array([[0, IMAGE, IMAGE, 0]])
-    for padded in (False, True):
-        plan = plan_visual(ids, KINDS, SeqLayout(4), sequence_first=False, num_features=2, padded=padded)
+    for padded, number in ((False, 2), (True, 2), (True, 1), (True, 5), (True, None)):
+        plan = plan_visual(ids, KINDS, SeqLayout(4), sequence_first=False, num_features=number, padded=padded)
         moved = plan.to("cpu")
         assert plan.on_host
         assert not moved.on_host
         assert moved.update_indices.tolist() == plan.update_indices.tolist()
         assert moved.counts.tolist() == plan.counts.tolist() == [2, 2]
         assert moved.row_shape == plan.row_shape
-        moved.check()
+        if number == 2:
+            moved.check()
+            continue
+        with pytest.raises(ValueError, match="2 visual tokens"):
+            moved.check()
 
 
 @pytest.mark.parametrize("make", [np.array, paddle.to_tensor])

@@ -117,13 +117,15 @@ def test_gradients_against_finite_differences(name):
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("leading", ["row_shape", "flat"])
 def test_any_leading_shape_of_the_plan(leading):
+    """Bit-exact against numpy: the plan's own shape, or its rows in one."""
     plan, mask = a_plan()
-    hidden, features = drawn([*plan.row_shape, 4], "float32"), drawn([int(mask.sum()), 4], "float32", 1)
-    expected = add_rows(hidden, features, plan)
-    shape = hidden.shape if leading == "row_shape" else [plan.num_rows, 4]
-    got = add_rows(hidden.reshape(shape), features, plan)
+    shape = [*plan.row_shape, 4] if leading == "row_shape" else [plan.num_rows, 4]
+    hidden, features = drawn(shape, "float32"), drawn([int(mask.sum()), 4], "float32", 1)
+    expected = hidden.numpy().reshape(plan.num_rows, 4)
+    expected[plan.update_indices.numpy()] += features.numpy()[plan.gather_indices.numpy()]
+    got = add_rows(hidden, features, plan)
     assert got.shape == shape
-    assert np.array_equal(got.numpy().ravel(), expected.numpy().ravel())
+    assert np.array_equal(got.numpy().ravel(), expected.ravel())
 
 
 @pytest.mark.usefixtures("implementation")
@@ -370,7 +372,10 @@ DOUBLE = {
 @pytest.mark.parametrize("name", DOUBLE)
 @pytest.mark.parametrize("wanted", ["both", "features", "hidden"])
 def test_gradients_of_gradients(name, wanted):
-    """A gradient penalty against the same by a matrix, in float64: 1e-12; of both, and of one alone."""
+    """A penalty on the gradients against the same by a matrix, in float64: 1e-12; of both, and of one alone.
+
+    The penalty has a linear part, too: the gradient of replaced rows is zero, and so is that of its square.
+    """
     if load.backend().name != "op":
         pytest.skip("plain Paddle has no second gradient of scatter, and says so")
     move, by_matrix = DOUBLE[name]
@@ -383,7 +388,8 @@ def test_gradients_of_gradients(name, wanted):
         out = way(hidden * 2, features * features)
         asked = {"both": [hidden, features], "features": [features], "hidden": [hidden]}[wanted]
         grads = paddle.grad((out**3).sum(), asked, create_graph=True)
-        sum((grad * grad).sum() for grad in grads).backward()
+        weights = [drawn(grad.shape, "float64", 3 + len(grad.shape)) for grad in grads]
+        sum((grad * (grad + weight)).sum() for grad, weight in zip(grads, weights, strict=True)).backward()
         return hidden.grad.numpy(), features.grad.numpy()
 
     got = penalty(lambda hidden, features: move(hidden, features, plan))

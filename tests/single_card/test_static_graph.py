@@ -137,6 +137,31 @@ def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypa
         assert np.array_equal(graph(*inputs).numpy(), PublicRows()(*inputs).numpy())
 
 
+def added_beside(hidden, features, update, gather):
+    """A value of the hidden states from before the addition is used after it."""
+    plan = VisualPlan.from_indices(update, gather, (-1, -1), -1)
+    hidden = hidden * 2
+    before = hidden * hidden
+    out = add_rows(hidden, features, plan, inplace=not paddle.in_dynamic_mode())
+    return before.sum() + (out * out).sum()
+
+
+@pytest.mark.parametrize("serves", ["op", "python"])
+def test_in_place_in_a_graph_leaves_earlier_values_alone(serves, monkeypatch):
+    """Bit-exact with a copy in eager mode, loss and gradients: inplace=True is a wish that a graph does not follow."""
+    graph = paddle.jit.to_static(added_beside, input_spec=DYNAMIC, full_graph=True)
+    if serves == "python":
+        monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
+    found = []
+    for function in (added_beside, graph):
+        inputs = drawn(2, 12)
+        loss = function(*inputs)
+        loss.backward()
+        found.append([loss, inputs[0].grad, inputs[1].grad])
+    for eager, static in zip(*found, strict=True):
+        assert np.array_equal(eager.numpy(), static.numpy())
+
+
 def test_an_exact_plan_in_a_traced_graph_is_refused():
     def plan(tokens):
         return plan_visual(tokens, (1,), SeqLayout(4), sequence_first=True).update_indices

@@ -98,10 +98,8 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         mask, levels = given.get("visual_pos_masks"), given.get("deepstack_visual_embeds")
         if mask is None or levels is None or not len(levels) or mask.ndim != 2 or mask.dtype != paddle.bool:
             return original(*call.args, **call.kwargs)
-        embeds = given.get("inputs_embeds")
-        plan, given["deepstack_visual_embeds"] = _of_this_rank(
-            mask, list(levels), self.config.sequence_parallel, levels[0] if embeds is None else embeds
-        )
+        plan, levels = _of_this_rank(mask, list(levels), self.config.sequence_parallel)
+        given["deepstack_visual_embeds"] = levels
         with OWN_ROWS.given(OwnRows(mask, plan)):
             return original(*call.args, **call.kwargs)
 
@@ -181,9 +179,7 @@ def _joined(
     return [joint_rows(i, v, order) for i, v in zip(image, video, strict=True)]
 
 
-def _of_this_rank(
-    mask: Tensor, levels: list[Tensor], sequence_parallel: bool, hidden: Tensor
-) -> tuple[VisualPlan, list[Tensor]]:
+def _of_this_rank(mask: Tensor, levels: list[Tensor], sequence_parallel: bool) -> tuple[VisualPlan, list[Tensor]]:
     """The plan of the text model's hidden states; under sequence parallelism, a cut of the flattened batch [B * S]."""
     visual = VISUAL.get()
     if visual is not None and is_same_memory(visual.mask, mask):
