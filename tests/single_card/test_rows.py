@@ -1,14 +1,17 @@
 """replace_rows and add_rows: movement bit-exact, sums rounded once; gradients those of the reference and of a limit."""
 
+from typing import ClassVar
+
 import numpy as np
 import paddle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paddle.autograd import PyLayer
 
 import oracle
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
-from paddle_vl_sp.backends import load
+from paddle_vl_sp.backends import load, operators
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
@@ -231,12 +234,22 @@ def test_recompute_gives_the_same_gradients(inplace):
         assert np.array_equal(plain, recomputed)
 
 
+# What a hook may keep of a gradient: the tensor, or a part of its memory by another name.
+KEEP = {
+    "hook": lambda grad: grad,
+    "detached": lambda grad: grad.detach(),
+    "flat view": lambda grad: grad.reshape([-1]),
+    "slice": lambda grad: grad[0],
+    "numpy view": lambda grad: np.from_dlpack(grad.detach()),
+}
+
+
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("features_need", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("kept_by", ["retain_grads", "hook"])
+@pytest.mark.parametrize("kept_by", ["retain_grads", *KEEP])
 def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
-    """hidden has a second user, and somebody keeps the gradient of the result: the sum must not end up in it."""
+    """Exact: hidden has a second user, and the gradient of the result is kept: the sum must not end up in it."""
     plan, mask = a_plan()
     source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
     hidden = source * 1
@@ -244,14 +257,90 @@ def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
     features = drawn([int(mask.sum()), 4], "float32", stop_gradient=not features_need)
     out = add_rows(hidden, features, plan, inplace=inplace)
     kept = []
-    if kept_by == "hook":
-        out.register_hook(kept.append)
-    else:
+    if kept_by == "retain_grads":
         out.retain_grads()
+    else:
+        out.register_hook(lambda grad: kept.append(KEEP[kept_by](grad)))
     (out.sum() + aside).backward()
     (grad,) = kept or [out.grad]
-    assert (grad.numpy() == 1).all()
+    assert (np.asarray(grad) == 1).all()
     assert (source.grad.numpy() == 6).all()
+
+
+class Tap(PyLayer):
+    """The identity, which notes where the gradients that pass are in memory."""
+
+    addresses: ClassVar = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Tap.addresses.append(grad.data_ptr())
+        return grad
+
+
+def gradient_is_copied(inplace):
+    """Whether add_rows copies a gradient that no user keeps, instead of returning it."""
+    plan, mask = a_plan()
+    hidden = Tap.apply(drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False))
+    features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
+    Tap.addresses.clear()
+    Tap.apply(add_rows(hidden, features, plan, inplace=inplace)).sum().backward()
+    of_out, of_hidden = Tap.addresses
+    return of_out != of_hidden
+
+
+@pytest.mark.skipif(load.backend().name != "op", reason="no custom operators: the header of this report says why")
+class TestGradientsWithoutACopy:
+    """The gradient that add_rows receives is what it returns, where its references show that no user keeps it."""
+
+    @pytest.fixture
+    def library(self):
+        """The library, which learns the references again when the test is over."""
+        library = sorted(load.HERE.glob("_ops*.so"))[-1]
+        yield library
+        operators.learn_references(library)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_a_gradient_that_no_user_keeps_is_not_copied(self, inplace):
+        assert not gradient_is_copied(inplace)
+
+    @pytest.mark.parametrize(
+        "counted", [lambda keep: 4, lambda keep: 5 - keep], ids=["kept or not, as many", "each way its own"]
+    )
+    def test_every_gradient_is_copied_where_references_say_nothing(self, library, counted, monkeypatch, caplog):
+        calls = []
+
+        def references(operators, add, keep):
+            calls.append(add)
+            return counted(len(calls) == 1)
+
+        monkeypatch.setattr(operators, "_references", references)
+        monkeypatch.setattr("paddle_vl_sp.log._warned", set())
+        with caplog.at_level("WARNING", logger="paddle_vl_sp"):
+            operators.learn_references(library)
+        assert "every gradient of add_rows is copied" in caplog.text
+        assert gradient_is_copied(inplace=False)
+        assert gradient_is_copied(inplace=True)
+
+    @pytest.mark.parametrize("loaded", ["without gradients", "in a static graph"])
+    def test_references_are_learnt_in_any_mode(self, library, loaded):
+        operators.ctypes.CDLL(str(library)).vlsp_set_unshared_references(0)
+        assert gradient_is_copied(inplace=False)
+        if loaded == "without gradients":
+            with paddle.no_grad():
+                operators.learn_references(library)
+        else:
+            paddle.enable_static()
+            try:
+                operators.learn_references(library)
+                assert not paddle.in_dynamic_mode()
+            finally:
+                paddle.disable_static()
+        assert not gradient_is_copied(inplace=False)
 
 
 @pytest.mark.usefixtures("implementation")

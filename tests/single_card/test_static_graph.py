@@ -1,5 +1,9 @@
 """The operators inside static graphs, with shapes unknown when the graph is built: bit-exact with eager."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import paddle
 import pytest
@@ -54,6 +58,56 @@ def test_forward_and_backward_of_a_graph_with_unknown_shapes(name, full_graph):
             found.append([out, inputs[0].grad, inputs[1].grad, model.scale.grad])
         for eager, static in zip(*found, strict=True):
             assert np.array_equal(eager.numpy(), static.numpy())
+
+
+FIRST_USE = """
+import paddle
+from paddle.static import InputSpec
+from paddle_vl_sp import VisualPlan, add_rows, backend
+
+def add(hidden, features, indices):
+    return add_rows(hidden, features, VisualPlan.from_indices(indices, indices, (-1, -1), -1))
+
+spec = [InputSpec([None, None, 3]), InputSpec([None, 3]), InputSpec([None], "int64")]
+graph = paddle.jit.to_static(add, input_spec=spec, full_graph=True)
+print(graph(paddle.zeros([1, 4, 3]), paddle.ones([2, 3]), paddle.arange(2)).sum().item(), backend().name)
+"""
+
+
+def test_operators_that_are_loaded_while_a_graph_is_traced(tmp_path):
+    """In a process of its own, where nothing has used the operators before."""
+    script = tmp_path / "first_use.py"  # tracing reads the source
+    script.write_text(FIRST_USE)
+    env = os.environ | {"PYTHONPATH": str(load.HERE.parent)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["6.0 op"], done.stderr[-2000:]
+
+
+@pytest.fixture
+def static_mode():
+    paddle.enable_static()
+    yield
+    paddle.disable_static()
+
+
+@pytest.mark.usefixtures("static_mode")
+def test_a_gradient_that_is_fetched_is_not_written_over():
+    """Exact: tanh's gradient is computed in place, in the gradient that add_rows returns, not in the fetched one."""
+    program = paddle.static.Program()
+    with paddle.static.program_guard(program):
+        hidden = paddle.static.data("hidden", [1, 4, 3])
+        features = paddle.static.data("features", [2, 3])
+        hidden.stop_gradient = features.stop_gradient = False
+        update, gather = (paddle.static.data(name, [2], "int64") for name in ("update", "gather"))
+        out = operators.add_rows(paddle.tanh(hidden), features, update, gather)
+        fetched = paddle.static.gradients([(out * 2).sum()], [out, hidden, features])
+    feed = {"hidden": np.full((1, 4, 3), 0.5), "features": np.ones((2, 3))}
+    feed = {name: x.astype(np.float32) for name, x in feed.items()} | {"update": np.array([1, 2])}
+    run = paddle.static.Executor(paddle.CPUPlace()).run
+    out_grad, hidden_grad, feature_grad = run(program, feed | {"gather": np.array([0, 1])}, fetched)
+    assert (out_grad == 2).all()
+    assert (feature_grad == 2).all()
+    assert np.allclose(hidden_grad, 2 * (1 - np.tanh(0.5) ** 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("padded", [False, True])
