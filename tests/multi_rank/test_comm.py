@@ -15,10 +15,9 @@ from paddle_vl_sp.consensus import check_same, exchange, fingerprint
 from paddle_vl_sp.emulate import SubGroup
 from paddle_vl_sp.gather import gather_rows
 from paddle_vl_sp.replicas import check_replicas, sync_replicas
-from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.uneven import UnevenRows
 from paddle_vl_sp.vision.gradients import sum_parameter_grads
-from rank_cases import hold, outcomes, same_error_everywhere
+from rank_cases import hold, pairs, same_error_everywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -607,18 +606,13 @@ CASES = [
 ]
 
 
-def run_cases():
-    return outcomes(CASES)
+LAUNCHES = dict.fromkeys((2, 3, 4), CASES)
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4], ids="{} ranks".format)
-def results(request):
-    return run_ranks(run_cases, request.param, timeout=120)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_all_ranks(results, case):
-    hold(results, case)
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_on_all_ranks(nranks, case):
+    """Bit-exact on every rank, or the same error on all."""
+    hold(__name__, nranks, case)
 
 
 def test_fingerprints_tell_things_apart():

@@ -59,8 +59,8 @@ def init_copies():
 def measure():
     enable_tensor_parallel_on_cpu()
     with (
-        mock.patch.object(cpu_tensor_parallel, "_is_gloo", lambda _: True),
-        mock.patch.object(test_formers, "init_tensor_parallel", lambda _: init_copies()),
+        mock.patch.object(cpu_tensor_parallel, "_is_gloo", return_value=True),
+        mock.patch.object(test_formers, "init_tensor_parallel", return_value=init_copies()),
     ):
         ranks = Ranks(SIZE)
         found = {"place": (ranks.group.ranks, ranks.rank)}

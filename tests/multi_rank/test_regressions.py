@@ -8,11 +8,10 @@ import pytest
 from paddle_vl_sp import SeqLayout, add_rows, joint_features, plan_visual, replace_rows
 from paddle_vl_sp.comm import all_gather_rows, complete_grad
 from paddle_vl_sp.local import plan_visual_local
-from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.vision.gradients import sum_parameter_grads
 from paddle_vl_sp.vision.parallel import encode_shared
 from paddle_vl_sp.vision.share import share_images
-from rank_cases import hold, outcomes, same_error_everywhere
+from rank_cases import hold, pairs, same_error_everywhere
 from tiny_tower import HIDDEN, MERGE, pixels, tower
 
 IMAGE, VIDEO = 5, 6
@@ -203,15 +202,10 @@ CASES = [
 ]
 
 
-def run_cases():
-    return outcomes(CASES)
+LAUNCHES = dict.fromkeys((2, 4), CASES)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def results(request):
-    return run_ranks(run_cases, request.param, timeout=60)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_all_ranks(results, case):
-    hold(results, case)
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_on_all_ranks(nranks, case):
+    """Exact on every rank, or the same error on all."""
+    hold(__name__, nranks, case)

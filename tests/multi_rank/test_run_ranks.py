@@ -18,6 +18,10 @@ def sum_of_ranks(scale):
     return dist.get_rank(), x.item()
 
 
+def dist_rank():
+    return dist.get_rank()
+
+
 def fail_on_one():
     if dist.get_rank() == 1:
         raise ValueError("rank 1 says no, with numbers 3 and 4")
@@ -42,6 +46,12 @@ def hang_everywhere():
 def test_results_come_in_rank_order(nranks):
     total = 10.0 * sum(range(nranks))
     assert run_ranks(sum_of_ranks, nranks, 10.0) == [(rank, total) for rank in range(nranks)]
+
+
+def test_a_rank_that_ends_at_once_leaves_none_behind(monkeypatch):
+    """The others join through the first rank: it stays until they have, and no launch is needed a third time."""
+    monkeypatch.setattr("paddle_vl_sp.testing.GROUP_ATTEMPTS", 2)
+    assert run_ranks(dist_rank, 4) == [0, 1, 2, 3]
 
 
 def test_an_error_is_told_with_its_rank_and_ends_the_others():
