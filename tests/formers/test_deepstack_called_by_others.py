@@ -41,6 +41,7 @@ def test_columns_of_another_width_are_the_originals_affair():
 
 
 def test_a_check_that_fails_says_by_how_much():
+    """Exact numbers, or both shapes and dtypes."""
     one = paddle.ones([2, 3])
     with pytest.raises(DiffersFromUpstream, match=r"1 of 6 values differ, by 0\.5 at most"):
         deepstack._hold_equal(one, paddle.to_tensor([[1, 1, 1], [1, 1.5, 1]], "float32"))
@@ -57,5 +58,6 @@ def test_the_check_takes_nan_for_equal_to_nan():
 
 
 def test_a_model_without_head_norms_is_a_line():
+    """One line of the report, which says why."""
     (line,) = norms.mark_head_norms(paddle.nn.Linear(2, 2))
     assert line.why == "Linear has none of the plain classes'"

@@ -100,12 +100,14 @@ def test_by_the_environment(tmp_path, monkeypatch, asked):
 
 
 def test_an_unknown_word_is_refused(monkeypatch):
+    """Refused with what was got."""
     monkeypatch.setenv(callback.SWITCH, "yes")
     with pytest.raises(ValueError, match="PADDLE_VL_SP_REPORT must be one of '0', '1', got 'yes'"):
         callback.report_if_asked()
 
 
 def test_switched_off_it_is_off(monkeypatch):
+    """No callback: PADDLE_VL_SP=0 goes before the report's own switch."""
     monkeypatch.setattr(callback, "DEFAULT_CALLBACKS", [])
     monkeypatch.setenv("PADDLE_VL_SP", "0")
     monkeypatch.setenv(callback.SWITCH, "1")
@@ -133,6 +135,7 @@ def test_trainings_do_not_mix(tmp_path, caplog):
 
 
 def test_asked_for_twice_it_is_there_once(tmp_path, monkeypatch):
+    """Identity, and before all other callbacks."""
     monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", [*trainer_module.DEFAULT_CALLBACKS, VisualReport])
     trainer = a_trainer(tmp_path)
     report = report_to(trainer)
@@ -143,6 +146,7 @@ def test_asked_for_twice_it_is_there_once(tmp_path, monkeypatch):
 
 
 def test_logs_of_an_evaluation_are_left_alone():
+    """Equal: no key is added."""
     report, logs = VisualReport(), {"eval_loss": 1.0}
     report.on_train_begin(None, None, None)
     report.on_log(None, None, None, logs=logs)

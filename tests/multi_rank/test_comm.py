@@ -616,6 +616,7 @@ def test_on_all_ranks(nranks, case):
 
 
 def test_fingerprints_tell_things_apart():
+    """Exact: all different values differ, and equal ones of other types do not."""
     floats = np.array([0.1, 0.9])
     different = [
         (1, 23),

@@ -247,6 +247,7 @@ def test_on_all_ranks(nranks, case):
 
 
 def test_one_rank_needs_no_group():
+    """Exact: the plan of plan_visual."""
     ids = np.random.default_rng(0).choice([1, IMAGE], size=[2, 8])
     layout, options = SeqLayout(8), {"num_features": int((ids == IMAGE).sum()), "sequence_first": False}
     hold_equal(plan_visual_local(ids, IDS, layout, group=None, **options), plan_visual(ids, IDS, layout, **options))

@@ -630,10 +630,12 @@ def sums_leave_cut_weights_alone():
 
 
 def test_weights_that_are_cut_are_not_summed():
+    """Exact, for values and for marks; Paddle's own tensor-parallel layer."""
     assert run_ranks(sums_leave_cut_weights_alone, 2) == [[True, True, False, False]] * 2
 
 
 def test_one_rank_needs_no_group():
+    """Bit-exact with the tower itself; without images a dummy keeps the graph."""
     grid = grid_of("uneven")
     model = tower()
     features, levels = encode_shared(model, pixels(grid), grid, group=None, merge_size=MERGE)

@@ -33,6 +33,7 @@ def home(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_run_one_way(path):
+    """Every import of every file is of the same part of the package or an earlier one."""
     if path.name in ("__init__.py", "__main__.py") and len(path.parts) == 1:
         return  # the lazy front door
     for module in imported(path):
@@ -43,10 +44,12 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_only_fleet_and_formers_know_a_model(path):
+    """No other file imports PaddleFleet or PaddleFormers."""
     for module in imported(path):
         only = FRAMEWORKS.get(module.split(".")[0])
         assert only in (None, home(path)), f"{path} imports {module}"
 
 
 def test_layout_knows_no_paddle():
+    """No import, at any depth."""
     assert not [module for module in imported("layout.py") if module.split(".")[0] == "paddle"]

@@ -91,6 +91,7 @@ a_forward = st.tuples(*[numbers] * 4, st.booleans(), st.booleans(), st.integers(
 
 @given(st.lists(a_forward, max_size=5), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_summary_over_ranks_against_the_slow_way(forwards, nranks, draw):
+    """Equal to a loop over the forwards, to pytest's 1e-6."""
     own = [[draw.choice([0, draw.randrange(1000)]) for _ in forwards] for _ in range(nranks)]
     facts = np.array([[own[0][f], *map(int, given)] for f, given in enumerate(forwards)], np.int64).reshape(-1, 8)
     got = run_report._summary(np.array(own, np.int64).reshape(nranks, -1), facts)
@@ -101,6 +102,7 @@ def test_summary_over_ranks_against_the_slow_way(forwards, nranks, draw):
 
 
 def test_the_numbers_are_those_of_inspect():
+    """Equal to the costs that the command line tells of the same batch."""
     mask, layouts = some_mask(seq_len=16), [SeqLayout(16, sp_size=2, sp_rank=rank) for rank in range(2)]
     costs = costs_of(Batch(mask, (), layouts), Model(WIDTH, 4, LEVELS))
     plans = [plan_visual(mask, None, layout, sequence_first=True) for layout in layouts]
@@ -115,6 +117,7 @@ def test_the_numbers_are_those_of_inspect():
 
 
 def test_windows_and_what_is_outside():
+    """Exact counts: only what happened while it was open, from the forward that is asked for."""
     forward(some_mask())  # before it was opened
     report = RunReport()
     report.start()
@@ -130,6 +133,7 @@ def test_windows_and_what_is_outside():
 
 
 def test_a_report_is_of_one_group(caplog):
+    """The forwards of another group are not counted, and a warning names both."""
     with RunReport() as report, caplog.at_level(logging.WARNING, "paddle_vl_sp"):
         forward(some_mask())
         forward(some_mask(), SeqLayout(12, sp_size=2, sp_rank=1), group=FakeGroup(1, 2))
@@ -138,6 +142,7 @@ def test_a_report_is_of_one_group(caplog):
 
 
 def test_two_reports_at_once():
+    """Each counts its own time."""
     with RunReport() as whole:
         forward(some_mask())
         with RunReport() as part:
@@ -146,6 +151,7 @@ def test_two_reports_at_once():
 
 
 def test_nothing_was_seen():
+    """Zeros, and ratios of one."""
     with RunReport() as report:
         forward(np.zeros((2, 12), bool))
     assert report.read() == oracle([[]], *[[]] * 7)
@@ -153,6 +159,7 @@ def test_nothing_was_seen():
 
 
 def test_an_evaluation_is_not_counted():
+    """Neither its forwards nor its shares."""
     with RunReport() as report:
         with paddle.no_grad():
             forward(some_mask())
@@ -163,6 +170,7 @@ def test_an_evaluation_is_not_counted():
 
 
 def test_padded_plans_are_read_when_the_report_is():
+    """No read of a device until then; then the exact count."""
     mask = some_mask()
     with RunReport() as report, counted_syncs() as syncs:
         forward(mask, padded=True)
@@ -171,6 +179,7 @@ def test_padded_plans_are_read_when_the_report_is():
 
 
 def test_counts_do_not_pile_up_unread(monkeypatch):
+    """Read in between, and still exact."""
     monkeypatch.setattr(run_report, "PENDING", 4)
     with RunReport() as report:
         for seed in range(9):
@@ -180,11 +189,13 @@ def test_counts_do_not_pile_up_unread(monkeypatch):
 
 
 def test_without_a_report_nothing_is_computed():
+    """Not even the counts of the plan."""
     plan = forward(some_mask())
     assert "counts" not in vars(plan)
 
 
 def test_plans_on_the_host_count_too():
+    """Exact."""
     mask = some_mask()
     plan = plan_visual(mask, None, SeqLayout(12), sequence_first=True)
     with RunReport() as report:
@@ -193,6 +204,7 @@ def test_plans_on_the_host_count_too():
 
 
 def test_shares_of_the_tower_fall_into_their_window():
+    """Exact means, from the forward that is asked for."""
     with RunReport() as report:
         for seed, imbalance in enumerate((1.0, 1.5, 2.0)):
             run_report.note_shared(imbalance)
@@ -201,6 +213,7 @@ def test_shares_of_the_tower_fall_into_their_window():
 
 
 def test_every_plan_is_told_at_level_debug(caplog):
+    """The exact line, and none at other levels."""
     mask = np.array([[0, 1, 1, 0, 0, 1, 0, 0]], bool)
     with caplog.at_level(logging.DEBUG, "paddle_vl_sp"):
         forward(mask, SeqLayout(8, sp_size=2, sp_rank=1))
