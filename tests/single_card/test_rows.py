@@ -153,6 +153,7 @@ def test_no_visual_token_stays_in_the_graph(name, num_rows, num_features):
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("width", [0, 1, 3, 8, 1000])
 def test_any_width(width):
+    """Bit-exact against numpy, from nothing to more than a block of threads."""
     plan, mask = a_plan(sequence_first=True)
     hidden, features = drawn([*plan.row_shape, width], "float32"), drawn([int(mask.sum()), width], "float32", 1)
     expected = hidden.numpy().reshape(plan.num_rows, width)
@@ -168,6 +169,7 @@ class TestInPlace:
     @pytest.mark.parametrize("features_need", [False, True])
     @pytest.mark.parametrize("through", ["result", "given"])
     def test_gradients_reach_both_through_either_name(self, hidden_needs, features_need, through):
+        """Bit-exact with the copy; none where none is needed."""
         plan, mask = a_plan()
         grads = []
         for inplace in (False, True):
@@ -188,6 +190,7 @@ class TestInPlace:
             assert np.array_equal(copied, in_place)
 
     def test_a_leaf_that_needs_a_gradient_is_refused_before_it_changes(self):
+        """Refused, and bit-exact what it was."""
         plan, mask = a_plan()
         hidden = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
         before = hidden.numpy()
@@ -196,6 +199,7 @@ class TestInPlace:
         assert np.array_equal(hidden.numpy(), before)
 
     def test_a_value_another_operation_saved_is_refused_in_the_backward_pass(self):
+        """Paddle's own error about versions."""
         plan, mask = a_plan()
         source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
         hidden = source * 1
@@ -205,6 +209,7 @@ class TestInPlace:
             square.sum().backward()
 
     def test_a_view_that_is_not_contiguous_is_written_too(self):
+        """Bit-exact with the copy, in the tensor that was given."""
         plan, mask = a_plan(sequence_first=True)
         features = drawn([int(mask.sum()), 4], "float32", 2)
         batch_first = drawn([plan.row_shape[1], plan.row_shape[0], 4], "float32", 1)
@@ -218,6 +223,7 @@ class TestInPlace:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_recompute_gives_the_same_gradients(inplace):
+    """Bit-exact with and without, copied and in place."""
     from paddle.distributed.fleet.utils import recompute
 
     plan, mask = a_plan()
@@ -346,6 +352,7 @@ class TestGradientsWithoutACopy:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("name", [*ROWS, "add in place"])
 def test_no_grad_makes_no_graph(name):
+    """The result is a leaf that needs no gradient."""
     plan, mask = a_plan()
     weight = drawn([4], "float32", 1, stop_gradient=False)
     features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
@@ -406,6 +413,7 @@ class TestRefusals:
         assert np.array_equal(hidden.numpy(), before)
 
     def test_features_fewer_or_more_than_planned(self, name, case):
+        """Both numbers."""
         plan, hidden, features = case
         n = features.shape[0]
         self.refused(name, hidden, features[:-1], plan, f"the plan is for {n} feature rows, got {n - 1}")
@@ -414,25 +422,30 @@ class TestRefusals:
         )
 
     def test_widths_that_differ(self, name, case):
+        """Both widths."""
         plan, hidden, features = case
         self.refused(name, hidden, features[:, :3], plan, r"features must be \[N, 4\] .* got \[\d+, 3\]")
 
     def test_a_plan_for_other_hidden_states(self, name, case):
+        """Both shapes."""
         plan, hidden, features = case
         swapped = hidden.transpose([1, 0, 2])
         self.refused(name, swapped, features, plan, r"the plan is for hidden states \[2, 6\] .* got\s+\[6, 2, 4\]")
         self.refused(name, hidden[:, :-1], features, plan, r"\[2, 6\] .* got\s+\[2, 5, 4\]")
 
     def test_a_plan_on_the_host(self, name, case):
+        """The call that brings it to the device."""
         _, hidden, features = case
         plan = plan_visual(np.ones((2, 6), dtype=bool), None, SeqLayout(6), sequence_first=False)
         self.refused(name, hidden, features, plan, r"plan\.to\(hidden\.place\)")
 
     def test_arrays_that_are_no_tensors(self, name, case):
+        """The type that was got."""
         plan, hidden, features = case
         self.refused(name, hidden, features.numpy(), plan, "features must be a Paddle tensor, got ndarray")
 
     def test_integers(self, name, case):
+        """The dtype that was got."""
         plan, hidden, features = case
         self.refused(name, hidden.astype("int64"), features, plan, "hidden must be floating point, got paddle.int64")
         self.refused(name, hidden, features.astype("int32"), plan, "features must be floating point, got paddle.int32")
@@ -487,6 +500,7 @@ def test_gradients_of_gradients(name, wanted):
 
 
 def test_in_place_has_no_second_gradient_and_says_so():
+    """An error in place of a wrong number."""
     plan = plan_visual(paddle.to_tensor([[False, True]]), None, SeqLayout(2), sequence_first=False)
     hidden, features = drawn([1, 2, 3], "float32", 1, False), drawn([1, 3], "float32", 2, False)
     out = add_rows(hidden * 2, features * features, plan, inplace=True)

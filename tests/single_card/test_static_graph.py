@@ -46,6 +46,7 @@ def drawn(batch, seq_len, seed=0):
 @pytest.mark.parametrize("full_graph", [True, False])
 @pytest.mark.parametrize("name", ["replace_rows", "add_rows"])
 def test_forward_and_backward_of_a_graph_with_unknown_shapes(name, full_graph):
+    """Bit-exact with eager mode, in several shapes by one graph, gradients too."""
     layer = Rows(name)
     graph = paddle.jit.to_static(Rows(name), input_spec=DYNAMIC, full_graph=full_graph)
     for batch, seq_len in SHAPES:
@@ -112,6 +113,7 @@ def test_a_gradient_that_is_fetched_is_not_written_over():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
+    """Exact, in several shapes by one program."""
     layout = SeqLayout(8, sp_size=2, sp_rank=1)
 
     class Indices(paddle.nn.Layer):
@@ -133,6 +135,7 @@ def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
 
 
 def test_a_length_that_does_not_divide_is_refused_when_it_arrives():
+    """Refused by the operator, with the next length that fits."""
     with pytest.raises(OSError, match="the length 9 is not divisible by 2; the next length that fits is 10"):
         operators.build_plan(paddle.zeros([1, 9], "int64"), (1,), SeqLayout(8, sp_size=2), True, -1, False)
 
@@ -183,6 +186,7 @@ class PublicRows(paddle.nn.Layer):
 @pytest.mark.parametrize("serves", ["op", "python"])
 @pytest.mark.parametrize("full_graph", [True, False])
 def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypatch):
+    """Bit-exact with eager mode, with operators and without."""
     if serves == "python":
         monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
     graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
@@ -217,6 +221,8 @@ def test_in_place_in_a_graph_leaves_earlier_values_alone(serves, monkeypatch):
 
 
 def test_an_exact_plan_in_a_traced_graph_is_refused():
+    """Refused while it is traced, with the forms that a graph can have."""
+
     def plan(tokens):
         return plan_visual(tokens, (1,), SeqLayout(4), sequence_first=True).update_indices
 
@@ -229,6 +235,7 @@ def test_an_exact_plan_in_a_traced_graph_is_refused():
     "table", [[[4, 3, 0], [0, 2, 3]], [[0, 9, 0]], [[-1, 2, 0]], [[2, -1, 0]], [[0, 3, 0], [2, 2, 3]], [[7, 2, 0]]]
 )
 def test_a_table_that_leads_out_of_the_tokens_is_refused(table):
+    """Refused by the operator, before memory is touched."""
     tokens = paddle.zeros([1, 8], "int64")
     with pytest.raises(OSError, match=r"interval \d of the table, .* is not a run after \d within 8 positions"):
         operators.build_plan_of(tokens, paddle.to_tensor(table), (1,), SeqLayout(8), 3, False, -1, False)
