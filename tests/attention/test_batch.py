@@ -201,7 +201,7 @@ def test_refused_unshard():
         unshard(x, layout, FakeGroup(0, 2), axis=1)
     with pytest.raises(ValueError, match=r"axis 0 of x \[1, 4\] must be this rank's 4 positions"):
         unshard(x, layout, FakeGroup(1, 2), axis=0)
-    with pytest.raises(ValueError, match="grad must be 'partial' or 'whole', got 'sum'"):
+    with pytest.raises(ValueError, match="grad must be one of 'partial', 'whole', got 'sum'"):
         unshard(x, layout, FakeGroup(1, 2), axis=1, grad="sum")
 
 
