@@ -47,13 +47,13 @@ $(VENV)/.ready: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-SAY_WHAT_SERVES := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('paddle_vl_sp:', b); sys.exit(b.name != 'op')
+SAY_BACKEND := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('paddle_vl_sp:', b); sys.exit(b.name != 'op')
 
-# Without a C++ compiler plain Paddle serves, and the next make tries again.
+# Without a C++ compiler plain Paddle is used, and the next make tries again.
 $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
-	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will serve; apt install g++, then make again"
+	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will be used; apt install g++, then make again"
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_WHAT_SERVES)" && touch $@ || true
+	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_BACKEND)" && touch $@ || true
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.
 sanitize: build/native/kernels_test build/native/kernels_test_baseline
