@@ -342,7 +342,7 @@ def wrong_inputs_are_told():
     same_error_everywhere(lambda: encode_shared(model, short, grid, **options), group, "76 patches but .* 75 rows")
     flat = grid.ravel()
     same_error_everywhere(lambda: encode_shared(model, short, flat, **options), group, r"\[P, C\].*\[I, 3\].*\[15\]")
-    same_error_everywhere(lambda: shared(lambda x, g: x, grid), group, "look at merge_size")
+    same_error_everywhere(lambda: shared(lambda x, g: x, grid), group, "check merge_size")
     same_error_everywhere(lambda: shared(lambda x, g: (x, x, x), grid), group, "must return features, or")
 
 
