@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from training import modeling_fleet, same_bits
+from training import modeling_fleet
 
+from arrays import same_bits
+from groups import topology_of
 from paddle_vl_sp import ops
 from paddle_vl_sp.formers import apply_to_qwen3_vl, fleet_layer, plans_of_all_ranks
 from paddle_vl_sp.testing import FakeGroup
@@ -16,24 +18,15 @@ WIDTH, SEQ_LEN, LEVELS = 8, 16, 3
 IMAGE, VIDEO = 7, 8
 
 
-def topology(rank, nranks, stages=1):
-    """Of the second data-parallel copy: global ranks are not those within the group."""
-    return SimpleNamespace(
-        get_model_parallel_group=lambda: FakeGroup(rank, nranks, range(nranks, 2 * nranks)),
-        get_model_parallel_rank=lambda: rank,
-        get_model_parallel_world_size=lambda: nranks,
-        get_pipe_parallel_world_size=lambda: stages,
-    )
-
-
 @pytest.fixture
 def as_rank(monkeypatch):
-    """as_rank(rank, nranks): from now on we are that rank; gradients are left as they are on it."""
+    """as_rank(rank, nranks): from now on we are that rank of the second data-parallel copy, so that its global rank is
+    not that in the group; gradients are left as they are on it.
+    """
 
     def become(rank, nranks, stages=1):
-        monkeypatch.setattr(
-            "paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology(rank, nranks, stages)
-        )
+        topology = topology_of(FakeGroup(rank, nranks, range(nranks, 2 * nranks)), stages)
+        monkeypatch.setattr("paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology)
         monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: nranks + rank)
         monkeypatch.setattr(fleet_layer, "complete_grad", lambda levels, plan, group: list(levels))
 
