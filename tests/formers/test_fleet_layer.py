@@ -41,9 +41,11 @@ def built(monkeypatch):
     return plans
 
 
-def layer(number, sequence_parallel, **more):
-    config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False)
-    return Layer(config, number, **more)
+def layer(number, sequence_parallel, cls=Layer, full_recompute=False):
+    config = SimpleNamespace(
+        sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=full_recompute
+    )
+    return cls(config, layer_number=number)
 
 
 def masks(batch):
@@ -202,14 +204,13 @@ def test_subclasses_with_their_own_addition_get_the_mask(as_rank):
 
     mask, hidden, levels = some_case()
     as_rank(0, 1)
-    config = SimpleNamespace(sequence_parallel=False, apply_rope_fusion=False)
     given = {
         "hidden_states": paddle.to_tensor(hidden),
         "visual_pos_masks": paddle.to_tensor(mask),
         "deepstack_visual_emb": list(map(paddle.to_tensor, levels)),
     }
     with apply_to_qwen3_vl():
-        Own(config, 0)(given)
+        layer(0, False, Own)(given)
     assert isinstance(seen[0], paddle.Tensor)
 
 

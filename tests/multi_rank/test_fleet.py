@@ -20,8 +20,9 @@ from paddle_vl_sp.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
 from fleet_cases import BOTH, IMAGE, IMAGES, KIND_IDS, VIDEO, VOCAB, WIDTH, build, config
-from fleet_package import use_paddlefleet
 from formers_layer import formers_layer
+
+from stub_paddlefleet import use_paddlefleet
 
 NUM_LEVELS, INNER, PIXELS, BATCH, SEQ_LEN = 3, 8, 5, 2, 16
 SCALES = (0.9, 1.3, 0.7, 1.1)
