@@ -51,13 +51,13 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         loaded = LoadedPlans.pop_from(kwargs, "sequence")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if loaded is not None and ids is not None:
+            loaded.check_shape(ids)
         if loaded is not None or all(kwargs.get(pixels) is not None for pixels in PIXELS):
             _require_our_embedding(self)
         if loaded is None:
             return original(self, *args, **kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None:
-            loaded.check_shape(ids)
         own = {UPDATE: _own(self, loaded.update), GATHER: _own(self, loaded.gather)}
         if loaded.order is not None:
             own[ORDER] = loaded.order
