@@ -65,7 +65,7 @@ def operators(paddle) -> Extension:
     built_for = {"paddle": paddle.version.full_version, "commit": paddle.version.commit, "cuda": "0"}
     extension = Extension(
         "paddle_vl_sp._ops",
-        sources=[str(SOURCES / name) for name in ("ops.cc", "index_cpu.cc", "rows_cpu.cc")],
+        sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
         depends=[str(path) for path in SOURCES.iterdir()],
         include_dirs=[str(include), str(include / "third_party")],
         define_macros=[("PADDLE_WITH_CUSTOM_KERNEL", None), ("PADDLE_EXTENSION_NAME", "_ops")],
@@ -81,7 +81,7 @@ def operators(paddle) -> Extension:
         built_for["cuda"] = ",".join(cuda_architectures())
         extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]  # thrust, since CUDA 13
         extension.library_dirs.append(str(root / "lib64"))
-        extension.define_macros += [(name, None) for name in ("VLSP_WITH_CUDA", "PADDLE_WITH_CUDA", "PADDLE_NO_PYTHON")]
+        extension.define_macros.append(("VLSP_WITH_CUDA", None))
         extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     record = " ".join(f"{key}={value}" for key, value in built_for.items())
     extension.define_macros.append(("VLSP_BUILD", f'"vlsp-build {record} "'))
@@ -89,7 +89,7 @@ def operators(paddle) -> Extension:
 
 
 class BuildOperators(build_ext):
-    """Compiles the .cu files with nvcc; they know no Paddle, so the host compiler does all the rest."""
+    """Compiles the .cu files with nvcc; they do not include Paddle, so the host compiler does all the rest."""
 
     def build_extension(self, ext: Extension) -> None:
         if ext.cuda:

@@ -25,8 +25,6 @@ vlsp::Owned make_owned(const int64_t* intervals, int64_t count, int64_t local_le
   return {reinterpret_cast<const vlsp::Interval*>(intervals), count, local_len};
 }
 
-using RowsFunction = int (*)(const vlsp::RowArrays&, const vlsp::Pairs&, const vlsp::RowShape&, void*);
-
 }  // namespace
 
 extern "C" {
@@ -62,12 +60,24 @@ int vlsp_write_plan(const void* tokens, int64_t token_type, int64_t batch, int64
 int vlsp_rows(int64_t operation, void* hidden, int64_t hidden_type, void* features, int64_t feature_type,
               const int64_t* update, const int64_t* gather, int64_t num_pairs, int64_t num_rows,
               int64_t num_features, int64_t width, void* stream) {
-  constexpr RowsFunction kFunctions[] = {vlsp::replace_rows_cuda, vlsp::add_rows_cuda, vlsp::take_rows_cuda,
-                                         vlsp::zero_rows_cuda};
-  if (operation < 0 || operation > 3) return cudaErrorInvalidValue;
-  const vlsp::RowArrays arrays{hidden, static_cast<vlsp::ElementType>(hidden_type), features,
-                               static_cast<vlsp::ElementType>(feature_type)};
-  return kFunctions[operation](arrays, {update, gather, num_pairs}, {num_rows, num_features, width}, stream);
+  const auto type_of_hidden = static_cast<vlsp::ElementType>(hidden_type);
+  const auto type_of_features = static_cast<vlsp::ElementType>(feature_type);
+  const vlsp::Pairs pairs{update, gather, num_pairs};
+  const vlsp::RowShape shape{num_rows, num_features, width};
+  const vlsp::Rows to_hidden{hidden, type_of_hidden}, to_features{features, type_of_features};
+  const vlsp::ConstRows from_hidden{hidden, type_of_hidden}, from_features{features, type_of_features};
+  switch (operation) {
+    case 0:
+      return vlsp::replace_rows_cuda(to_hidden, from_features, pairs, shape, stream);
+    case 1:
+      return vlsp::add_rows_cuda(to_hidden, from_features, pairs, shape, stream);
+    case 2:
+      return vlsp::take_rows_cuda(to_features, from_hidden, pairs, shape, stream);
+    case 3:
+      return vlsp::zero_rows_cuda(to_hidden, pairs, shape, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // extern "C"

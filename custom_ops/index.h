@@ -1,5 +1,5 @@
-// Index building behind raw pointers: which rows of this rank's hidden states are visual tokens, and
-// which feature row each of them takes. Nothing here knows a framework.
+// Index building on raw pointers: which rows of this rank's hidden states are visual tokens, and
+// which feature row each of them takes. Nothing here depends on a framework.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ struct Owned {
   int64_t local_len;
 };
 
-// Where the pairs go, in reading order. `counts` receives {visual tokens of this rank, of the batch}:
-// what is there, also where it did not fit.
+// Where the pairs go, in reading order. `counts` receives {visual tokens of this rank, of the batch},
+// whether or not their pairs fit.
 struct Plan {
   int64_t* update;       // [capacity] row = b * local_len + local, or local * batch + b
   int64_t* gather;       // [capacity] feature row

@@ -1,4 +1,4 @@
-// A few neighbouring elements that travel in one access, and what is done with them.
+// Neighbouring elements that are loaded and stored in one access, and the operations on them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@ using Word = std::conditional_t<
     Bytes == 16, uint4,
     std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
 
-// Kept as it came until it is used: taken apart at once, many of them would fill the registers.
+// Unpacked only where it is used: many unpacked ones would need too many registers.
 template <typename T, int N>
 struct Pack {
   Word<sizeof(T) * N> word;

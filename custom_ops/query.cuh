@@ -1,5 +1,5 @@
-// What the index kernels are told, by value, and the two questions they ask of it: is a token visual, and
-// where is its position on this rank?
+// The arguments of the index kernels, by value, and what they compute from them: whether a token is visual,
+// and its local position on this rank.
 #pragma once
 
 #include <cuda_runtime.h>

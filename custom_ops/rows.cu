@@ -1,5 +1,5 @@
-// Row operations on a GPU: pure movement, so all that counts is the bytes in flight. Threads of a block stand
-// across the columns first and, where rows are narrow, down several rows; each has kPacks accesses under way.
+// Row operations on a GPU, limited by memory bandwidth. The threads of a block cover the columns of a row
+// and, where rows are narrow, several rows; each thread has kPacks accesses in flight.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace vlsp {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 4;       // a thread's accesses before the first use
+constexpr int kPacks = 4;       // accesses of a thread before it uses the first
 constexpr int kThreadRows = 4;  // feature rows a thread in a strip of take_rows
 constexpr int kAccessBytes = 16;
 constexpr int64_t kMaxGridY = 65535;
@@ -71,8 +71,8 @@ __device__ int64_t find_pair(const Pairs& pairs, int64_t feature, int thread) {
   return low;
 }
 
-// Strips of neighbouring feature rows: one search finds the pairs of all of them, and each pair tells its
-// feature row where to read.
+// Strips of neighbouring feature rows: one search finds the pairs of all of them, and each pair stores the
+// source of its feature row.
 template <typename H, typename F, int N>
 __global__ void __launch_bounds__(kThreads)
     take_strips(const Pack<H, N>* hidden, Pack<F, N>* features, Pairs pairs, RowShape shape) {
@@ -94,18 +94,18 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int j = threadIdx.y; j < min(int64_t{strip}, shape.num_features - start); j += blockDim.y) {
       const int64_t row = sources[j];
-      const bool named = row >= 0;
+      const bool used = row >= 0;
       Pack<H, N> taken[kPacks];
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         const int64_t column = first + k * blockDim.x;
-        if (named && column < shape.width) taken[k] = hidden[row * shape.width + column];
+        if (used && column < shape.width) taken[k] = hidden[row * shape.width + column];
       }
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         const int64_t column = first + k * blockDim.x;
         if (column >= shape.width) continue;
-        features[(start + j) * shape.width + column] = named ? convert<F>(taken[k]) : Pack<F, N>{};
+        features[(start + j) * shape.width + column] = used ? convert<F>(taken[k]) : Pack<F, N>{};
       }
     }
     __syncthreads();
@@ -132,15 +132,15 @@ bool fits(const void* data, int64_t width) {
   return width % N == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Pack<T, N>) == 0;
 }
 
-// Calls use(hidden, features, shape) with pointers to packs as wide as addresses and width allow.
-template <typename H, typename F, typename Use>
-int with_packs(const RowArrays& arrays, RowShape shape, Use use) {
-  constexpr int N = kAccessBytes / std::max(sizeof(H), sizeof(F));
-  if (fits<H, N>(arrays.hidden, shape.width) && fits<F, N>(arrays.features, shape.width)) {
+// Calls use(to, from, shape) with pointers to packs as wide as addresses and width allow.
+template <typename To, typename From, typename Use>
+int with_packs(void* to, const void* from, RowShape shape, Use use) {
+  constexpr int N = kAccessBytes / std::max(sizeof(To), sizeof(From));
+  if (fits<To, N>(to, shape.width) && fits<From, N>(from, shape.width)) {
     shape.width /= N;
-    use(static_cast<Pack<H, N>*>(arrays.hidden), static_cast<Pack<F, N>*>(arrays.features), shape);
+    use(static_cast<Pack<To, N>*>(to), static_cast<const Pack<From, N>*>(from), shape);
   } else {
-    use(static_cast<Pack<H, 1>*>(arrays.hidden), static_cast<Pack<F, 1>*>(arrays.features), shape);
+    use(static_cast<Pack<To, 1>*>(to), static_cast<const Pack<From, 1>*>(from), shape);
   }
   return cudaGetLastError();
 }
@@ -168,15 +168,15 @@ using Bits =
 enum class Values { kMoved, kComputed };
 
 template <Values values, typename Use>
-int with_arrays(const RowArrays& arrays, const RowShape& shape, Use use) {
-  return with_type(arrays.hidden_type, [&](auto hidden) {
-    return with_type(arrays.feature_type, [&](auto feature) {
-      using H = decltype(hidden);
-      using F = decltype(feature);
-      if constexpr (values == Values::kMoved && std::is_same_v<H, F>) {
-        return with_packs<Bits<H>, Bits<H>>(arrays, shape, use);
+int with_types(const Rows& to, const ConstRows& from, const RowShape& shape, Use use) {
+  return with_type(to.type, [&](auto written) {
+    return with_type(from.type, [&](auto read) {
+      using To = decltype(written);
+      using From = decltype(read);
+      if constexpr (values == Values::kMoved && std::is_same_v<To, From>) {
+        return with_packs<Bits<To>, Bits<To>>(to.data, from.data, shape, use);
       } else {
-        return with_packs<H, F>(arrays, shape, use);
+        return with_packs<To, From>(to.data, from.data, shape, use);
       }
     });
   });
@@ -192,40 +192,43 @@ void launch_change(Pack<H, N>* hidden, const Pack<F, N>* features, const Pairs& 
 
 }  // namespace
 
-int replace_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
+int replace_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, void* stream) {
   if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  return with_arrays<Values::kMoved>(
-      arrays, shape, [&](auto* hidden, auto* features, const RowShape& packed) {
-        launch_change<Change::kReplace>(hidden, features, pairs, packed, stream);
-      });
+  return with_types<Values::kMoved>(hidden, features, shape,
+                                    [&](auto* to, const auto* from, const RowShape& packed) {
+                                      launch_change<Change::kReplace>(to, from, pairs, packed, stream);
+                                    });
 }
 
-int add_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
+int add_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape,
+                  void* stream) {
   if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  return with_arrays<Values::kComputed>(
-      arrays, shape, [&](auto* hidden, auto* features, const RowShape& packed) {
-        launch_change<Change::kAdd>(hidden, features, pairs, packed, stream);
-      });
+  return with_types<Values::kComputed>(hidden, features, shape,
+                                       [&](auto* to, const auto* from, const RowShape& packed) {
+                                         launch_change<Change::kAdd>(to, from, pairs, packed, stream);
+                                       });
 }
 
-int take_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
+int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   void* stream) {
   if (shape.num_features == 0 || shape.width == 0) return cudaSuccess;
-  return with_arrays<Values::kMoved>(
-      arrays, shape, [&](auto* hidden, auto* features, const RowShape& packed) {
+  return with_types<Values::kMoved>(
+      features, hidden, shape, [&](auto* to, const auto* from, const RowShape& packed) {
         const Grid grid = cover(packed.width, packed.num_features, kThreadRows);
-        take_strips<<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(hidden, features,
-                                                                                         pairs, packed);
+        take_strips<<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(from, to, pairs,
+                                                                                         packed);
       });
 }
 
-int zero_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
+int zero_rows_cuda(const Rows& hidden, const Pairs& pairs, const RowShape& shape, void* stream) {
   if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  const RowArrays alone{arrays.hidden, arrays.hidden_type, arrays.hidden, arrays.hidden_type};
-  return with_type(arrays.hidden_type, [&](auto hidden) {
-    using H = Bits<decltype(hidden)>;
-    return with_packs<H, H>(alone, shape, [&](auto* rows, auto* none, const RowShape& packed) {
-      launch_change<Change::kZero>(rows, none, pairs, packed, stream);
-    });
+  return with_type(hidden.type, [&](auto element) {
+    using H = Bits<decltype(element)>;
+    return with_packs<H, H>(hidden.data, hidden.data, shape,
+                            [&](auto* rows, const auto* unused, const RowShape& packed) {
+                              launch_change<Change::kZero>(rows, unused, pairs, packed, stream);
+                            });
   });
 }
 

@@ -1,4 +1,4 @@
-// Row operations behind raw pointers. hidden is [num_rows, width], features is [num_features, width];
+// Row operations on raw pointers. hidden is [num_rows, width], features is [num_features, width];
 // pair i joins row update[i] with feature row gather[i]. Rows are unique, so nothing needs an atomic.
 // Pairs with an index outside its table (-1 pads a fixed-size plan) are skipped.
 #pragma once
@@ -21,31 +21,40 @@ struct RowShape {
   int64_t width;
 };
 
-// A feature is first converted to the type of hidden, then moved or added; where both types are the same,
-// moving keeps every bit. Sums are made in float (double where hidden is double) and rounded once.
-// The CUDA forms make one launch on `stream` (a cudaStream_t), none where there is nothing to do, and
-// return a cudaError_t.
-struct RowArrays {
-  void* hidden;  // [num_rows, width]
-  ElementType hidden_type;
-  void* features;  // [num_features, width]
-  ElementType feature_type;
+// An array of rows that is written, and one that is only read.
+struct Rows {
+  void* data;
+  ElementType type;
 };
 
+struct ConstRows {
+  const void* data;
+  ElementType type;
+};
+
+// The array that is written comes first. A feature is first converted to the type of hidden, then moved or
+// added; where both types are the same, moving keeps every bit. Sums are made in float (double where hidden
+// is double) and rounded once. The CUDA forms make one launch on `stream` (a cudaStream_t), none where there
+// is nothing to do, and return a cudaError_t.
+
 // hidden[update] = features[gather]
-void replace_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape);
-int replace_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream);
+void replace_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape);
+int replace_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, void* stream);
 
 // hidden[update] += features[gather]
-void add_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape);
-int add_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream);
+void add_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape);
+int add_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape,
+                  void* stream);
 
 // features[gather] = hidden[update], zero elsewhere: writes every element of features
-void take_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape);
-int take_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream);
+void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape);
+int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   void* stream);
 
-// hidden[update] = 0; features is not looked at
-void zero_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape);
-int zero_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream);
+// hidden[update] = 0, in pairs whose feature row is in its table too
+void zero_rows_cpu(const Rows& hidden, const Pairs& pairs, const RowShape& shape);
+int zero_rows_cuda(const Rows& hidden, const Pairs& pairs, const RowShape& shape, void* stream);
 
 }  // namespace vlsp

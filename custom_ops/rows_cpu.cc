@@ -81,61 +81,62 @@ void with_type(ElementType type, Use use) {
   }
 }
 
-// Calls use(hidden, features) with typed pointers.
+// Calls use(to, from) with typed pointers.
 template <class Use>
-void with_arrays(const RowArrays& arrays, Use use) {
-  with_type(arrays.hidden_type, [&](auto hidden) {
-    with_type(arrays.feature_type, [&](auto feature) {
-      auto* hidden_rows = static_cast<decltype(hidden)*>(arrays.hidden);
-      auto* feature_rows = static_cast<decltype(feature)*>(arrays.features);
-      for_this_cpu([&] { use(hidden_rows, feature_rows); });
+void with_types(const Rows& to, const ConstRows& from, Use use) {
+  with_type(to.type, [&](auto written) {
+    with_type(from.type, [&](auto read) {
+      auto* target = static_cast<decltype(written)*>(to.data);
+      const auto* source = static_cast<const decltype(read)*>(from.data);
+      for_this_cpu([&] { use(target, source); });
     });
   });
 }
 
 }  // namespace
 
-void replace_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape) {
+void replace_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape) {
   const int64_t width = shape.width;
-  with_arrays(arrays, [&](auto* hidden, const auto* features) {
+  with_types(hidden, features, [&](auto* to, const auto* from) {
     for_each_run(pairs, shape, [=](int64_t row, int64_t feature, int64_t length) {
-      convert_all(hidden + row * width, features + feature * width, length * width);
+      convert_all(to + row * width, from + feature * width, length * width);
     });
   });
 }
 
-void add_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape) {
+void add_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape) {
   const int64_t width = shape.width;
-  with_arrays(arrays, [&](auto* hidden, const auto* features) {
+  with_types(hidden, features, [&](auto* to, const auto* from) {
     for_each_run(pairs, shape, [=](int64_t row, int64_t feature, int64_t length) {
-      add_all(hidden + row * width, features + feature * width, length * width);
+      add_all(to + row * width, from + feature * width, length * width);
     });
   });
 }
 
-void take_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape) {
+void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape) {
   const int64_t width = shape.width;
-  with_arrays(arrays, [&](const auto* hidden, auto* features) {
+  with_types(features, hidden, [&](auto* to, const auto* from) {
     int64_t next = 0;  // feature rows below it are written
     const auto zero_up_to = [&](int64_t feature) {
       const int64_t gap = feature - next;
-      if (gap > 0 && width > 0) std::memset(features + next * width, 0, gap * width * sizeof(*features));
+      if (gap > 0 && width > 0) std::memset(to + next * width, 0, gap * width * sizeof(*to));
     };
     for_each_run(pairs, shape, [&](int64_t row, int64_t feature, int64_t length) {
       zero_up_to(feature);
-      convert_all(features + feature * width, hidden + row * width, length * width);
+      convert_all(to + feature * width, from + row * width, length * width);
       next = std::max(next, feature + length);
     });
     zero_up_to(shape.num_features);
   });
 }
 
-void zero_rows_cpu(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape) {
-  with_type(arrays.hidden_type, [&](auto element) {
-    auto* hidden = static_cast<decltype(element)*>(arrays.hidden);
+void zero_rows_cpu(const Rows& hidden, const Pairs& pairs, const RowShape& shape) {
+  with_type(hidden.type, [&](auto element) {
+    auto* rows = static_cast<decltype(element)*>(hidden.data);
     const int64_t row_bytes = shape.width * static_cast<int64_t>(sizeof(element));
     for_each_run(pairs, shape, [&](int64_t row, int64_t, int64_t length) {
-      std::memset(hidden + row * shape.width, 0, length * row_bytes);
+      std::memset(rows + row * shape.width, 0, length * row_bytes);
     });
   });
 }

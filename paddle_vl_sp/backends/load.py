@@ -92,6 +92,9 @@ def _load_operators(folder: Path) -> dict[str, str]:
         load_op_meta_info_and_register_op(str(libraries[-1]))
     except (OSError, RuntimeError, ValueError) as error:
         raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}") from error
+    from paddle_vl_sp.backends import operators
+
+    operators.learn_references(libraries[-1])
     return info
 
 

@@ -1,6 +1,10 @@
-"""The operations of `plain`, with the same signatures, by the custom operators; `dispatch` decides which is used."""
+"""The operations of `plain`, with the same signatures, by custom operators. `dispatch` decides when they are used."""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.backends import plain
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.log import logger
 
 MAX_PLACEHOLDERS = 8
 MAX_INLINE_INTERVALS = 8
@@ -110,30 +115,76 @@ def add_rows_inplace(hidden: Tensor, features: Tensor, update: Tensor, gather: T
 class _AddRowsInplace(PyLayer):  # type: ignore[misc]  # a custom operator's own gradient leaves `hidden` the old graph
     @staticmethod
     def forward(ctx: PyLayerContext, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-        ctx.save_for_backward(update, gather)
         ctx.needs_features = not features.stop_gradient
-        ctx.features = (features.shape[0] if ctx.needs_features else 0, _element_type(features))
+        ctx.save_for_backward(update, gather, _like(features.shape[0] if ctx.needs_features else 0, features))
+        ctx.feature_type = _element_type(features)
         _run("vlsp_add_rows_", hidden, features, update, gather)
         return hidden
 
     @staticmethod
     @differentiable_once
     def backward(ctx: PyLayerContext, out_grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden_grad, feature_grad = _run("vlsp_add_rows_back", out_grad, *ctx.saved_tensor(), *ctx.features)
+        hidden_grad, feature_grad = _run("vlsp_add_rows_back", *ctx.saved_tensor(), out_grad, ctx.feature_type)
         return hidden_grad, feature_grad if ctx.needs_features else None
 
 
 def _run_rows(name: str, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
     if paddle.in_dynamic_mode():
-        if not paddle.is_grad_enabled():  # custom operators ignore no_grad
+        if not paddle.is_grad_enabled():  # which custom operators do not check
             hidden, features = hidden.detach(), features.detach()
-        num_features, like_features = features.shape[0], gather  # the second is not read
+        like_features = _like(features.shape[0], features)
     else:
-        # only its height is read: int64, since the predictor's kernels for slices of floats have crashed
-        num_features, like_features = -1, paddle.zeros([paddle.shape(features)[0], 0], dtype="int64")
-    (out,) = _run(name, hidden, features, update, gather, like_features, num_features, _element_type(features))
+        like_features = paddle.zeros([paddle.shape(features)[0], 0], dtype="int64")
+    (out,) = _run(name, hidden, features, update, gather, like_features, _element_type(features))
     return out
+
+
+def _like(num_features: int, features: Tensor) -> Tensor:
+    """[num_features, 0], beside the features: how many there are, for gradients, which need nothing else of them."""
+    return paddle.empty([num_features, 0], dtype="int64", device=features.place)
 
 
 def _element_type(x: Tensor) -> int:
     return ELEMENT_TYPES.index(x.dtype)
+
+
+def learn_references(library: Path) -> None:
+    """Lets `add_rows` return the gradient it receives without a copy, where nothing else refers to that gradient.
+
+    Backward passes of one row count the references that autograd holds to a gradient that no user keeps. If the count
+    is the same for one that is kept, the two cannot be told apart, and every gradient is copied.
+    """
+    operators = ctypes.CDLL(str(library))
+    operators.vlsp_last_references.restype = ctypes.c_int64
+    operators.vlsp_set_unshared_references.argtypes = [ctypes.c_int64]
+    with paddle.base.dygraph.guard(paddle.CPUPlace()), paddle.enable_grad():
+        ways = (add_rows, add_rows_inplace)
+        unkept = {_references(operators, add, lambda out: None) for add in ways}
+        kept = {_references(operators, add, keep) for add in ways for keep in (Tensor.retain_grads, _keep_by_hook)}
+    known = len(unkept) == 1 and unkept.isdisjoint(kept)
+    operators.vlsp_set_unshared_references(min(unkept) if known else 0)
+    if not known:
+        logger.warning(
+            "every gradient of add_rows is copied, which is slower: with this Paddle, a gradient that no user keeps "
+            "has %s references and one that is kept has %s",
+            sorted(unkept),
+            sorted(kept),
+        )
+
+
+def _references(operators: ctypes.CDLL, add: Callable[..., Tensor], keep: Callable[[Tensor], object]) -> int:
+    """How many references to its gradient `add` finds in a backward pass, where keep(out) may add one."""
+    hidden, features = paddle.zeros([1, 1]), paddle.zeros([1, 1])
+    hidden.stop_gradient = features.stop_gradient = False
+    first = paddle.zeros([1], "int64")
+    out = add(hidden * 1, features, first, first)
+    kept = keep(out)
+    out.sum().backward()
+    del kept
+    return int(operators.vlsp_last_references())
+
+
+def _keep_by_hook(out: Tensor) -> list[Tensor]:
+    kept: list[Tensor] = []
+    out.register_hook(kept.append)
+    return kept

@@ -211,6 +211,8 @@ def _run_task(folder: Path, rank: str) -> Any:
 
     paddle.set_device("cpu")
     paddle.distributed.init_parallel_env()
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.barrier()  # the others join through the first rank, which must not end before they have
     fn: Any = importlib.import_module(task["module"])
     for part in task["name"].split("."):
         fn = getattr(fn, part)

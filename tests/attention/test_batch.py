@@ -93,6 +93,7 @@ def test_batch_of_more_than_one_and_padding_at_the_end():
 
 
 def test_what_has_no_sequence_is_whole_and_the_rest_must_be_named():
+    """Identity for what is whole, exact for what is cut, and an error that names what is neither."""
     layout = SeqLayout(4, cp_size=2)
     pixels = np.zeros((7, 3))
     batch = {"input_ids": np.arange(4)[None], "pixel_values": pixels, "note": "text", "nothing": None}
@@ -123,6 +124,7 @@ def test_what_says_which_labels_count_is_shifted_with_them(name):
 
 
 def test_a_known_name_that_is_named_whole_is_whole():
+    """Identity: the very arrays that were given."""
     layout = SeqLayout(4, sp_size=2, sp_rank=1)
     table, mask = np.arange(7), np.ones((1, 1, 4, 4))
     batch = {"input_ids": np.arange(4)[None], "token_type_ids": table, "attention_mask": mask, "loss_mask": [1, 2]}
@@ -157,12 +159,14 @@ def test_float16_arrays_on_the_cpu():
 
 
 def test_the_input_is_not_written():
+    """Exact: the caller's array after a shift that pads."""
     ids = np.arange(5)[None]
     shard_batch({"labels": ids, "input_ids": ids}, padded_layout(5, cp_size=2), shift_labels=True)
     assert ids.tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_refused_boundaries():
+    """Refused before anything is cut, with both numbers."""
     layout = padded_layout(12, cu_seqlens=(0, 5, 12), cp_size=2)
     ids = np.zeros((1, 12), "int64")
     with pytest.raises(
@@ -190,13 +194,14 @@ def test_unshard_of_one_rank_takes_padding_out():
 
 
 def test_refused_unshard():
+    """Refused before anything is sent: FakeGroup cannot send."""
     layout = SeqLayout(8, cp_size=2, cp_rank=1)
     x = paddle.zeros([1, 4])
     with pytest.raises(ValueError, match="all 2 x 1 ranks of the layout, this one being number 1; it says rank 0 of 2"):
         unshard(x, layout, FakeGroup(0, 2), axis=1)
     with pytest.raises(ValueError, match=r"axis 0 of x \[1, 4\] must be this rank's 4 positions"):
         unshard(x, layout, FakeGroup(1, 2), axis=0)
-    with pytest.raises(ValueError, match="grad must be 'partial' or 'whole', got 'sum'"):
+    with pytest.raises(ValueError, match="grad must be one of 'partial', 'whole', got 'sum'"):
         unshard(x, layout, FakeGroup(1, 2), axis=1, grad="sum")
 
 
@@ -211,6 +216,7 @@ def test_a_rank_without_positions_gets_empty_arrays(on_paddle):
 
 
 def test_a_rank_without_positions_has_no_loss_but_a_graph():
+    """Shapes: the gradient is empty, not missing."""
     logits = paddle.zeros([2, 0, 5])
     logits.stop_gradient = False
     losses = token_losses(logits, paddle.zeros([2, 0], "int64"))

@@ -1,5 +1,7 @@
 """Attention in parts: the kernels, how parts are merged, and which kernel serves."""
 
+import re
+
 import numpy as np
 import paddle
 import pytest
@@ -136,6 +138,7 @@ class Place:
 
 
 def test_flash_serves_where_it_can(monkeypatch):
+    """The choice and the reason for it, by descriptions of tensors: no GPU is needed."""
     monkeypatch.setattr(kernels, "_before_ampere", lambda: False)
     chosen = choose_kernel(Described(), Described())
     assert isinstance(chosen.kernel, Flash)
@@ -153,11 +156,11 @@ def test_flash_serves_where_it_can(monkeypatch):
     ],
 )
 def test_blockwise_serves_elsewhere_and_says_why(q, v, reason, monkeypatch):
+    """The choice and the reason for it, one for each obstacle."""
     monkeypatch.setattr(kernels, "_before_ampere", lambda: "capability" in reason)
     chosen = choose_kernel(q, v)
     assert isinstance(chosen.kernel, Blockwise)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(str(chosen))
+    assert re.search(reason, str(chosen))
 
 
 @pytest.mark.parametrize("needing", ["v", "q", "kv", ""])

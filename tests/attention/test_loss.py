@@ -51,6 +51,7 @@ def test_weights_have_a_gradient_too(num_tokens):
 
 
 def test_without_any_token_the_gradient_of_weights_is_zero():
+    """Exact zeros, not NaN: the loss and both gradients."""
     logits, weights = arrays()
     loss = sequence_parallel_loss(logits, paddle.full([1, 4], -100, "int64"), group=None, weights=weights)
     assert loss.item() == 0

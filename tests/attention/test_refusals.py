@@ -36,11 +36,13 @@ def refused(match, function, *args, **options):
 
 
 def test_ring_and_group_must_agree():
+    """Refused with both ranks and sizes."""
     refused("rank 1 of 2, but the group says rank 0 of 2", ring_attention, *qkv(), layout=RING, group=FakeGroup(0, 2))
     refused("rank 1 of 2, but the group says rank 1 of 4", ring_attention, *qkv(), layout=RING, group=FakeGroup(1, 4))
 
 
 def test_ring_rows_must_be_the_share():
+    """Refused with both numbers of rows and the way out."""
     refused(
         "q has 8 rows, the layout's cp share is 4: pass the rank's own share",
         ring_attention,
@@ -59,6 +61,7 @@ def test_ring_rows_must_be_the_share():
 
 
 def test_shapes_and_dtypes():
+    """Refused with the shapes, dtypes or heads that were got."""
     q, k, v = qkv()
     refused(r"must be \[B, S_local, heads, D\], got q \[1, 4, 32\]", packed_attention, q.flatten(2), k, v)
     refused("one dtype, got .*float16", packed_attention, q.astype("float16"), k, v)
@@ -67,6 +70,7 @@ def test_shapes_and_dtypes():
 
 
 def test_packed_is_one_row():
+    """Refused with the batch size, by all three functions."""
     refused("one packed row, B = 1, got B = 2", ring_attention, *qkv(batch=2), layout=PACKED, group=TWO)
     refused("one packed row, B = 1, got B = 2", packed_attention, *qkv(batch=2), cu_seqlens=(0, 1, 4))
     uneven = SeqLayout(8, sp_size=2, sp_rank=1, cu_seqlens=(0, 5, 8))
@@ -74,6 +78,7 @@ def test_packed_is_one_row():
 
 
 def test_ulysses_heads():
+    """Refused with the heads and the ranks, and what chooses better."""
     refused(
         "3 query heads do not divide over 2 ranks.*choose_degrees",
         ulysses_attention,
@@ -88,6 +93,7 @@ def test_ulysses_heads():
 
 
 def test_ulysses_layouts():
+    """Refused with the layout's cut and the group's."""
     refused("pass attention=functools.partial.ring_attention", ulysses_attention, *qkv(), group=TWO,
             layout=SeqLayout(16, cp_size=2, sp_size=2, sp_rank=1))  # fmt: skip
     refused(
@@ -104,6 +110,7 @@ def test_ulysses_layouts():
 
 
 def test_ulysses_boundaries_belong_to_the_built_in_attention():
+    """Refused: boundaries that the given attention would not see."""
     refused("bind it to your own", ulysses_attention, *qkv(), group=TWO, attention=packed_attention, cu_seqlens=(0, 8))
     packed = SeqLayout(8, sp_size=2, sp_rank=1, cu_seqlens=(0, 3, 8))
     opaque = [full_attention, lambda q, k, v, **options: v, partial(full_attention, cu_seqlens=None)]
@@ -162,6 +169,7 @@ def delta(rows=4, key_heads=2, value_heads=4, **shapes):
 
 
 def test_linear_attention_has_no_ring():
+    """Refused: a state that runs through the sequence cannot go around a ring."""
     refused(
         "linear attention cannot run on a ring.*zigzag, cp_size 2", gated_delta_net_sp, *delta(), group=TWO, layout=RING
     )
@@ -170,6 +178,7 @@ def test_linear_attention_has_no_ring():
 
 
 def test_linear_attention_heads():
+    """Refused with the heads and the ranks."""
     refused(
         "1 key heads and 4 value heads do not divide over 2 ranks", gated_delta_net_sp, *delta(key_heads=1), group=TWO
     )
@@ -178,11 +187,13 @@ def test_linear_attention_heads():
 
 
 def test_linear_attention_shapes():
+    """Refused with the shapes that were expected."""
     q = paddle.zeros([1, 4, 2, 8])
     refused(r"q and k must be \[B, S_local, Hk, Dk\]", gated_delta_net_sp, q[0], q, q, q, q, group=TWO)
 
 
 def test_linear_attention_channels():
+    """Refused with the channels of the weight and those of q, k and v."""
     refused(
         "conv_weight has 60 channels, q, k and v have .16, 16, 32., together 64",
         gated_delta_net_sp, *delta(), group=TWO, conv_weight=paddle.zeros([60, 4]),
@@ -190,6 +201,7 @@ def test_linear_attention_channels():
 
 
 def test_loss():
+    """Refused with both shapes, or the number that was got."""
     logits, labels = paddle.zeros([1, 4, 5]), paddle.zeros([1, 5], "int64")
     refused(r"logits \[1, 4, 5\] need labels \[1, 4\], got \[1, 5\]", token_losses, logits, labels)
     refused(
@@ -198,6 +210,7 @@ def test_loss():
 
 
 def test_emulated_groups():
+    """Refused with the ranks that were named."""
     refused(r"made by its members, each named once; rank 0 got ranks \[1, 2\]", SubGroup, [1, 2])
     refused(r"each named once; rank 0 got ranks \[0, 0\]", SubGroup, [0, 0])
     refused(r"even number of members, got \[0, 1, 2\]: its exchanges go in pairs", SubGroup, [0, 1, 2])

@@ -157,6 +157,7 @@ def test_the_ring_walked_by_hand_equals_full_attention(case):
 
 
 def test_lengths_are_held_against_the_layout():
+    """Refused with both numbers."""
     layout = SeqLayout(16, cp_size=2, cu_seqlens=(0, 8, 16))
     with pytest.raises(ValueError, match="lengths names 1 segments, the layout has 2"):
         ring_schedule(layout, True, (5,))

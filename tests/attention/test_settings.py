@@ -103,6 +103,7 @@ def search_for_nan():
 
 
 def test_paddles_search_for_nan_finds_none():
+    """No infinite value anywhere, forward and backward, in a process that would end at the first."""
     run = subprocess.run(
         [sys.executable, "-c", "import test_settings; test_settings.search_for_nan()"],
         cwd=__file__.rpartition("/")[0], capture_output=True, text=True, timeout=200, check=False,

@@ -15,12 +15,14 @@ from paddle_vl_sp.testing import FakeGroup
     ("kv_heads", "world", "ulysses", "ring"), [(4, 16, 4, 4), (8, 8, 8, 1), (3, 8, 1, 8), (6, 4, 2, 2), (2, 1, 1, 1)]
 )
 def test_degrees(kv_heads, world, ulysses, ring):
+    """Exact degrees, and the sum that they come from."""
     degrees = choose_degrees(kv_heads, world)
     assert (degrees.ulysses, degrees.ring) == (ulysses, ring)
     assert f"gcd({kv_heads} key heads, {world} ranks) = {ulysses}" in str(degrees)
 
 
 def test_rows_and_columns():
+    """Exact members; a number of ranks that does not divide is refused."""
     assert rows_and_columns([8, 9, 10, 11, 12, 13], 2) == (
         [[8, 9], [10, 11], [12, 13]],
         [[8, 10, 12], [9, 11, 13]],
@@ -84,6 +86,7 @@ class Topology:
 
 
 def test_groups_of_fleet():
+    """Sizes and members, by a double of fleet's topology; no axis at all is refused."""
     groups = groups_from_fleet(Topology(2, 4))
     assert (groups.ulysses.nranks, groups.ring.nranks) == (2, 4)
     alone = groups_from_fleet(Topology(4, 1))
@@ -93,6 +96,7 @@ def test_groups_of_fleet():
 
 
 def test_one_axis_of_fleet_is_split(monkeypatch):
+    """Exact members of both groups; two axes are not split again."""
     monkeypatch.setattr(dist, "new_group", tuple)
     groups = groups_from_fleet(Topology(4, 1), ulysses=2)
     assert (groups.ulysses, groups.ring) == ((0, 1), (1, 3))

@@ -172,6 +172,7 @@ PROGRAMS = [f"{name}_{form}" for name in (*RULES, "packed") for form in ("exact"
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "int32", "bool", "add_float32", "add_float16"])
 def test_a_loaded_program_gives_the_slow_answer(folder, program):
+    """Bit-exact with the oracle, shapes and dtypes too, by paddle.jit.load and by the inference predictor."""
     compared = 0
     for want, got in folder.outcomes(program):
         if want is None:
@@ -206,6 +207,7 @@ def test_a_padded_program_has_no_shape_that_depends_on_data(tmp_path):
 
 
 def test_the_layer_itself_is_what_it_was_before_it_was_saved(tmp_path):
+    """Equal: paddle.jit.save would leave a traced forward on the layer."""
     builder = IndexBuilder((IMAGE,), sequence_first=True)
     forward = builder.forward
     save(builder, str(tmp_path / "x"))
@@ -242,6 +244,7 @@ def test_pairs_to_be_skipped(name, dtype):
 
 
 def test_the_interval_table_of_the_docstring():
+    """Exact; filled up with empty intervals, or refused where there is no room."""
     layout = SeqLayout(12, cu_seqlens=(0, 4, 12), cp_size=2)
     assert interval_table(layout).tolist() == [[0, 1, 0], [3, 3, 1], [10, 2, 4]]
     assert interval_table(layout, 4).tolist()[3] == [12, 0, 6]
@@ -251,6 +254,7 @@ def test_the_interval_table_of_the_docstring():
 
 
 def test_what_cannot_be_saved_is_refused():
+    """Refused before a program is made, with what does not go together."""
     with pytest.raises(ValueError, match="do not go together"):
         IndexBuilder((1,), sequence_first=True, packed=True, padded=True, remainder="front")
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -284,6 +288,7 @@ def test_the_import_says_when_operators_cannot_be_loaded(switch, fails):
     "options", [["--packed", "--padded", "--cp-size", "2"], ["--sp-size", "2", "--sequence-first"]]
 )
 def test_the_tool_writes_and_checks(tmp_path, options):
+    """The tool's own comparison with eager mode passes, and its files are there."""
     command = [sys.executable, str(TOOLS / "export_static.py"), str(tmp_path), "--ids", "5", "6", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -273,6 +273,7 @@ def test_a_stack_under_sp_has_formers_bits_and_every_gradient(monkeypatch, size,
 
 
 def test_a_plan_for_other_hidden_states_is_refused():
+    """Refused before anything is added, with both shapes or numbers."""
     given, levels, _ = a_dict(some_mask(2, 8, 0.5, seed=3), 1)
     with pytest.raises(ValueError, match=r"visual tokens but \d+ feature rows"):
         made_layer()(given | {LEVELS: [levels[0][:-1]], UPDATE: None, GATHER: None})

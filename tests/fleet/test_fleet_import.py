@@ -7,6 +7,7 @@ import pytest
 
 
 def test_without_paddlefleet_the_import_says_what_to_install():
+    """An ImportError that says what to install, in a process of its own."""
     code = "import sys; sys.modules['paddlefleet'] = None; import paddle_vl_sp.fleet"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -15,6 +16,7 @@ def test_without_paddlefleet_the_import_says_what_to_install():
 
 
 def test_a_class_whose_base_is_missing_says_so(monkeypatch):
+    """An ImportError for a base that is missing, an AttributeError for a name that never was."""
     from paddle_vl_sp import fleet
 
     monkeypatch.setitem(sys.modules, "paddlefleet.models.qwen3_vl.embedding", None)

@@ -108,6 +108,7 @@ def spoiled(ids, spoil):
     ],
 )
 def test_a_plan_that_cannot_be_of_this_batch_is_refused(spoil, says):
+    """Refused before any write, each with its own words."""
     ids = some_ids(IMAGES, 2, 8)
     update, gather = spoiled(ids, spoil)
     batch = a_batch(ids, IMAGES, 1) | {UPDATE: update, GATHER: gather}
@@ -194,12 +195,14 @@ def spoiled_batch(spoil):
     ],
 )
 def test_features_that_do_not_match_are_refused_with_both_numbers(spoil, says):
+    """Refused before any write."""
     embedding = build(config(), ours())
     with pytest.raises(ValueError, match=says):
         run(embedding, spoiled_batch(spoil))
 
 
 def test_combinations_that_cannot_be_right_are_refused_by_name(monkeypatch):
+    """Refused before any write, with the settings that do not go together."""
     batch = a_batch(some_ids(IMAGES, 2, 8), IMAGES, 2)
     with pytest.raises(ValueError, match=r"multi-token prediction .* with 2 deepstack levels"):
         run(build(config(num_nextn_predict_layers=1), ours()), batch)
@@ -242,6 +245,7 @@ def test_mtp_without_levels_is_upstreams_business():
 
 
 def test_a_missing_group_under_sp_is_an_error_with_a_mend():
+    """An error that says what to call first."""
     embedding = build(config(sequence_parallel=True), ours())
     with pytest.raises(ValueError, match=r"no tensor-parallel group.*initialize_model_parallel"):
         run_without_group(embedding, a_batch(some_ids(IMAGES, 2, 8), IMAGES, 2))

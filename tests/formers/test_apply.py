@@ -192,12 +192,14 @@ def test_switched_off_by_the_environment(monkeypatch):
 
 
 def test_without_paddleformers_nothing_is_pretended(monkeypatch):
+    """An ImportError that says what to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="paddleformers is not installed: pip install"):
         apply_to_qwen3_vl()
 
 
 def test_the_check_switch_knows_two_words(monkeypatch):
+    """0 and 1; anything else is refused with what was got."""
     from paddle_vl_sp.verify import checking
 
     for value, means in (("0", False), ("1", True)):
@@ -352,8 +354,10 @@ def test_plugin_as_paddleformers_loads_it(switch, replaced):
 
 
 def test_only_the_first_rank_says_what_was_done():
+    """Nothing on another rank's stderr."""
     assert "paddle_vl_sp: Qwen3-VL" not in ran(PLUGIN, PADDLE_TRAINER_ID="1").stderr
 
 
 def test_at_level_debug_every_method_is_told():
+    """By name."""
     assert "Qwen3VLTextModel._deepstack_process" in ran(PLUGIN, PADDLE_VL_SP_LOG="debug").stderr

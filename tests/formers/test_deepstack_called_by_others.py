@@ -54,6 +54,7 @@ def test_another_mask_than_the_planned_one_goes_to_the_original():
 
 
 def test_a_check_that_fails_says_by_how_much():
+    """Exact numbers, or both shapes and dtypes."""
     one = paddle.ones([2, 3])
     with pytest.raises(DiffersFromUpstream, match=r"1 of 6 values differ, by 0\.5 at most"):
         check_result("it", one, paddle.to_tensor([[1, 1, 1], [1, 1.5, 1]], "float32"), "")
@@ -70,5 +71,6 @@ def test_the_check_takes_nan_for_equal_to_nan():
 
 
 def test_a_model_without_head_norms_is_a_line():
+    """One line of the report, which says why."""
     (line,) = norms.mark_head_norms(paddle.nn.Linear(2, 2))
     assert line.why == "Linear has none of the plain classes'"

@@ -34,6 +34,7 @@ def test_table_says_the_numbers():
 
 
 def test_without_paddleformers(monkeypatch, capsys):
+    """Exit code 1, and what to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 1

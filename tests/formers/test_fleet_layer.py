@@ -321,6 +321,7 @@ def test_a_plan_for_another_degree_is_refused(as_rank, dist_model, planned, is_c
 
 
 def test_without_sequence_parallelism_the_one_plan_is_everybodys(as_rank, dist_model):
+    """Exact indices, on a rank that is not the first."""
     as_rank(3, 4)
     dist_model.sequence_parallel_lm = False
     ids = np.array([[1, IMAGE, 1, 1]])
@@ -331,6 +332,7 @@ def test_without_sequence_parallelism_the_one_plan_is_everybodys(as_rank, dist_m
 
 
 def test_a_batch_that_was_padded_after_planning_is_refused(as_rank, dist_model):
+    """Refused with both shapes."""
     as_rank(0, 2)
     ids = np.full((2, 8), IMAGE)
     plans = plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=2)

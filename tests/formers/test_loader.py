@@ -164,6 +164,7 @@ def test_plans_for_another_cut_are_refused(planned, wanted):
 
 
 def test_swapped_placeholder_ids_are_found_by_the_check(monkeypatch):
+    """Under PADDLE_VL_SP_CHECK=1 an error with the right order; a number of ids that is not two is always one."""
     model = tiny.tiny_qwen3_vl()
     batch = PlanningCollate(dict, IDS[::-1], cut="flattened")(tiny.draw_batch(SAMPLES["both"], 96, seed=3))
     monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")

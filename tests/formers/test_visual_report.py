@@ -101,12 +101,14 @@ def test_by_the_environment(tmp_path, monkeypatch, asked):
 
 
 def test_an_unknown_word_is_refused(monkeypatch):
+    """Refused with what was got."""
     monkeypatch.setenv(REPORT, "yes")
     with pytest.raises(ValueError, match="PADDLE_VL_SP_REPORT must be 0 or 1, got 'yes'"):
         callback.report_if_asked()
 
 
 def test_switched_off_it_is_off(monkeypatch):
+    """No callback: PADDLE_VL_SP=0 goes before the report's own switch."""
     monkeypatch.setattr(callback, "DEFAULT_CALLBACKS", [])
     monkeypatch.setenv("PADDLE_VL_SP", "0")
     monkeypatch.setenv(REPORT, "1")
@@ -134,6 +136,7 @@ def test_trainings_do_not_mix(tmp_path, caplog):
 
 
 def test_asked_for_twice_it_is_there_once(tmp_path, monkeypatch):
+    """Identity, and before all other callbacks."""
     monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", [*trainer_module.DEFAULT_CALLBACKS, VisualReport])
     trainer = a_trainer(tmp_path)
     report = report_to(trainer)
@@ -144,6 +147,7 @@ def test_asked_for_twice_it_is_there_once(tmp_path, monkeypatch):
 
 
 def test_logs_of_an_evaluation_are_left_alone():
+    """Equal: no key is added."""
     report, logs = VisualReport(), {"eval_loss": 1.0}
     report.on_train_begin(None, None, None)
     report.on_log(None, None, None, logs=logs)

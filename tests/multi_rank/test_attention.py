@@ -1,8 +1,6 @@
 """Real processes: attention, linear attention, loss and batches cut over 2 and 4 ranks equal the whole on one."""
 
-import functools
 import itertools
-import traceback
 from functools import partial
 
 import numpy as np
@@ -30,8 +28,8 @@ from paddle_vl_sp.attention.delta import causal_conv
 from paddle_vl_sp.attention.reference import full_attention, recurrent_delta_rule
 from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.comm.exchange import all_to_all
-from paddle_vl_sp.testing import RanksFailed, run_ranks
 from paddle_vl_sp.testing.subgroup import SubGroup
+from rank_cases import hold, pairs
 
 TOLERANCE = 1e-5  # fp32, relative to the largest value of each array
 GARBAGE = 30.0  # what padding holds: an output that saw it is far off
@@ -578,39 +576,11 @@ FOUR_RANKS = {
 }
 
 
-def run_cases(names):
-    """Every case, with the story of those that failed; a case communicates first and compares then."""
-    stories = {}
-    for name in names:
-        try:
-            ({**CASES, **TWO_RANKS, **FOUR_RANKS})[name]()
-            stories[name] = ""
-        except AssertionError:
-            stories[name] = traceback.format_exc(limit=-3)
-    return stories
-
-
 THREE_RANKS = ("ring, packed [6, 10, 3]", "loss", "all-to-all")
-LAUNCHES = {2: (*CASES, *TWO_RANKS), 3: THREE_RANKS, 4: (*CASES, *FOUR_RANKS)}
+LAUNCHES = {2: CASES | TWO_RANKS, 3: {name: CASES[name] for name in THREE_RANKS}, 4: CASES | FOUR_RANKS}
 
 
-@pytest.fixture(scope="module")
-def launched():
-    """One launch for each number of ranks, whatever its outcome."""
-    return functools.cache(lambda nranks: _outcome(nranks))
-
-
-def _outcome(nranks):
-    try:
-        return run_ranks(run_cases, nranks, LAUNCHES[nranks])
-    except RanksFailed as error:
-        return str(error)
-
-
-@pytest.mark.parametrize(("nranks", "case"), [(n, case) for n, names in LAUNCHES.items() for case in names])
-def test_equals_the_whole(nranks, case, launched):
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_equals_the_whole(nranks, case):
     """Outputs and gradients on every rank within 1e-5 of those of the whole sequence (fp32); movement bit-exact."""
-    outcome = launched(nranks)
-    assert not isinstance(outcome, str), outcome
-    failed = {rank: stories[case] for rank, stories in enumerate(outcome) if stories[case]}
-    assert not failed, "\n".join(f"rank {rank}: {story}" for rank, story in failed.items())
+    hold(__name__, nranks, case)

@@ -1,7 +1,5 @@
 """A small vision-language decoder, image and video, packed or not, under every attention here: equal to one process."""
 
-import functools
-import traceback
 from functools import partial
 
 import numpy as np
@@ -23,8 +21,8 @@ from paddle_vl_sp.attention import (
 )
 from paddle_vl_sp.attention.delta import causal_conv
 from paddle_vl_sp.attention.reference import full_attention, recurrent_delta_rule
-from paddle_vl_sp.testing import RanksFailed, run_ranks
 from paddle_vl_sp.testing.subgroup import SubGroup
+from rank_cases import hold, pairs
 
 TOLERANCE = 2e-5  # fp32, relative to the largest value of each array
 IMAGE, VIDEO, VOCABULARY = 31, 32, 40
@@ -232,34 +230,7 @@ FOUR_RANKS = {
 LAUNCHES = {2: {**CASES, **TWO_RANKS}, 4: {**CASES, **FOUR_RANKS}}
 
 
-def run_cases(nranks):
-    stories = {}
-    for name, case in LAUNCHES[nranks].items():
-        try:
-            case()
-            stories[name] = ""
-        except AssertionError:
-            stories[name] = traceback.format_exc(limit=-2)
-    return stories
-
-
-@pytest.fixture(scope="module")
-def launched():
-    """One launch for each number of ranks, whatever its outcome."""
-    return functools.cache(lambda nranks: _outcome(nranks))
-
-
-def _outcome(nranks):
-    try:
-        return run_ranks(run_cases, nranks, nranks)
-    except RanksFailed as error:
-        return str(error)
-
-
-@pytest.mark.parametrize(("nranks", "case"), [(n, case) for n, cases in LAUNCHES.items() for case in cases])
-def test_trains_like_one_process(nranks, case, launched):
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_trains_like_one_process(nranks, case):
     """Loss, logits, and parameter gradients summed over the ranks (tower included), within 2e-5 (fp32)."""
-    outcome = launched(nranks)
-    assert not isinstance(outcome, str), outcome
-    failed = {rank: stories[case] for rank, stories in enumerate(outcome) if stories[case]}
-    assert not failed, "\n".join(f"rank {rank}: {story}" for rank, story in failed.items())
+    hold(__name__, nranks, case)

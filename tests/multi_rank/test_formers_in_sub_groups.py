@@ -59,7 +59,7 @@ def measure():
     enable_tensor_parallel_on_cpu()
     with (
         mock.patch.object(tensor_parallel, "_is_gloo", return_value=True),
-        mock.patch.object(test_formers, "init_tensor_parallel", side_effect=lambda _: init_copies()),
+        mock.patch.object(test_formers, "init_tensor_parallel", return_value=init_copies()),
     ):
         ranks = Ranks(SIZE)
         found = {"place": (ranks.group.ranks, ranks.rank)}

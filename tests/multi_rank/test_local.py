@@ -10,8 +10,7 @@ import pytest
 
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.comm.local_plan import plan_visual_local, wire_bytes
-from paddle_vl_sp.testing import run_ranks
-from rank_cases import hold, outcomes, same_error_everywhere
+from rank_cases import hold, pairs, same_error_everywhere
 
 IMAGE, VIDEO = 5, 6
 IDS = (IMAGE, VIDEO)
@@ -238,21 +237,17 @@ CASES = [
 ]
 
 
-def run_cases():
-    return outcomes(CASES)
+LAUNCHES = dict.fromkeys((2, 4), CASES)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def results(request):
-    return run_ranks(run_cases, request.param, timeout=120)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_all_ranks(results, case):
-    hold(results, case)
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_on_all_ranks(nranks, case):
+    """Exact on every rank, or the same error on all."""
+    hold(__name__, nranks, case)
 
 
 def test_one_rank_needs_no_group():
+    """Exact: the plan of plan_visual."""
     ids = np.random.default_rng(0).choice([1, IMAGE], size=[2, 8])
     layout, options = SeqLayout(8), {"num_features": int((ids == IMAGE).sum()), "sequence_first": False}
     hold_equal(plan_visual_local(ids, IDS, layout, group=None, **options), plan_visual(ids, IDS, layout, **options))

@@ -9,10 +9,9 @@ from paddle_vl_sp import SeqLayout, add_rows, joint_features, plan_visual, repla
 from paddle_vl_sp.comm.gather import all_gather_rows
 from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
 from paddle_vl_sp.comm.local_plan import plan_visual_local
-from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.vision.parallel import encode_shared
 from paddle_vl_sp.vision.share import share_images
-from rank_cases import hold, outcomes, same_error_everywhere
+from rank_cases import hold, pairs, same_error_everywhere
 from tiny_tower import HIDDEN, MERGE, pixels, tower
 
 IMAGE, VIDEO = 5, 6
@@ -41,6 +40,7 @@ def due(mask, layout):
 
 
 def test_1_rows_of_samples_do_not_mix():
+    """Exact, against counting tokens one by one; the rule that mixes samples gives something else."""
     mask = np.random.default_rng(0).random([3, 16]) < 0.5
     for cut in ({"sp_size": 4}, {"cp_size": 2}, {"cp_size": 2, "sp_size": 2}):
         for rank in range(2):
@@ -52,6 +52,7 @@ def test_1_rows_of_samples_do_not_mix():
 
 
 def test_7_packed_boundaries_must_fit_the_ring_and_then_hold():
+    """Refused with the length that fits; where they fit, exact."""
     for lengths, segment, length, fits in (([5, 7], 0, 5, 8), ([8, 5], 1, 5, 8)):
         with pytest.raises(ValueError, match=f"segment {segment} of cu_seqlens has length {length}.*fits is {fits}"):
             SeqLayout(sum(lengths), cp_size=2, cu_seqlens=[0, *np.cumsum(lengths).tolist()])
@@ -65,6 +66,7 @@ def test_7_packed_boundaries_must_fit_the_ring_and_then_hold():
 
 
 def test_8_few_images_go_to_different_ranks_and_a_huge_one_stays_alone():
+    """Exact shares, by both policies."""
     for policy in ("contiguous", "longest"):
         assert sorted(map(len, share_images([4, 1, 2], [4, 1, 2], 8, policy).items)) == [0] * 5 + [1] * 3
         huge = share_images([1, 1, 1000, 1, 1, 1, 1, 1], [1] * 8, 4, policy)
@@ -73,6 +75,7 @@ def test_8_few_images_go_to_different_ranks_and_a_huge_one_stays_alone():
 
 @pytest.mark.parametrize("number", [0, 3, 5])
 def test_10_a_wrong_number_of_features_is_found_before_a_write(number):
+    """Refused with both numbers; the hidden states are as they were."""
     mask = np.array([[1, 0, 1, 1], [0, 0, 0, 1]], dtype=bool)
     layout = SeqLayout(4)
     words = f"4 visual tokens but {number} feature rows"
@@ -203,15 +206,10 @@ CASES = [
 ]
 
 
-def run_cases():
-    return outcomes(CASES)
+LAUNCHES = dict.fromkeys((2, 4), CASES)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def results(request):
-    return run_ranks(run_cases, request.param, timeout=60)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_all_ranks(results, case):
-    hold(results, case)
+@pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))
+def test_on_all_ranks(nranks, case):
+    """Exact on every rank, or the same error on all."""
+    hold(__name__, nranks, case)

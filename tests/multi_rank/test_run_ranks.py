@@ -18,6 +18,10 @@ def sum_of_ranks(scale):
     return dist.get_rank(), x.item()
 
 
+def dist_rank():
+    return dist.get_rank()
+
+
 def fail_on_one():
     if dist.get_rank() == 1:
         raise ValueError("rank 1 says no, with numbers 3 and 4")
@@ -40,16 +44,25 @@ def hang_everywhere():
 
 @pytest.mark.parametrize("nranks", [2, 4])
 def test_results_come_in_rank_order(nranks):
+    """Exact, through a real collective."""
     total = 10.0 * sum(range(nranks))
     assert run_ranks(sum_of_ranks, nranks, 10.0) == [(rank, total) for rank in range(nranks)]
 
 
+def test_a_rank_that_ends_at_once_leaves_none_behind(monkeypatch):
+    """The others join through the first rank: it stays until they have, and no launch is needed a third time."""
+    monkeypatch.setattr("paddle_vl_sp.testing.GROUP_ATTEMPTS", 2)
+    assert run_ranks(dist_rank, 4) == [0, 1, 2, 3]
+
+
 def test_an_error_is_told_with_its_rank_and_ends_the_others():
+    """The words of the error, and where the other rank stood."""
     with pytest.raises(RanksFailed, match=r"(?s)rank 0: .*all_reduce.*rank 1: .*no, with numbers 3 and 4"):
         run_ranks(fail_on_one, 2)
 
 
 def test_a_function_that_other_processes_cannot_import_is_refused_at_once():
+    """Refused before a process is started."""
     with pytest.raises(ValueError, match=r"can import, got .*lambda.*put it into a module"):
         run_ranks(lambda: None, 2)
     with pytest.raises(ValueError, match="nranks must be at least 1, got 0"):
@@ -57,11 +70,13 @@ def test_a_function_that_other_processes_cannot_import_is_refused_at_once():
 
 
 def test_a_hang_is_ended_and_its_line_is_told():
+    """Ended after the time that was given, with the function in which it stood."""
     with pytest.raises(RanksFailed, match=r"(?s)rank 0: ended.*rank 1: did not end within 2 s.*in hang_on_one"):
         run_ranks(hang_on_one, 2, timeout=2)
 
 
 def test_a_silent_death_is_told():
+    """By its exit code."""
     with pytest.raises(RanksFailed, match="rank 0: ended with code 7"):
         run_ranks(die_silently, 2)
 

@@ -55,6 +55,7 @@ def tokens(nranks):
 
 @pytest.mark.parametrize("way", ["planned here", "planned by the loader", "vision dp"])
 def test_every_rank_tells_the_same_and_it_is_right(told, way):
+    """Exact counts from plans made one by one; ratios to pytest's 1e-6."""
     wanted = tokens(len(told))
     for rank in told:
         got = rank[way]
@@ -72,5 +73,6 @@ def test_host_syncs_of_the_visual_path(told):
 
 
 def test_only_shared_work_has_an_imbalance(told):
+    """The key is there with Vision DP alone, and within its bounds."""
     assert "vision_imbalance" not in told[0]["planned here"]
     assert 1.0 <= told[0]["vision dp"]["vision_imbalance"] <= len(told)

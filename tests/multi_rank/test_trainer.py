@@ -118,6 +118,7 @@ def test_upstream_they_drift_apart(found, on_one):
 
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_the_report_is_that_of_the_group(found, on_one, way):
+    """Equal on all ranks, with the tokens that one rank counts."""
     told = [rank[way][1] for rank in found]
     assert all(summary == told[0] for summary in told)
     assert told[0]["visual_tokens"] == sum(told[0]["tokens_of_ranks"]) == on_one[1]["visual_tokens"]

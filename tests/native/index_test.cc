@@ -216,7 +216,7 @@ int64_t check_layout(Random& random, int64_t number) {
   return cases;
 }
 
-// No tokens, nothing owned, no place for a pair: null pointers must do.
+// No tokens, nothing owned, no room for a pair: null pointers are allowed.
 int64_t check_empty() {
   const vlsp::Placeholders visual{{1}, 1};
   int64_t cases = 0;

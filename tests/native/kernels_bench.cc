@@ -116,7 +116,8 @@ void bench_rows(const char* name, ElementType type, bool sequence_first) {
   const vlsp::Pairs pairs{update.data(), gather.data(), counts[0]};
   const vlsp::RowShape shape{kBatch * kLocal, counts[1], kWidth};
   std::vector<T> hidden(shape.num_rows * kWidth), features(shape.num_features * kWidth);
-  const vlsp::RowArrays arrays{hidden.data(), type, features.data(), type};
+  const vlsp::Rows to_hidden{hidden.data(), type}, to_features{features.data(), type};
+  const vlsp::ConstRows from_hidden{hidden.data(), type}, from_features{features.data(), type};
 
   const int64_t moved = counts[0] * kWidth;  // elements; one memcpy of them reads and writes 2 * moved
   std::vector<T> from(moved, T{1}), to(moved);
@@ -127,10 +128,13 @@ void bench_rows(const char* name, ElementType type, bool sequence_first) {
     std::snprintf(text, sizeof(text), "%s %s%s", what, name, sequence_first ? ", S first" : "");
     return text;
   };
-  compare(describe("replace"), 15, 1.0, [&] { replace_rows_cpu(arrays, pairs, shape); }, floor);
-  compare(describe("add"), 15, 1.5, [&] { add_rows_cpu(arrays, pairs, shape); }, floor);
-  compare(describe("zero"), 15, 0.5, [&] { zero_rows_cpu(arrays, pairs, shape); }, floor);
-  compare(describe("take"), 15, (1 + all_over_own) / 2, [&] { take_rows_cpu(arrays, pairs, shape); }, floor);
+  compare(
+      describe("replace"), 15, 1.0, [&] { replace_rows_cpu(to_hidden, from_features, pairs, shape); }, floor);
+  compare(describe("add"), 15, 1.5, [&] { add_rows_cpu(to_hidden, from_features, pairs, shape); }, floor);
+  compare(describe("zero"), 15, 0.5, [&] { zero_rows_cpu(to_hidden, pairs, shape); }, floor);
+  compare(
+      describe("take"), 15, (1 + all_over_own) / 2,
+      [&] { take_rows_cpu(to_features, from_hidden, pairs, shape); }, floor);
 }
 
 }  // namespace

@@ -153,17 +153,18 @@ void check_elements(const char* what, int64_t number, Array& got, Array& before,
 
 enum class Operation { kReplace, kAdd, kTake, kZero };
 
-void run(Operation operation, Array& hidden, Array& features, const Input& input) {
-  const vlsp::RowArrays arrays{hidden.data(), hidden.type, features.data(), features.type};
+void run(Operation operation, Array& target, Array& source, const Input& input) {
+  const vlsp::Rows to{target.data(), target.type};
+  const vlsp::ConstRows from{source.data(), source.type};
   switch (operation) {
     case Operation::kReplace:
-      return replace_rows_cpu(arrays, input.pairs(), input.shape);
+      return replace_rows_cpu(to, from, input.pairs(), input.shape);
     case Operation::kAdd:
-      return add_rows_cpu(arrays, input.pairs(), input.shape);
+      return add_rows_cpu(to, from, input.pairs(), input.shape);
     case Operation::kTake:
-      return take_rows_cpu(arrays, input.pairs(), input.shape);
+      return take_rows_cpu(to, from, input.pairs(), input.shape);
     case Operation::kZero:
-      return zero_rows_cpu(arrays, input.pairs(), input.shape);
+      return zero_rows_cpu(to, input.pairs(), input.shape);
   }
 }
 
@@ -196,8 +197,7 @@ void check_operation(Operation operation, const Input& input, Array hidden, Arra
   }
   const Array source_before = source;
   Array before = target;
-  if (operation == Operation::kZero) features = Array(features.type, 0, 0);
-  run(operation, takes ? hidden : target, takes ? target : features, input);
+  run(operation, target, source, input);
   check_elements(takes ? "take" : "row", number, target, before, want, written);
   if (operation == Operation::kZero) return;
   check(source.bytes == source_before.bytes, "source left alone", number, 0, 0, 0);

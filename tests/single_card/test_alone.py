@@ -25,6 +25,7 @@ alone = pytest.mark.parametrize("group", [None, FakeGroup(0, 1)], ids=["no group
 
 @alone
 def test_gathers_hand_back_what_they_got(group):
+    """Identity; wrong counts are refused all the same."""
     x = paddle.ones([3, 2])
     assert all_gather_rows(x, [3], group) is x
     with pytest.raises(ValueError, match="counts must be the rows of each of 1 ranks"):
@@ -35,6 +36,7 @@ def test_gathers_hand_back_what_they_got(group):
 
 @alone
 def test_an_error_is_raised_as_it_is(group):
+    """Identity of the error."""
     agree(None, group)
     error = KeyError("mine")
     with pytest.raises(KeyError) as raised:
@@ -44,12 +46,14 @@ def test_an_error_is_raised_as_it_is(group):
 
 @alone
 def test_replicas_cannot_differ(group):
+    """No drift, and nothing to make equal."""
     model = paddle.nn.Linear(2, 2)
     assert check_replicas(model, group) == []
     sync_replicas(model, group)
 
 
 def test_no_group_is_nothing_to_tell_in_one_process():
+    """No warning."""
     model = paddle.nn.Linear(2, 2)
     with mock.patch.object(collectives, "logger") as logger:
         agree(None, None)
@@ -61,6 +65,7 @@ def test_no_group_is_nothing_to_tell_in_one_process():
 
 @alone
 def test_gradients_are_whole_already(group):
+    """Exact for parameters, identity for levels."""
     model = paddle.nn.Linear(2, 2)
     model(paddle.ones([1, 2])).sum().backward()
     before = model.weight.grad.numpy()
@@ -75,6 +80,7 @@ def test_gradients_are_whole_already(group):
 
 @alone
 def test_the_tower_encodes_all(group):
+    """Exact, the tower's own features; wrong pixels are refused all the same."""
     tower, grid = tiny_tower.tower(), paddle.to_tensor([[1, 4, 4], [1, 2, 4]])
     pixels = tiny_tower.pixels(grid.tolist())
     wanted, got = tower(pixels, grid), encode_shared(tower, pixels, grid, group=group, merge_size=tiny_tower.MERGE)
@@ -84,6 +90,7 @@ def test_the_tower_encodes_all(group):
 
 
 def test_levels_of_another_dtype_are_refused():
+    """Refused before anything travels."""
     grid = paddle.to_tensor([[1, 4, 4]])
 
     def encode(pixels, grid):

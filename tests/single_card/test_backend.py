@@ -55,12 +55,14 @@ def test_with_a_compiler_the_operators_are_what_is_tested():
 
 
 def test_python_can_be_asked_for():
+    """The result and the reason, without a warning."""
     done, lines = python(USE, PADDLE_VL_SP_BACKEND="python")
     assert lines == ["8.0", "python: PADDLE_VL_SP_BACKEND=python"]
     assert "WARNING" not in done.stderr
 
 
 def test_operators_can_be_asked_for():
+    """The result and the reason."""
     with_operators()
     _, lines = python(USE, PADDLE_VL_SP_BACKEND="op")
     assert lines[0] == "8.0"
@@ -68,11 +70,13 @@ def test_operators_can_be_asked_for():
 
 
 def test_an_unknown_choice_is_refused():
+    """Refused with the choices and what was got."""
     done, _ = python(SHOW, PADDLE_VL_SP_BACKEND="cuda")
     assert "PADDLE_VL_SP_BACKEND must be one of 'auto', 'op', 'python', got 'cuda'" in done.stderr
 
 
 def test_without_operators_plain_paddle_serves_and_says_so_once(copy):
+    """The same result, one warning with one way out; insisting is an error."""
     for library in (copy / "paddle_vl_sp").glob("_ops*.so"):
         library.unlink()
     done, lines = python(USE, copy)
@@ -96,6 +100,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_the_mend_of_a_source_tree_is_an_editable_install(elsewhere, monkeypatch):
+    """The exact command, and the compiler where there is none."""
     assert "in the folder of the source: pip install" in load.rebuild()
     (elsewhere / "custom_ops").mkdir()
     assert load.rebuild().endswith(f"--editable {elsewhere}")
@@ -104,6 +109,7 @@ def test_the_mend_of_a_source_tree_is_an_editable_install(elsewhere, monkeypatch
 
 
 def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monkeypatch):
+    """By the folder of the installed package, only where that has operators."""
     installed = elsewhere / "site-packages" / "paddle_vl_sp"
     installed.mkdir(parents=True)
     found = SimpleNamespace(locate_file=lambda name: elsewhere / "site-packages" / name)
@@ -114,6 +120,7 @@ def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monk
 
 
 def test_operators_of_another_paddle_are_never_loaded(copy):
+    """The same result in plain Paddle and both versions in the reason; insisting is an error."""
     with_operators()
     (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
     info = load.build_info(library)
@@ -130,6 +137,7 @@ def test_operators_of_another_paddle_are_never_loaded(copy):
 
 
 def test_a_damaged_library_is_not_the_end(copy):
+    """The same result in plain Paddle, and the file in the reason."""
     with_operators()
     (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
     marker = library.read_bytes().split(b"vlsp-build ")[1].split(b"\0")[0]
@@ -141,6 +149,7 @@ def test_a_damaged_library_is_not_the_end(copy):
 
 
 def test_what_a_library_was_built_for_is_read_without_loading_it():
+    """Exact: the running Paddle, without CUDA."""
     with_operators()
     import paddle
 
@@ -153,6 +162,7 @@ def test_what_a_library_was_built_for_is_read_without_loading_it():
 
 
 def test_layouts_and_plans_on_the_host_import_no_paddle():
+    """Nothing of Paddle among the modules of a new process."""
     code = """
 import sys, numpy as np, paddle_vl_sp as v
 mask, layout = np.ones((1, 4), dtype=bool), v.SeqLayout(4, sp_size=2)

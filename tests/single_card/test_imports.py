@@ -71,14 +71,14 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_only_fleet_and_formers_know_a_model(path):
-    """By name: nothing else imports the frameworks."""
+    """No other file imports PaddleFleet or PaddleFormers."""
     for module in imported(path):
         only = FRAMEWORKS.get(module.split(".")[0])
         assert only in (None, home(path)), f"{path} imports {module}"
 
 
 def test_layout_knows_no_paddle():
-    """numpy only."""
+    """No import, at any depth."""
     assert not [module for module in imported("layout.py") if module.split(".")[0] == "paddle"]
 
 

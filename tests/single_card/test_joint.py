@@ -26,6 +26,7 @@ def in_reading_order(image, video, ids):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_rows_of_both_kinds_come_in_reading_order(data):
+    """Bit-exact, for ids on the host and on a device, for levels and for one tensor."""
     shape = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 20))
     ids = np.random.default_rng(data.draw(st.integers(0, 999))).choice([TEXT, IMAGE, VIDEO], shape)
     counts = [(ids == kind).sum() for kind in KINDS]
@@ -40,6 +41,7 @@ def test_rows_of_both_kinds_come_in_reading_order(data):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_gradients_go_back_to_their_kind(dtype):
+    """Exact small numbers, in every dtype."""
     ids = np.array([[IMAGE, TEXT, VIDEO, IMAGE]])
     image, video = (features(1, n, stop_gradient=False).astype(dtype).detach() for n in (2, 1))
     image.stop_gradient = video.stop_gradient = False
@@ -52,6 +54,7 @@ def test_gradients_go_back_to_their_kind(dtype):
 
 
 def test_a_kind_that_is_not_there_leaves_the_other_as_it_is():
+    """Identity; a kind with no rows keeps its gradient."""
     image = features(1, 2)
     ids = np.array([[TEXT, IMAGE, IMAGE]])
     assert joint_features(image, None, ids, KINDS) is image
@@ -82,10 +85,12 @@ IDS = np.array([[IMAGE, TEXT, VIDEO, IMAGE]])
     ],
 )
 def test_refusals_name_the_kind_and_both_numbers(tensor, image, video, message):
+    """Refused before anything is joined."""
     with pytest.raises(ValueError, match=message):
         joint_features(image, video, paddle.to_tensor(IDS) if tensor else IDS, KINDS)
 
 
 def test_placeholder_ids_are_image_then_video():
+    """Refused with what was got."""
     with pytest.raises(ValueError, match=r"\(image_id, video_id\), got \(151655,\)"):
         joint_features(features(1, 2), None, IDS, (IMAGE,))

@@ -28,6 +28,7 @@ def test_every_position_is_owned_once_and_by_the_rank_the_rule_names(cut):
 @settings(max_examples=500, deadline=None)
 @given(cuts())
 def test_intervals_concatenate_to_positions_and_cannot_be_fewer(cut):
+    """Exact: in order, never empty, and no two that touch."""
     for layout in cut.layouts():
         intervals = layout.intervals()
         assert intervals.dtype == np.int64
@@ -38,11 +39,13 @@ def test_intervals_concatenate_to_positions_and_cannot_be_fewer(cut):
 
 
 def test_equal_lengths_where_nothing_remains():
+    """Exact, on every rank."""
     for layout in (SeqLayout(48, cp_size=2, cp_rank=r, sp_size=3, sp_rank=s) for r in range(2) for s in range(3)):
         assert layout.local_len == 8
 
 
 def test_layouts_are_values():
+    """Equal and hashed alike whatever the types of the numbers; nothing in them can be written."""
     first = SeqLayout(8, cp_size=2, cu_seqlens=[0, 4, 8])
     second = SeqLayout(np.int64(8), cp_size=2, cu_seqlens=np.array([0, 4, 8]))
     assert first == second
@@ -56,11 +59,13 @@ def test_layouts_are_values():
 
 
 def test_one_cp_rank_makes_no_cp_cut_whatever_the_mode():
+    """Exact: all positions in order."""
     for mode in ("zigzag", "contiguous"):
         assert SeqLayout(7, cp_mode=mode, cu_seqlens=(0, 3, 7)).positions().tolist() == list(range(7))
 
 
 def test_the_worked_example_of_the_docstring():
+    """Exact."""
     owned = [
         SeqLayout(8, cp_size=2, cp_rank=cp, sp_size=2, sp_rank=sp).positions().tolist()
         for cp in range(2)
@@ -80,6 +85,7 @@ def test_the_worked_example_of_the_docstring():
     ],
 )
 def test_length_multiple_is_the_smallest_length_that_fits(kwargs, multiple):
+    """Exact, against trying every length."""
     assert length_multiple(**kwargs) == multiple
     fits = [n for n in range(1, 2 * multiple) if _fits(n, kwargs)]
     assert fits == [multiple]
@@ -120,5 +126,6 @@ def _fits(seq_len, kwargs):
     ],
 )
 def test_refusals_name_what_was_got_and_what_fits(seq_len, kwargs, message):
+    """Refused when it is made, with the numbers."""
     with pytest.raises(ValueError, match=message):
         SeqLayout(seq_len, **kwargs)

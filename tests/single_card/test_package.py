@@ -51,22 +51,26 @@ def loaded_from(wheel, folder):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_source_archive_builds_a_wheel_with_operators_and_no_object_files(archive, tmp_path):
+    """By what the wheel holds, its size, and a plan made with its content alone."""
     done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require")
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if name.endswith(".so")]
+    (library,) = (name for name in names if name.endswith(".so"))
+    assert zipfile.ZipFile(wheel).read(library).count(b"vlsp-build ") == 1
     assert not [name for name in names if name.endswith((".o", ".cc", ".cu", ".h")) or "tests" in name]
     assert wheel.stat().st_size < 1_000_000
     assert loaded_from(wheel, tmp_path) == "op ('cpu',) [0, 4, 8]"
 
 
-def test_without_a_compiler_the_package_installs_and_plain_paddle_serves(archive, tmp_path):
+def test_without_a_compiler_the_package_installs_and_plain_paddle_is_used(archive, tmp_path):
+    """By what the wheel holds and a plan made with its content alone."""
     _, wheel = wheel_of(archive, tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     assert loaded_from(wheel, tmp_path) == "python () [0, 4, 8]"
 
 
 def test_without_a_compiler_operators_that_are_required_fail_the_build(archive, tmp_path):
+    """An error, and no wheel."""
     done, wheel = wheel_of(
         archive, tmp_path, CC="no-such-compiler", CXX="no-such-compiler", PADDLE_VL_SP_BUILD="require"
     )
@@ -88,12 +92,14 @@ def cuda_library(tmp_path_factory):
 
 
 def test_operators_with_cuda_say_what_they_were_built_for(cuda_library):
+    """Exact architectures."""
     from paddle_vl_sp.backends.load import build_info
 
     assert build_info(cuda_library)["cuda"] == "80,90"
 
 
-def test_operators_with_cuda_register_serve_the_cpu_and_refuse_what_does_not_fit(cuda_library):
+def test_operators_with_cuda_register_run_on_the_cpu_and_refuse_what_does_not_fit(cuda_library):
+    """Exact names and a plan on the CPU, in a process of its own."""
     code = f"""
 import paddle
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op

@@ -78,6 +78,7 @@ def padded_form(update, gather, num_rows, announced):
 
 
 def test_the_worked_example_of_the_docstring():
+    """Exact."""
     visual = np.array([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]], dtype=bool)
     plan = plan_visual(visual, None, SeqLayout(6, sp_size=2, sp_rank=1), sequence_first=False)
     assert plan.update_indices.tolist() == [0, 4]
@@ -86,6 +87,7 @@ def test_the_worked_example_of_the_docstring():
 
 @pytest.mark.parametrize("num_ids", [1, 2, 3, 8, 9, 40])
 def test_any_number_of_placeholder_ids(num_ids):
+    """Exact against numpy, also of more ids than the operator takes."""
     ids = np.arange(120).reshape(2, 60) % 50
     wanted = tuple(range(3, 3 + num_ids))
     expected = np.flatnonzero(np.isin(ids, wanted))
@@ -98,6 +100,7 @@ def test_any_number_of_placeholder_ids(num_ids):
 @pytest.mark.parametrize("seq_len", [0, 6])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_batch_without_visual_tokens_is_a_plan_like_any_other(batch, seq_len, padded):
+    """Exact: empty arrays, counts of zero, no batch or no sequence at all included."""
     ids = np.zeros((batch, seq_len), dtype=np.int64)
     for tokens in (ids, paddle.to_tensor(ids)):
         layout = SeqLayout(seq_len, sp_size=2, sp_rank=1)
@@ -108,6 +111,7 @@ def test_a_batch_without_visual_tokens_is_a_plan_like_any_other(batch, seq_len, 
 
 
 def test_a_view_that_is_not_contiguous_is_read_right():
+    """Exact."""
     mask = paddle.to_tensor(np.array([[1, 0], [0, 1], [1, 1]], dtype=bool)).t()
     assert not mask.is_contiguous()
     plan = plan_visual(mask, None, SeqLayout(3), sequence_first=False)
@@ -116,6 +120,7 @@ def test_a_view_that_is_not_contiguous_is_read_right():
 
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_padded_plan_tells_a_mismatch_when_asked(tensor):
+    """Cut to the rows that there are, and an error with both numbers only when asked."""
     ids = np.array([[IMAGE, 0, IMAGE, IMAGE]])
     plan = plan_visual(
         paddle.to_tensor(ids) if tensor else ids, KINDS, SeqLayout(4), sequence_first=False, num_features=2, padded=True
@@ -145,6 +150,7 @@ def test_a_plan_on_the_host_goes_to_a_device():
 
 @pytest.mark.parametrize("make", [np.array, paddle.to_tensor])
 def test_a_plan_that_travelled_as_arrays(make):
+    """Exact shape and counts; arrays that are not 1-D are refused."""
     plan = VisualPlan.from_indices(make([1, 3, -1]), make([0, 2, -1]), [2, 3], 4)
     assert plan.row_shape == (2, 3)
     assert plan.num_rows == 6
@@ -154,11 +160,13 @@ def test_a_plan_that_travelled_as_arrays(make):
 
 
 def test_a_list_is_no_array():
+    """Refused with the type that was got."""
     with pytest.raises(ValueError, match=r"numpy array or a Paddle tensor .* got list"):
         plan_visual([[0, IMAGE]], KINDS, SeqLayout(2), sequence_first=False)
 
 
 def test_plans_compare_by_identity():
+    """Equal content is not the same plan; plans can be in sets."""
     plans = [plan_visual(np.ones((1, 4), dtype=bool), None, SeqLayout(4), sequence_first=False) for _ in range(2)]
     assert plans[0] != plans[1]
     assert len({*plans, plans[0]}) == 2
@@ -186,6 +194,7 @@ IDS = np.array([[0, IMAGE, IMAGE, 0]])
     ],
 )
 def test_refusals_say_what_was_got_and_what_was_expected(tensor, tokens, placeholders, layout, num_features, message):
+    """Refused alike on the host and on a device."""
     if tensor:
         tokens = paddle.to_tensor(tokens)
     with pytest.raises(ValueError, match=message):
@@ -193,6 +202,7 @@ def test_refusals_say_what_was_got_and_what_was_expected(tensor, tokens, placeho
 
 
 def test_a_padded_plan_that_was_not_told_cannot_be_checked():
+    """An error with the count and the argument that was left out."""
     plan = plan_visual(np.array([[IMAGE, 0]]), KINDS, SeqLayout(2), sequence_first=False, padded=True)
     with pytest.raises(
         ValueError,
@@ -203,6 +213,7 @@ def test_a_padded_plan_that_was_not_told_cannot_be_checked():
 
 @pytest.mark.parametrize("make", [np.array, paddle.to_tensor])
 def test_a_travelled_plan_is_held_against_the_features_that_are_there(make):
+    """Exact, or an error with both numbers."""
     arrays = make([1, 3]), make([0, 1])
     assert VisualPlan.from_indices(*arrays, (1, 4), 2, visual=2).num_features == 2
     for rows in (1, 5):
@@ -222,5 +233,6 @@ def test_what_travelled_without_a_kind_of_its_own():
     [([1, 1], [0, 1]), ([1, 2], [1, 1]), ([1, 2], [1, 0]), ([1, 4], [0, 1]), ([1, 2], [0, 2]), ([1, 2], [-1, 0])],
 )
 def test_pairs_on_the_host_that_are_no_plan_are_refused(update, gather):
+    """Refused before a device is asked, one for each thing that row functions take for granted."""
     with pytest.raises(ValueError, match="not a plan for 4 rows and 2 feature rows"):
         VisualPlan.from_indices(np.array(update), np.array(gather), (1, 4), 2)

@@ -1,14 +1,17 @@
 """replace_rows and add_rows: movement bit-exact, sums rounded once; gradients those of the reference and of a limit."""
 
+from typing import ClassVar
+
 import numpy as np
 import paddle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paddle.autograd import PyLayer
 
 import oracle
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
-from paddle_vl_sp.backends import load
+from paddle_vl_sp.backends import load, operators
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
@@ -150,6 +153,7 @@ def test_no_visual_token_stays_in_the_graph(name, num_rows, num_features):
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("width", [0, 1, 3, 8, 1000])
 def test_any_width(width):
+    """Bit-exact against numpy, from nothing to more than a block of threads."""
     plan, mask = a_plan(sequence_first=True)
     hidden, features = drawn([*plan.row_shape, width], "float32"), drawn([int(mask.sum()), width], "float32", 1)
     expected = hidden.numpy().reshape(plan.num_rows, width)
@@ -165,6 +169,7 @@ class TestInPlace:
     @pytest.mark.parametrize("features_need", [False, True])
     @pytest.mark.parametrize("through", ["result", "given"])
     def test_gradients_reach_both_through_either_name(self, hidden_needs, features_need, through):
+        """Bit-exact with the copy; none where none is needed."""
         plan, mask = a_plan()
         grads = []
         for inplace in (False, True):
@@ -185,6 +190,7 @@ class TestInPlace:
             assert np.array_equal(copied, in_place)
 
     def test_a_leaf_that_needs_a_gradient_is_refused_before_it_changes(self):
+        """Refused, and bit-exact what it was."""
         plan, mask = a_plan()
         hidden = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
         before = hidden.numpy()
@@ -193,6 +199,7 @@ class TestInPlace:
         assert np.array_equal(hidden.numpy(), before)
 
     def test_a_value_another_operation_saved_is_refused_in_the_backward_pass(self):
+        """Paddle's own error about versions."""
         plan, mask = a_plan()
         source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
         hidden = source * 1
@@ -202,6 +209,7 @@ class TestInPlace:
             square.sum().backward()
 
     def test_a_view_that_is_not_contiguous_is_written_too(self):
+        """Bit-exact with the copy, in the tensor that was given."""
         plan, mask = a_plan(sequence_first=True)
         features = drawn([int(mask.sum()), 4], "float32", 2)
         batch_first = drawn([plan.row_shape[1], plan.row_shape[0], 4], "float32", 1)
@@ -215,6 +223,7 @@ class TestInPlace:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_recompute_gives_the_same_gradients(inplace):
+    """Bit-exact with and without, copied and in place."""
     from paddle.distributed.fleet.utils import recompute
 
     plan, mask = a_plan()
@@ -231,12 +240,22 @@ def test_recompute_gives_the_same_gradients(inplace):
         assert np.array_equal(plain, recomputed)
 
 
+# What a hook may keep of a gradient: the tensor, or a part of its memory by another name.
+KEEP = {
+    "hook": lambda grad: grad,
+    "detached": lambda grad: grad.detach(),
+    "flat view": lambda grad: grad.reshape([-1]),
+    "slice": lambda grad: grad[0],
+    "numpy view": lambda grad: np.from_dlpack(grad.detach()),
+}
+
+
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("features_need", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("kept_by", ["retain_grads", "hook"])
+@pytest.mark.parametrize("kept_by", ["retain_grads", *KEEP])
 def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
-    """hidden has a second user, and somebody keeps the gradient of the result: the sum must not end up in it."""
+    """Exact: hidden has a second user, and the gradient of the result is kept: the sum must not end up in it."""
     plan, mask = a_plan()
     source = drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False)
     hidden = source * 1
@@ -244,19 +263,96 @@ def test_a_kept_gradient_is_not_added_to(inplace, features_need, kept_by):
     features = drawn([int(mask.sum()), 4], "float32", stop_gradient=not features_need)
     out = add_rows(hidden, features, plan, inplace=inplace)
     kept = []
-    if kept_by == "hook":
-        out.register_hook(kept.append)
-    else:
+    if kept_by == "retain_grads":
         out.retain_grads()
+    else:
+        out.register_hook(lambda grad: kept.append(KEEP[kept_by](grad)))
     (out.sum() + aside).backward()
     (grad,) = kept or [out.grad]
-    assert (grad.numpy() == 1).all()
+    assert (np.asarray(grad) == 1).all()
     assert (source.grad.numpy() == 6).all()
+
+
+class Tap(PyLayer):
+    """The identity, which notes where the gradients that pass are in memory."""
+
+    addresses: ClassVar = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Tap.addresses.append(grad.data_ptr())
+        return grad
+
+
+def gradient_is_copied(inplace):
+    """Whether add_rows copies a gradient that no user keeps, instead of returning it."""
+    plan, mask = a_plan()
+    hidden = Tap.apply(drawn([*plan.row_shape, 4], "float32", 1, stop_gradient=False))
+    features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
+    Tap.addresses.clear()
+    Tap.apply(add_rows(hidden, features, plan, inplace=inplace)).sum().backward()
+    of_out, of_hidden = Tap.addresses
+    return of_out != of_hidden
+
+
+@pytest.mark.skipif(load.backend().name != "op", reason="no custom operators: the header of this report says why")
+class TestGradientsWithoutACopy:
+    """The gradient that add_rows receives is what it returns, where its references show that no user keeps it."""
+
+    @pytest.fixture
+    def library(self):
+        """The library, which learns the references again when the test is over."""
+        library = sorted(load.HERE.glob("_ops*.so"))[-1]
+        yield library
+        operators.learn_references(library)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_a_gradient_that_no_user_keeps_is_not_copied(self, inplace):
+        assert not gradient_is_copied(inplace)
+
+    @pytest.mark.parametrize(
+        "counted", [lambda keep: 4, lambda keep: 5 - keep], ids=["kept or not, as many", "each way its own"]
+    )
+    def test_every_gradient_is_copied_where_references_say_nothing(self, library, counted, monkeypatch, caplog):
+        calls = []
+
+        def references(operators, add, keep):
+            calls.append(add)
+            return counted(len(calls) == 1)
+
+        monkeypatch.setattr(operators, "_references", references)
+        monkeypatch.setattr("paddle_vl_sp.log._warned", set())
+        with caplog.at_level("WARNING", logger="paddle_vl_sp"):
+            operators.learn_references(library)
+        assert "every gradient of add_rows is copied" in caplog.text
+        assert gradient_is_copied(inplace=False)
+        assert gradient_is_copied(inplace=True)
+
+    @pytest.mark.parametrize("loaded", ["without gradients", "in a static graph"])
+    def test_references_are_learnt_in_any_mode(self, library, loaded):
+        operators.ctypes.CDLL(str(library)).vlsp_set_unshared_references(0)
+        assert gradient_is_copied(inplace=False)
+        if loaded == "without gradients":
+            with paddle.no_grad():
+                operators.learn_references(library)
+        else:
+            paddle.enable_static()
+            try:
+                operators.learn_references(library)
+                assert not paddle.in_dynamic_mode()
+            finally:
+                paddle.disable_static()
+        assert not gradient_is_copied(inplace=False)
 
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("name", [*ROWS, "add in place"])
 def test_no_grad_makes_no_graph(name):
+    """The result is a leaf that needs no gradient."""
     plan, mask = a_plan()
     weight = drawn([4], "float32", 1, stop_gradient=False)
     features = drawn([int(mask.sum()), 4], "float32", 2, stop_gradient=False)
@@ -317,6 +413,7 @@ class TestRefusals:
         assert np.array_equal(hidden.numpy(), before)
 
     def test_features_fewer_or_more_than_planned(self, name, case):
+        """Both numbers."""
         plan, hidden, features = case
         n = features.shape[0]
         self.refused(name, hidden, features[:-1], plan, f"the plan is for {n} feature rows, got {n - 1}")
@@ -325,25 +422,30 @@ class TestRefusals:
         )
 
     def test_widths_that_differ(self, name, case):
+        """Both widths."""
         plan, hidden, features = case
         self.refused(name, hidden, features[:, :3], plan, r"features must be \[N, 4\] .* got \[\d+, 3\]")
 
     def test_a_plan_for_other_hidden_states(self, name, case):
+        """Both shapes."""
         plan, hidden, features = case
         swapped = hidden.transpose([1, 0, 2])
         self.refused(name, swapped, features, plan, r"the plan is for hidden states \[2, 6\] .* got\s+\[6, 2, 4\]")
         self.refused(name, hidden[:, :-1], features, plan, r"\[2, 6\] .* got\s+\[2, 5, 4\]")
 
     def test_a_plan_on_the_host(self, name, case):
+        """The call that brings it to the device."""
         _, hidden, features = case
         plan = plan_visual(np.ones((2, 6), dtype=bool), None, SeqLayout(6), sequence_first=False)
         self.refused(name, hidden, features, plan, r"plan\.to\(hidden\.place\)")
 
     def test_arrays_that_are_no_tensors(self, name, case):
+        """The type that was got."""
         plan, hidden, features = case
         self.refused(name, hidden, features.numpy(), plan, "features must be a Paddle tensor, got ndarray")
 
     def test_integers(self, name, case):
+        """The dtype that was got."""
         plan, hidden, features = case
         self.refused(name, hidden.astype("int64"), features, plan, "hidden must be floating point, got paddle.int64")
         self.refused(name, hidden, features.astype("int32"), plan, "features must be floating point, got paddle.int32")
@@ -398,6 +500,7 @@ def test_gradients_of_gradients(name, wanted):
 
 
 def test_in_place_has_no_second_gradient_and_says_so():
+    """An error in place of a wrong number."""
     plan = plan_visual(paddle.to_tensor([[False, True]]), None, SeqLayout(2), sequence_first=False)
     hidden, features = drawn([1, 2, 3], "float32", 1, False), drawn([1, 3], "float32", 2, False)
     out = add_rows(hidden * 2, features * features, plan, inplace=True)

@@ -80,6 +80,7 @@ def test_summary_over_ranks_against_the_slow_way(syncs, nranks, draw):
 
 
 def test_windows_and_what_is_outside():
+    """Exact counts: only what happened while it was open, from the forward that is asked for."""
     forward(some_mask())  # before it was opened
     report = RunReport()
     report.start()
@@ -95,6 +96,7 @@ def test_windows_and_what_is_outside():
 
 
 def test_a_report_is_of_one_group(caplog):
+    """The forwards of another group are not counted, and a warning names both."""
     with RunReport() as report, caplog.at_level(logging.WARNING, "paddle_vl_sp"):
         forward(some_mask())
         forward(some_mask(), SeqLayout(12, sp_size=2, sp_rank=1), group=FakeGroup(1, 2))
@@ -103,6 +105,7 @@ def test_a_report_is_of_one_group(caplog):
 
 
 def test_two_reports_at_once():
+    """Each counts its own time."""
     with RunReport() as whole:
         forward(some_mask())
         with RunReport() as part:
@@ -111,6 +114,7 @@ def test_two_reports_at_once():
 
 
 def test_nothing_was_seen():
+    """Zeros, and ratios of one."""
     with RunReport() as report:
         forward(np.zeros((2, 12), bool))
     assert report.read() == oracle([[]], [])
@@ -118,6 +122,7 @@ def test_nothing_was_seen():
 
 
 def test_an_evaluation_is_not_counted():
+    """Neither its forwards nor its shares."""
     with RunReport() as report:
         with paddle.no_grad():
             forward(some_mask())
@@ -128,6 +133,7 @@ def test_an_evaluation_is_not_counted():
 
 
 def test_padded_plans_are_read_when_the_report_is():
+    """No read of a device until then; then the exact count."""
     mask = some_mask()
     with RunReport() as report, counted_syncs() as syncs:
         forward(mask, padded=True)
@@ -136,6 +142,7 @@ def test_padded_plans_are_read_when_the_report_is():
 
 
 def test_counts_do_not_pile_up_unread(monkeypatch):
+    """Read in between, and still exact."""
     monkeypatch.setattr(report_module, "PENDING", 4)
     with RunReport() as report:
         for seed in range(9):
@@ -145,11 +152,13 @@ def test_counts_do_not_pile_up_unread(monkeypatch):
 
 
 def test_without_a_report_nothing_is_computed():
+    """Not even the counts of the plan."""
     plan = forward(some_mask())
     assert "counts" not in vars(plan)
 
 
 def test_plans_on_the_host_count_too():
+    """Exact."""
     mask = some_mask()
     plan = plan_visual(mask, None, SeqLayout(12), sequence_first=True)
     with RunReport() as report:
@@ -158,6 +167,7 @@ def test_plans_on_the_host_count_too():
 
 
 def test_shares_of_the_tower_fall_into_their_window():
+    """Exact means, from the forward that is asked for."""
     with RunReport() as report:
         for seed, imbalance in enumerate((1.0, 1.5, 2.0)):
             report_module.note_shared(imbalance)
@@ -166,6 +176,7 @@ def test_shares_of_the_tower_fall_into_their_window():
 
 
 def test_every_plan_is_told_at_level_debug(caplog):
+    """The exact line, and none at other levels."""
     mask = np.array([[0, 1, 1, 0, 0, 1, 0, 0]], bool)
     with caplog.at_level(logging.DEBUG, "paddle_vl_sp"):
         forward(mask, SeqLayout(8, sp_size=2, sp_rank=1))

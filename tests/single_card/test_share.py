@@ -38,6 +38,7 @@ def greedy_loads(costs, num_ranks):
 @settings(max_examples=300)
 @given(COSTS, RANKS)
 def test_contiguous_is_the_optimum_of_all_cuts(costs, num_ranks):
+    """Exact, against all ways to cut tried one by one."""
     share = share_images(costs, [1] * len(costs), num_ranks)
     assert max(share.loads) == best_of_all_cuts(costs, num_ranks)
     assert [item for items in share.items for item in items] == list(range(len(costs)))
@@ -46,6 +47,7 @@ def test_contiguous_is_the_optimum_of_all_cuts(costs, num_ranks):
 @settings(max_examples=300)
 @given(COSTS, RANKS, st.sampled_from(POLICIES))
 def test_every_item_once_and_loads_true(costs, num_ranks, policy):
+    """Exact, by every policy."""
     share = share_images(costs, [3] * len(costs), num_ranks, policy)
     assert sorted(item for items in share.items for item in items) == list(range(len(costs)))
     assert all(list(items) == sorted(items) for items in share.items)
@@ -55,12 +57,14 @@ def test_every_item_once_and_loads_true(costs, num_ranks, policy):
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), RANKS, st.sampled_from(POLICIES))
 def test_no_rank_is_idle_that_need_not_be(costs, num_ranks, policy):
+    """As many busy ranks as there are items, by every policy."""
     share = share_images(costs, costs, num_ranks, policy)
     assert sum(bool(items) for items in share.items) == min(len(costs), num_ranks)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), RANKS, st.sampled_from(POLICIES), st.integers(0, 9))
 def test_rows_come_back_in_reading_order(token_counts, num_ranks, policy, seed):
+    """Exact, row by row."""
     costs = np.random.default_rng(seed).integers(0, 99, size=len(token_counts)).tolist()
     share = share_images(costs, token_counts, num_ranks, policy)
     encoded = [f"{item}.{row}" for items in share.items for item in items for row in range(token_counts[item])]
@@ -71,6 +75,7 @@ def test_rows_come_back_in_reading_order(token_counts, num_ranks, policy, seed):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 9), st.booleans())
 def test_unpacking_indices_undo_each_other(counts, seed, permuted):
+    """Exact, with and without an order of its own."""
     total = sum(counts)
     rows = UnevenRows(tuple(counts), np.random.default_rng(seed).permutation(total) if permuted else None)
     whole = np.arange(total)  # the result
@@ -84,6 +89,7 @@ def test_unpacking_indices_undo_each_other(counts, seed, permuted):
 @settings(max_examples=300)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=24), st.integers(2, 8))
 def test_contiguous_is_never_worse_than_greedy(costs, num_ranks):
+    """The largest load, compared."""
     assert max(share_images(costs, costs, num_ranks).loads) <= max(greedy_loads(costs, num_ranks))
 
 
@@ -118,12 +124,14 @@ def test_longest_first_is_within_a_percent_of_the_bound():
 
 
 def test_one_huge_image_is_left_alone():
+    """Exact shares."""
     costs = [1, 1, 1, 100, 1, 1, 1, 1]
     assert (3,) in share_images(costs, costs, 4).items
     assert (3,) in share_images(costs, costs, 4, "longest").items
 
 
 def test_frames_are_items_where_they_are_independent():
+    """Exact items, rows and costs, by hand."""
     grid = np.array([[2, 4, 6], [1, 2, 2]])
     costs, rows, items = vision_items(grid, 2, alpha=10, split_frames=True)
     assert items.tolist() == [[1, 4, 6], [1, 4, 6], [1, 2, 2]]
@@ -151,6 +159,7 @@ def test_frames_are_items_where_they_are_independent():
     ],
 )
 def test_the_gather_mode_follows_the_bytes(counts, row_bytes, mode):
+    """The mode that the comment's arithmetic says; under capture the one whose shapes stay."""
     rows = UnevenRows(tuple(counts))
     assert rows.best_mode(row_bytes) == mode
     assert rows.best_mode(row_bytes, capturing=True) == "max"
@@ -159,16 +168,22 @@ def test_the_gather_mode_follows_the_bytes(counts, row_bytes, mode):
 
 
 def test_costs_may_be_fractions():
+    """Exact shares and loads."""
     share = share_images([0.5, 0.25, 0.25, 0.5], [1] * 4, 2)
     assert share.items == ((0, 1), (2, 3))
     assert share.loads == (0.75, 0.75)
 
 
 def test_shares_are_values():
-    assert share_images([1, 2], [3, 4], 2) == share_images([1, 2], [3, 4], 2)
+    """Equal where they are the same, and only there."""
+    share = share_images([1, 2], [3, 4], 2)
+    assert share == share_images(np.array([1, 2]), (3, 4), 2)
+    assert share != share_images([1, 2], [4, 3], 2)
+    assert share != share_images([2, 1], [3, 4], 2)
 
 
 def test_report_tells_loads_and_bytes():
+    """The numbers, in words."""
     report = share_images([4, 1, 1], [400, 100, 100], 2).report(row_bytes=2**20)
     assert "3 items, 600 rows on 2 ranks, contiguous: the busiest rank has 1.333 of the mean load" in report
     assert "rank   0     1 items      400 rows   66.7% of the load" in report
@@ -187,10 +202,12 @@ def test_report_tells_loads_and_bytes():
     ],
 )
 def test_errors_name_what_was_got(arguments, words):
+    """Refused before anything is shared."""
     with pytest.raises(ValueError, match=words):
         share_images(*arguments)
 
 
 def test_sharing_needs_no_paddle():
+    """Nothing of Paddle among the modules of a new process."""
     code = "import sys, paddle_vl_sp.vision.share; assert 'paddle' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,9 @@
 """The operators inside static graphs, with shapes unknown when the graph is built: bit-exact with eager."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import paddle
 import pytest
@@ -42,6 +46,7 @@ def drawn(batch, seq_len, seed=0):
 @pytest.mark.parametrize("full_graph", [True, False])
 @pytest.mark.parametrize("name", ["replace_rows", "add_rows"])
 def test_forward_and_backward_of_a_graph_with_unknown_shapes(name, full_graph):
+    """Bit-exact with eager mode, in several shapes by one graph, gradients too."""
     layer = Rows(name)
     graph = paddle.jit.to_static(Rows(name), input_spec=DYNAMIC, full_graph=full_graph)
     for batch, seq_len in SHAPES:
@@ -56,8 +61,59 @@ def test_forward_and_backward_of_a_graph_with_unknown_shapes(name, full_graph):
             assert np.array_equal(eager.numpy(), static.numpy())
 
 
+FIRST_USE = """
+import paddle
+from paddle.static import InputSpec
+from paddle_vl_sp import VisualPlan, add_rows, backend
+
+def add(hidden, features, indices):
+    return add_rows(hidden, features, VisualPlan.from_indices(indices, indices, (-1, -1), -1))
+
+spec = [InputSpec([None, None, 3]), InputSpec([None, 3]), InputSpec([None], "int64")]
+graph = paddle.jit.to_static(add, input_spec=spec, full_graph=True)
+print(graph(paddle.zeros([1, 4, 3]), paddle.ones([2, 3]), paddle.arange(2)).sum().item(), backend().name)
+"""
+
+
+def test_operators_that_are_loaded_while_a_graph_is_traced(tmp_path):
+    """In a process of its own, where nothing has used the operators before."""
+    script = tmp_path / "first_use.py"  # tracing reads the source
+    script.write_text(FIRST_USE)
+    env = os.environ | {"PYTHONPATH": str(load.HERE.parent)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["6.0 op"], done.stderr[-2000:]
+
+
+@pytest.fixture
+def static_mode():
+    paddle.enable_static()
+    yield
+    paddle.disable_static()
+
+
+@pytest.mark.usefixtures("static_mode")
+def test_a_gradient_that_is_fetched_is_not_written_over():
+    """Exact: tanh's gradient is computed in place, in the gradient that add_rows returns, not in the fetched one."""
+    program = paddle.static.Program()
+    with paddle.static.program_guard(program):
+        hidden = paddle.static.data("hidden", [1, 4, 3])
+        features = paddle.static.data("features", [2, 3])
+        hidden.stop_gradient = features.stop_gradient = False
+        update, gather = (paddle.static.data(name, [2], "int64") for name in ("update", "gather"))
+        out = operators.add_rows(paddle.tanh(hidden), features, update, gather)
+        fetched = paddle.static.gradients([(out * 2).sum()], [out, hidden, features])
+    feed = {"hidden": np.full((1, 4, 3), 0.5), "features": np.ones((2, 3))}
+    feed = {name: x.astype(np.float32) for name, x in feed.items()} | {"update": np.array([1, 2])}
+    run = paddle.static.Executor(paddle.CPUPlace()).run
+    out_grad, hidden_grad, feature_grad = run(program, feed | {"gather": np.array([0, 1])}, fetched)
+    assert (out_grad == 2).all()
+    assert (feature_grad == 2).all()
+    assert np.allclose(hidden_grad, 2 * (1 - np.tanh(0.5) ** 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
+    """Exact, in several shapes by one program."""
     layout = SeqLayout(8, sp_size=2, sp_rank=1)
 
     class Indices(paddle.nn.Layer):
@@ -79,6 +135,7 @@ def test_an_index_builder_that_is_saved_and_loaded(tmp_path, padded):
 
 
 def test_a_length_that_does_not_divide_is_refused_when_it_arrives():
+    """Refused by the operator, with the next length that fits."""
     with pytest.raises(OSError, match="the length 9 is not divisible by 2; the next length that fits is 10"):
         operators.build_plan(paddle.zeros([1, 9], "int64"), (1,), SeqLayout(8, sp_size=2), True, -1, False)
 
@@ -129,6 +186,7 @@ class PublicRows(paddle.nn.Layer):
 @pytest.mark.parametrize("serves", ["op", "python"])
 @pytest.mark.parametrize("full_graph", [True, False])
 def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypatch):
+    """Bit-exact with eager mode, with operators and without."""
     if serves == "python":
         monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
     graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
@@ -163,6 +221,8 @@ def test_in_place_in_a_graph_leaves_earlier_values_alone(serves, monkeypatch):
 
 
 def test_an_exact_plan_in_a_traced_graph_is_refused():
+    """Refused while it is traced, with the forms that a graph can have."""
+
     def plan(tokens):
         return plan_visual(tokens, (1,), SeqLayout(4), sequence_first=True).update_indices
 
@@ -175,6 +235,7 @@ def test_an_exact_plan_in_a_traced_graph_is_refused():
     "table", [[[4, 3, 0], [0, 2, 3]], [[0, 9, 0]], [[-1, 2, 0]], [[2, -1, 0]], [[0, 3, 0], [2, 2, 3]], [[7, 2, 0]]]
 )
 def test_a_table_that_leads_out_of_the_tokens_is_refused(table):
+    """Refused by the operator, before memory is touched."""
     tokens = paddle.zeros([1, 8], "int64")
     with pytest.raises(OSError, match=r"interval \d of the table, .* is not a run after \d within 8 positions"):
         operators.build_plan_of(tokens, paddle.to_tensor(table), (1,), SeqLayout(8), 3, False, -1, False)

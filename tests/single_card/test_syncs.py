@@ -26,6 +26,7 @@ def syncs(run):
 
 @pytest.mark.usefixtures("implementation")
 def test_an_exact_plan_costs_one_and_a_padded_one_none():
+    """Exact counts, with operators and without."""
     ids = paddle.to_tensor(IDS)
     for num_features in (None, sum(COUNTS)):
         options = {"sequence_first": True, "num_features": num_features}
@@ -36,6 +37,7 @@ def test_an_exact_plan_costs_one_and_a_padded_one_none():
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_cost_none_forward_and_backward(padded):
+    """None at all, of either form of plan."""
     plan = plan_visual(paddle.to_tensor(IDS), (IMAGE, VIDEO), LAYOUT, sequence_first=True, padded=padded)
     source = paddle.randn([*plan.row_shape, 4])
     features = paddle.randn([sum(COUNTS), 4])
@@ -50,12 +52,14 @@ def test_rows_cost_none_forward_and_backward(padded):
 
 
 def test_a_plan_from_the_host_costs_none():
+    """None at all, the copy to the device included."""
     plan = plan_visual(IDS, (IMAGE, VIDEO), LAYOUT, sequence_first=True)
     hidden, features = paddle.randn([*plan.row_shape, 4]), paddle.randn([sum(COUNTS), 4])
     assert syncs(lambda: add_rows(hidden, features, plan.to(hidden.place))) == 0
 
 
 def test_joining_image_and_video_costs_one_and_none_with_ids_on_the_host():
+    """Exact counts, for three levels."""
     image, video = (paddle.randn([count, 4]) for count in COUNTS)
     ids = paddle.to_tensor(IDS)
     assert syncs(lambda: joint_features([image] * 3, [video] * 3, ids, (IMAGE, VIDEO))) == 1

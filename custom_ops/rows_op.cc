@@ -1,0 +1,234 @@
+// The operators that move rows: vlsp_replace_rows and vlsp_add_rows with their gradients, vlsp_add_rows_ in
+// place and vlsp_add_rows_back, its gradient.
+//
+// A gradient needs the number of feature rows and their type, not their values: to keep those would hold
+// their memory until the backward pass. The type is the attribute feature_type. The number, which may be
+// unknown while a graph is built, is the height of the input like_features [N, 0].
+
+#include "paddle_op.h"
+#include "rows.h"
+#include "unshared.h"
+
+namespace vlsp {
+namespace {
+
+// In the order of ElementType, which is also what the attribute feature_type means.
+constexpr DataType kElementTypes[] = {DataType::FLOAT32, DataType::FLOAT64, DataType::FLOAT16,
+                                      DataType::BFLOAT16};
+
+ElementType element_type(DataType type) {
+  for (int i = 0; i < 4; ++i) {
+    if (kElementTypes[i] == type) return static_cast<ElementType>(i);
+  }
+  PD_THROW("paddle_vl_sp: rows must be float32, float64, float16 or bfloat16");
+}
+
+DataType data_type(int feature_type) {
+  PD_CHECK(0 <= feature_type && feature_type < 4, "paddle_vl_sp: unknown element type ", feature_type);
+  return kElementTypes[feature_type];
+}
+
+// [N, H] for rows [.., H]
+Shape feature_shape(const Shape& rows, const Shape& like_features) {
+  PD_CHECK(!rows.empty() && !like_features.empty(),
+           "paddle_vl_sp: rows must be [.., H], like_features [N, 0]");
+  return {like_features[0], rows.back()};
+}
+
+// ---- kernels ----
+
+// One kernel of rows.h in both forms.
+template <class... Args>
+struct Kernel {
+  const char* name;
+  void (*cpu)(const Args&...);
+  int (*cuda)(const Args&..., void* stream);
+
+  // On the device of `x`.
+  void launch(const Tensor& x, const Args&... args) const {
+    if (!x.is_gpu()) return cpu(args...);
+#ifdef VLSP_WITH_CUDA
+    check_cuda(cuda(args..., x.stream()), name);
+#else
+    refuse_gpu(name);
+#endif
+  }
+};
+
+#ifdef VLSP_WITH_CUDA
+#define VLSP_KERNEL(name) {#name, name##_cpu, name##_cuda}
+#else
+#define VLSP_KERNEL(name) {#name, name##_cpu, nullptr}
+#endif
+using MoveKernel = Kernel<Rows, ConstRows, Pairs, RowShape>;
+constexpr MoveKernel kReplaceRows = VLSP_KERNEL(replace_rows);
+constexpr MoveKernel kAddRows = VLSP_KERNEL(add_rows);
+constexpr MoveKernel kTakeRows = VLSP_KERNEL(take_rows);
+constexpr Kernel<Rows, Pairs, RowShape> kZeroRows = VLSP_KERNEL(zero_rows);
+
+Rows written(Tensor& x) { return {x.data(), element_type(x.dtype())}; }
+
+ConstRows read(const Tensor& x) { return {x.data(), element_type(x.dtype())}; }
+
+struct Where {
+  Pairs pairs;
+  RowShape shape;
+};
+
+Where check(const Tensor& hidden, const Tensor& features, const Tensor& update, const Tensor& gather) {
+  PD_CHECK(
+      !hidden.shape().empty() && features.shape().size() == 2 && hidden.shape().back() == features.shape()[1],
+      "paddle_vl_sp: hidden must be [.., H] and features [N, H]");
+  PD_CHECK(hidden.place() == features.place() && hidden.place() == update.place() &&
+               hidden.place() == gather.place(),
+           "paddle_vl_sp: hidden, features and indices must be on one device");
+  PD_CHECK(update.dtype() == DataType::INT64 && gather.dtype() == DataType::INT64 &&
+               update.numel() == gather.numel(),
+           "paddle_vl_sp: update and gather indices must be int64 and of one length");
+  const int64_t width = features.shape()[1];
+  return {{update.data<int64_t>(), gather.data<int64_t>(), update.numel()},
+          {width ? hidden.numel() / width : 0, features.shape()[0], width}};
+}
+
+void write_rows(const MoveKernel& kernel, Tensor& hidden, const Tensor& features, const Tensor& update,
+                const Tensor& gather) {
+  const Where where = check(hidden, features, update, gather);
+  kernel.launch(hidden, written(hidden), read(features), where.pairs, where.shape);
+}
+
+// [N, H] with features[gather] = rows[update] and zero elsewhere: the gradient of using features.
+Tensor take_rows(const Tensor& rows, const Tensor& update, const Tensor& gather, const Tensor& like_features,
+                 int feature_type) {
+  const Shape shape = feature_shape(rows.shape(), like_features.shape());
+  Tensor features = paddle::empty(shape, data_type(feature_type), rows.place());
+  const Where where = check(rows, features, update, gather);
+  kTakeRows.launch(rows, written(features), read(rows), where.pairs, where.shape);
+  return features;
+}
+
+Tensor copy(const Tensor& x) { return x.copy_to(x.place(), false); }
+
+// ---- forward ----
+
+template <const MoveKernel& kernel>
+std::vector<Tensor> move_rows(const Tensor& hidden,                        // [.., H]
+                              const Tensor& features,                      // [N, H]
+                              const Tensor& update, const Tensor& gather,  // [n]
+                              const Tensor& like_features, int feature_type) {
+  Tensor out = copy(hidden);
+  write_rows(kernel, out, features, update, gather);
+  return {out};
+}
+
+// Its gradient is a PyLayer's, in Python: one of its own would leave `hidden` with its old graph.
+void add_rows_inplace(Tensor& hidden, const Tensor& features, const Tensor& update, const Tensor& gather) {
+  write_rows(kAddRows, hidden, features, update, gather);
+}
+
+// The same for shapes and for types.
+template <class T>
+std::vector<T> infer_out(const T& hidden, const T& features, const T& update, const T& gather,
+                         const T& like_features, int feature_type) {
+  return {hidden};
+}
+
+// ---- gradients ----
+
+std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather, const Tensor& like_features,
+                                      const Tensor& out_grad, int feature_type) {
+  const Tensor feature_grad = take_rows(out_grad, update, gather, like_features, feature_type);
+  Tensor hidden_grad = copy(out_grad);
+  const Where where = check(hidden_grad, feature_grad, update, gather);
+  kZeroRows.launch(hidden_grad, written(hidden_grad), where.pairs, where.shape);
+  return {hidden_grad, feature_grad};
+}
+
+// Autograd may add the gradients of other users of `hidden` into the tensor that is returned for it. So that
+// is out_grad itself only where nothing else refers to it.
+std::vector<Tensor> add_rows_grad(const Tensor& update, const Tensor& gather, const Tensor& like_features,
+                                  const Tensor& out_grad, int feature_type) {
+  return {is_unshared(out_grad) ? out_grad : copy(out_grad),
+          take_rows(out_grad, update, gather, like_features, feature_type)};
+}
+
+std::vector<Shape> infer_grad_shapes(const Shape& update, const Shape& gather, const Shape& like_features,
+                                     const Shape& out_grad, int feature_type) {
+  return {out_grad, feature_shape(out_grad, like_features)};
+}
+
+std::vector<DataType> infer_grad_types(const DataType& update, const DataType& gather,
+                                       const DataType& like_features, const DataType& out_grad,
+                                       int feature_type) {
+  return {out_grad, data_type(feature_type)};
+}
+
+// ---- gradients of gradients ----
+
+// One of the two is missing where it was not asked for: then it is zero.
+Tensor given_or_zeros(const Tensor& x, const Shape& shape, DataType type, const paddle::Place& place) {
+  return x.initialized() ? x : paddle::full(shape, 0, type, place);
+}
+
+// Both operations are linear: the gradient of their gradient moves rows as they do themselves.
+template <const MoveKernel& kernel>
+std::vector<Tensor> move_rows_double_grad(const Tensor& update, const Tensor& gather,
+                                          const Tensor& like_features, const Tensor& out_grad,
+                                          const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
+                                          int feature_type) {
+  const Shape hidden_shape = out_grad.shape();
+  const Tensor hidden = given_or_zeros(hidden_grad_grad, hidden_shape, out_grad.dtype(), out_grad.place());
+  const Tensor features =
+      given_or_zeros(feature_grad_grad, feature_shape(hidden_shape, like_features.shape()),
+                     data_type(feature_type), out_grad.place());
+  return move_rows<kernel>(hidden, features, update, gather, like_features, feature_type);
+}
+
+template <class T>
+std::vector<T> infer_double_grad(const T& update, const T& gather, const T& like_features, const T& out_grad,
+                                 const T& hidden_grad_grad, const T& feature_grad_grad, int feature_type) {
+  return {out_grad};
+}
+
+}  // namespace
+}  // namespace vlsp
+
+#define VLSP_BUILD_ROW_OP(op, kernel, grad)                                                   \
+  PD_BUILD_OP(op)                                                                             \
+      .Inputs({"hidden", "features", "update", "gather", "like_features"})                    \
+      .Outputs({"out"})                                                                       \
+      .Attrs({"feature_type: int"})                                                           \
+      .SetKernelFn(PD_KERNEL(vlsp::move_rows<kernel>))                                        \
+      .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_out<vlsp::Shape>))                          \
+      .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_out<vlsp::DataType>));                      \
+  PD_BUILD_GRAD_OP(op)                                                                        \
+      .Inputs({"update", "gather", "like_features", paddle::Grad("out")})                     \
+      .Outputs({paddle::Grad("hidden"), paddle::Grad("features")})                            \
+      .Attrs({"feature_type: int"})                                                           \
+      .SetKernelFn(PD_KERNEL(grad))                                                           \
+      .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_grad_shapes))                               \
+      .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_grad_types));                               \
+  PD_BUILD_DOUBLE_GRAD_OP(op)                                                                 \
+      .Inputs({"update", "gather", "like_features", paddle::Grad("out"),                      \
+               paddle::Grad(paddle::Grad("hidden")), paddle::Grad(paddle::Grad("features"))}) \
+      .Outputs({paddle::Grad(paddle::Grad("out"))})                                           \
+      .Attrs({"feature_type: int"})                                                           \
+      .SetKernelFn(PD_KERNEL(vlsp::move_rows_double_grad<kernel>))                            \
+      .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_double_grad<vlsp::Shape>))                  \
+      .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_double_grad<vlsp::DataType>))
+
+VLSP_BUILD_ROW_OP(vlsp_replace_rows, vlsp::kReplaceRows, vlsp::replace_rows_grad);
+VLSP_BUILD_ROW_OP(vlsp_add_rows, vlsp::kAddRows, vlsp::add_rows_grad);
+
+PD_BUILD_OP(vlsp_add_rows_)
+    .Inputs({"hidden", "features", "update", "gather"})
+    .Outputs({"out"})
+    .SetInplaceMap({{"hidden", "out"}})
+    .SetKernelFn(PD_KERNEL(vlsp::add_rows_inplace));
+
+PD_BUILD_OP(vlsp_add_rows_back)
+    .Inputs({"update", "gather", "like_features", "out_grad"})
+    .Outputs({"hidden_grad", "feature_grad"})
+    .Attrs({"feature_type: int"})
+    .SetKernelFn(PD_KERNEL(vlsp::add_rows_grad))
+    .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_grad_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_grad_types));
