@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from paddle_vl_sp.plan import Array
 
-    Features: TypeAlias = Tensor | list[Tensor] | tuple[Tensor, ...] | None  # [N, H], or a list of levels [N, H]
+Features = TypeVar("Features", bound="Tensor | list[Tensor] | tuple[Tensor, ...]")  # [N, H], or a list of levels [N, H]
 
 
 def joint_features(
-    image: Features, video: Features, tokens: Array, placeholder_ids: Sequence[int]
-) -> Tensor | list[Tensor]:
+    image: Features | None, video: Features | None, tokens: Array, placeholder_ids: Sequence[int]
+) -> Features:
     """Image rows [N_img, H] and video rows [N_vid, H] in the reading order of both, [N_img + N_vid, H].
 
     image and video are tensors, or lists of levels with equally many rows; one of them may be None. tokens [B, S] are
@@ -44,10 +44,11 @@ def joint_features(
         joined = [dispatch.joint_rows(i, v, order) for i, v in zip(image_levels, video_levels, strict=True)]
     else:
         joined = image_levels or video_levels
-    return joined if isinstance(video if image is None else image, (list, tuple)) else joined[0]
+    are_levels = isinstance(video if image is None else image, (list, tuple))
+    return cast(Features, joined if are_levels else joined[0])
 
 
-def _levels(kind: str, features: Features) -> list[Tensor]:
+def _levels(kind: str, features: Tensor | list[Tensor] | tuple[Tensor, ...] | None) -> list[Tensor]:
     given = features if isinstance(features, (list, tuple)) else [features]
     levels = [level for level in given if level is not None]
     shapes = [list(level.shape) for level in levels]
