@@ -9,7 +9,7 @@ NATIVE_SOURCES := custom_ops/index_cpu.cc custom_ops/rows_cpu.cc
 NATIVE_TESTS := $(addprefix tests/native/,kernels_test.cc half_test.cc index_test.cc rows_test.cc)
 NATIVE_DEPS := $(NATIVE_SOURCES) $(NATIVE_TESTS) $(wildcard custom_ops/*.h tests/native/*.h)
 SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
-CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc)
+CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc tests/gpu/double/*.h tests/gpu/double/*.cc)
 
 .PHONY: demo test coverage lint bench sanitize bench-native clean
 .DELETE_ON_ERROR:
@@ -47,13 +47,13 @@ $(VENV)/.ready: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-SAY_WHAT_SERVES := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('paddle_vl_sp:', b); sys.exit(b.name != 'op')
+SAY_BACKEND := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('paddle_vl_sp:', b); sys.exit(b.name != 'op')
 
-# Without a C++ compiler plain Paddle serves, and the next make tries again.
+# Without a C++ compiler plain Paddle is used, and the next make tries again.
 $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
-	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will serve; apt install g++, then make again"
+	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will be used; apt install g++, then make again"
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_WHAT_SERVES)" && touch $@ || true
+	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_BACKEND)" && touch $@ || true
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.
 sanitize: build/native/kernels_test build/native/kernels_test_baseline

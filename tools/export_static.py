@@ -3,7 +3,7 @@
     python tools/export_static.py OUT --ids 151655 151656 --sp-size 4 --sequence-first
     python tools/export_static.py OUT --mask --cp-size 2 --sp-size 2 --padded --backend python
 
-OUT/plan_cp0_sp1.json is the builder of cp rank 0, sp rank 1; with --packed, OUT/plan_packed.json serves all ranks.
+OUT/plan_cp0_sp1.json is the builder of cp rank 0, sp rank 1; with --packed, OUT/plan_packed.json is for all ranks.
 OUT/deepstack_add.json adds. Each is run by paddle.jit.load and by the inference predictor on text-only, image-only
 and mixed inputs of several shapes, and held, bit for bit, against what the package computes without a graph.
 """

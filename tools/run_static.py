@@ -38,13 +38,13 @@ def predictor(path: Path) -> Program:
     config = inference.Config(f"{path}.json", f"{path}.pdiparams")
     config.disable_gpu()
     config.disable_glog_info()
-    served = inference.create_predictor(config)
+    ready = inference.create_predictor(config)
 
     def run(inputs: Arrays) -> list[npt.NDArray[Any]]:
-        for name in served.get_input_names():
-            served.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(inputs[name]))
-        served.run()
-        return [served.get_output_handle(name).copy_to_cpu() for name in served.get_output_names()]
+        for name in ready.get_input_names():
+            ready.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(inputs[name]))
+        ready.run()
+        return [ready.get_output_handle(name).copy_to_cpu() for name in ready.get_output_names()]
 
     return run
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from training import modeling_fleet, same_bits
+from training import modeling_fleet
 
+from arrays import same_bits
+from groups import topology_of
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks
 from paddle_vl_sp.formers.families import qwen3_vl_fleet
@@ -17,26 +19,17 @@ WIDTH, SEQ_LEN, LEVELS = 8, 16, 3
 IMAGE, VIDEO = 7, 8
 
 
-def topology(rank, nranks, stages=1):
-    """Of the second data-parallel copy: global ranks are not those within the group."""
-    return SimpleNamespace(
-        get_model_parallel_group=lambda: FakeGroup(rank, nranks, range(nranks, 2 * nranks)),
-        get_model_parallel_rank=lambda: rank,
-        get_model_parallel_world_size=lambda: nranks,
-        get_pipe_parallel_world_size=lambda: stages,
-    )
-
-
 @pytest.fixture
 def as_rank(monkeypatch):
-    """as_rank(rank, nranks): from now on we are that rank; gradients are left as they are on it."""
+    """as_rank(rank, nranks): from now on we are that rank of the second data-parallel copy, so that its global rank is
+    not that in the group; gradients are left as they are on it.
+    """
 
     def become(rank, nranks, stages=1):
-        monkeypatch.setattr(
-            "paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology(rank, nranks, stages)
-        )
-        monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
+        topology = topology_of(FakeGroup(rank, nranks, range(nranks, 2 * nranks)), stages)
+        monkeypatch.setattr("paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology)
         monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: nranks + rank)
+        monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
 
     return become
 
@@ -49,9 +42,11 @@ def built(monkeypatch):
     return plans
 
 
-def layer(number, sequence_parallel, **more):
-    config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False)
-    return Layer(config, number, **more)
+def layer(number, sequence_parallel, cls=Layer, full_recompute=False):
+    config = SimpleNamespace(
+        sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=full_recompute
+    )
+    return cls(config, layer_number=number)
 
 
 def masks(batch):
@@ -211,14 +206,13 @@ def test_subclasses_with_their_own_addition_get_the_mask(as_rank):
 
     mask, hidden, levels = some_case()
     as_rank(0, 1)
-    config = SimpleNamespace(sequence_parallel=False, apply_rope_fusion=False)
     given = {
         "hidden_states": paddle.to_tensor(hidden),
         "visual_pos_masks": paddle.to_tensor(mask),
         "deepstack_visual_emb": list(map(paddle.to_tensor, levels)),
     }
     with apply_to_qwen3_vl():
-        Own(config, 0)(given)
+        layer(0, False, Own)(given)
     assert isinstance(seen[0], paddle.Tensor)
 
 
