@@ -67,7 +67,7 @@ def check_result(what: str, ours: Tensor, upstream: Tensor, advice: str) -> None
         wrong = int((~same).sum())
         apart = float((ours.astype("float32") - upstream.astype("float32")).abs().max())
         how = f"{wrong} of {ours.size} values differ, by {apart:.3g} at most"
-    raise CheckFailed(f"{CHECK}: {what}: {how}; {advice}")
+    raise CheckFailed(f"{CHECK}: {what} differs from that of upstream: {how}; {advice}")
 
 
 def _check_indices(key: str, got: Integers, expected: Integers, advice: str) -> None:

@@ -62,7 +62,7 @@ class VisualDeepstack:
         if upstream is not None:
             with paddle.no_grad():
                 wanted = upstream(hidden, mask, embeds)
-            check_result("the deepstack addition is not that of the base class", ours, wanted, "report it")
+            check_result("the deepstack addition", ours, wanted, "report it")
 
     def _carried_plan(self, carried: dict[str, Any], hidden: Tensor) -> VisualPlan:
         """The plan of the dict, or a new one, which `carried` then has for the layers that follow."""

@@ -149,7 +149,7 @@ def _check_output(ours: dict[str, Any], upstream: dict[str, Any]) -> None:
         for ours_one, upstream_one in pairs:
             if isinstance(upstream_one, paddle.Tensor):
                 advice = "set merge = 'upstream' and report it"
-                check_result(f"{key} differs from PaddleFleet's merge", ours_one, upstream_one, advice)
+                check_result(key, ours_one, upstream_one, advice)
 
 
 def predicts_more_tokens(config: Any) -> bool:

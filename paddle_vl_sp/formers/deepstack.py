@@ -42,7 +42,7 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
             with paddle.no_grad():
                 upstream = original(self, hidden_states, visual_pos_masks, visual_embeds)
             advice = "set PADDLE_VL_SP=0 and report it"
-            check_result("the deepstack addition is not PaddleFormers'", out, upstream, advice)
+            check_result("the deepstack addition", out, upstream, advice)
         return out
 
     return _deepstack_process
