@@ -1,4 +1,4 @@
-"""What PyLayer and the CPU lack: an error for second gradients, float16."""
+"""Workarounds for Paddle: an error where a PyLayer has no second gradient, float16 kernels that the CPU lacks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import paddle
 from paddle import Tensor
+from paddle.autograd import PyLayerContext
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of a PyLayer: raises where a graph of it is asked for, by create_graph=True."""
+    """Decorator for the backward of a PyLayer: raises a ValueError under create_graph=True, naming the layer."""
     name = backward.__qualname__.split(".")[0].lstrip("_")
 
     @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Any) -> Any:
-        if paddle.is_grad_enabled():  # which Paddle's engine turns off unless create_graph is set
+    def checked(ctx: PyLayerContext, *grads: Tensor) -> Any:
+        if paddle.is_grad_enabled():  # in a backward Paddle turns it off unless create_graph is set
             raise ValueError(
                 f"{name} has no second gradient: leave create_graph out, or keep it out of what is differentiated twice"
             )
@@ -26,7 +27,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def via_float32(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """move(x), where move only moves elements; through float32 where the CPU has no float16 kernel: the same bits."""
+    """move(x), by way of float32 for float16 on the CPU, which lacks kernels; move only moves elements: same bits."""
     if x.place.is_cpu_place() and x.dtype == paddle.float16:
         return move(x.astype("float32")).astype("float16")
     return move(x)

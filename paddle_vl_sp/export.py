@@ -1,8 +1,8 @@
 """Layers for static graphs: the index builder and the deepstack add, with batch and length known only at run time.
 
 The cut is an attribute of the saved program; the length is read from the tokens. Importing this module loads the
-operators, which is all that a process needs before it loads programs saved with them. Programs saved in plain Paddle
-need nothing of ours.
+operators, which a process must do before it loads programs saved with them. Programs saved in plain Paddle need Paddle
+alone.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
     """tokens [B, S] -> update, gather and counts of one rank: what `plan_visual` gives for that length.
 
     placeholder_ids  the ids to look for, or None for a bool mask
-    packed           forward takes `interval_table(layout)` beside the tokens, and B = 1; the table says what is
-                     owned, the sizes how much of it: one program serves all ranks
-    padded           fixed size B * S_local, unused places -1: no shape depends on what is in a tensor
+    packed           forward takes `interval_table(layout)` as a second input, and B = 1; the table says which positions
+                     a rank owns, so one program runs on all ranks
+    padded           fixed size B * S_local, unused pairs -1: no shape depends on what is in a tensor
     backend          "op": one operator; "python": plain Paddle; "auto": the operator where it is loaded
     The other arguments are those of SeqLayout. A length that does not divide stops the program.
     """
@@ -69,41 +69,45 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
         )
         if packed and padded and remainder == "front":
             raise ValueError(
-                "packed, padded and remainder='front' do not go together: how much a rank owns is then known from "
-                "the table alone; pad the segments so that they divide, or take the exact form (padded=False)"
+                "packed, padded and remainder='front' do not go together: only the table would know how many positions "
+                "a rank owns; pad the segments so that they divide, or use the exact form (padded=False)"
             )
         self.sequence_first = sequence_first
         self.packed = packed
         self.padded = padded
-        self.serving = _serving(backend)
+        self.backend = _chosen_backend(backend)
 
     def input_spec(self, token_type: str = "int64") -> list[InputSpec]:
-        """What `paddle.jit.save` and `to_static` want to know; ids may be "int32", a mask is bool."""
+        """The inputs, for `paddle.jit.save` and `to_static`; ids may be "int32", a mask is bool."""
         tokens = InputSpec([None, None], "bool" if self.ids is None else token_type, "tokens")
         return [tokens, InputSpec([None, 3], "int64", "intervals")] if self.packed else [tokens]
 
     def forward(self, tokens: Tensor, intervals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         if (intervals is not None) != self.packed:
-            raise ValueError("a packed builder takes interval_table(layout) beside the tokens, any other does not")
-        build = _build_by_operator if self.serving == "op" else plain.build_plan_of_any_length
+            got = "no table" if intervals is None else "a table"
+            raise ValueError(
+                "a packed builder takes interval_table(layout) as its second input and any other builder takes none, "
+                f"got packed={self.packed} and {got}: pass the table if and only if packed=True"
+            )
+        build = _build_by_operator if self.backend == "op" else plain.build_plan_of_any_length
         update, gather, counts = build(tokens, intervals, self.ids, self.rule, self.sequence_first, self.padded)
         return update, gather, counts
 
 
 class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
-    """hidden [.., H] with features [N, H] added at the rows a plan names, on a copy; -1 is skipped.
+    """hidden [.., H] with features [N, H] added at the rows of a plan, on a copy; -1 is skipped.
 
-    One program serves every layer and every rank.
+    One program is enough for every layer and every rank.
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
         super().__init__()
-        self.serving = _serving(backend)
+        self.backend = _chosen_backend(backend)
 
     def input_spec(
         self, width: int | None = None, dtype: str = "float32", feature_type: str | None = None
     ) -> list[InputSpec]:
-        """width is H, where it is to be fixed; feature_type is that of the features, where it is not `dtype`."""
+        """The inputs; width fixes H, feature_type is the features' dtype where it is not `dtype`."""
         return [
             InputSpec([None, None, width], dtype, "hidden"),
             InputSpec([None, width], feature_type or dtype, "features"),
@@ -112,12 +116,12 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
         ]
 
     def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-        add = operators.add_rows if self.serving == "op" else plain.add_rows
+        add = operators.add_rows if self.backend == "op" else plain.add_rows
         return add(hidden, features, update, gather)
 
 
 def save(layer: IndexBuilder | DeepstackAdd, path: str, input_spec: list[InputSpec] | None = None) -> None:
-    """Writes `path`.json, for paddle.jit.load and for the inference predictor; the layer stays as it is."""
+    """Writes `path`.json, for paddle.jit.load and the inference predictor; the layer is not changed."""
     if not paddle.get_flags("FLAGS_enable_pir_api")["FLAGS_enable_pir_api"]:
         raise ValueError("the old IR is not supported: unset FLAGS_enable_pir_api=0 to save programs")
     paddle.jit.save(layer, path, input_spec=layer.input_spec() if input_spec is None else input_spec)
@@ -138,7 +142,7 @@ def _build_by_operator(
     return update, gather, counts
 
 
-def _serving(backend: str) -> str:
+def _chosen_backend(backend: str) -> str:
     """ "op" or "python"."""
     check_choice("backend", backend, SWITCHES[BACKEND])
     available = load.backend()

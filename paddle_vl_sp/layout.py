@@ -1,4 +1,4 @@
-"""Who owns what: the map from a rank's local positions to global ones, by rule and without a process group."""
+"""Which positions of a sequence a rank owns: the map from local to global, by rule and without a process group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import index as as_int
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ REMAINDERS = ("error", "front")
 
 
 def length_multiple(*, cp_size: int = 1, cp_mode: str = "zigzag", sp_size: int = 1, remainder: str = "error") -> int:
-    """The number a sequence's length must be a multiple of: for equal shares, or, with "front", to be cut at all.
+    """The number that a length must be a multiple of: for equal shares or, with remainder="front", to be cut at all.
 
     >>> length_multiple(cp_size=2, sp_size=4)  # zigzag makes 4 chunks; each rank's 2 must divide by 4
     8
@@ -38,17 +37,17 @@ class SeqLayout:
     cp_mode "zigzag":      2 * cp_size chunks; rank r owns chunk r, then chunk 2 * cp_size - 1 - r
     cp_mode "contiguous":  cp_size chunks; rank r owns chunk r
     cu_seqlens:            packed sequences (B = 1): cp cuts every segment by itself; a rank's parts follow each other
-    sp:                    cuts what cp left contiguously
+    sp:                    cuts a cp rank's row into contiguous shares
     remainder "front":     contiguous cuts that do not divide give the first ranks one position more
 
-    The local row of rank 0 of cp_size=2, sp_size=2, zigzag, seq_len=8 and of its three companions::
+    The four ranks of cp_size=2, sp_size=2, zigzag, seq_len=8::
 
         global        0 1 2 3 4 5 6 7
         chunk         0 0 1 1 2 2 3 3
         cp_rank 0     0 1         6 7      sp_rank 0 owns [0 1], sp_rank 1 owns [6 7]
         cp_rank 1         2 3 4 5          sp_rank 0 owns [2 3], sp_rank 1 owns [4 5]
 
-    Layouts compare and hash by value. Rank and size are arguments: nothing is asked from the environment.
+    Layouts compare and hash by value. Rank and size are arguments: nothing is read from the environment.
     """
 
     seq_len: int
@@ -80,14 +79,14 @@ class SeqLayout:
         return self._local_len
 
     def intervals(self) -> npt.NDArray[np.int64]:
-        """The runs of global positions this rank owns, in local order: int64 [K, 2] of (start, length).
+        """The intervals of global positions that this rank owns, in local order: int64 [K, 2] of (start, length).
 
-        None is empty, no two touch, and starts increase. Read-only.
+        No interval is empty, no two touch, and starts increase. Read-only.
         """
         return self._intervals
 
     def positions(self) -> npt.NDArray[np.int64]:
-        """The global position of every local one, in local order, increasing: int64 [S_local]."""
+        """The global position of every local position, increasing: int64 [S_local]."""
         start, length = self._intervals.T
         return consecutive(start, length)
 
@@ -98,12 +97,12 @@ class SeqLayout:
     @cached_property
     def _intervals(self) -> npt.NDArray[np.int64]:
         pieces = _sp_pieces(_cp_pieces(self), self.sp_size, self.sp_rank)
-        pieces = _joined(pieces)
+        pieces = _merge_pieces(pieces)
         pieces.setflags(write=False)
         return pieces
 
     def segments(self) -> npt.NDArray[np.int64]:
-        """The sequences that cp cuts one by one: int64 [num_segments, 2] of (start, length)."""
+        """The sequences that cp cuts one by one, a single one without cu_seqlens: int64 [num_segments, 2]."""
         bounds = np.asarray(self.cu_seqlens or (0, self.seq_len), dtype=np.int64)
         return np.stack([bounds[:-1], np.diff(bounds)], axis=1)
 
@@ -121,14 +120,14 @@ class SeqLayout:
     def _raise_length(self, subject: str, length: int, multiple: int) -> None:
         cut = f"cp_size {self.cp_size} ({self.cp_mode}), sp_size {self.sp_size}"
         fits = -(-length // multiple) * multiple
-        mend = f"the next length that fits is {fits}: pad to it"
+        fix = f"the next length that fits is {fits}: pad to it"
         if self.remainder == "error" and (self.cp_size == 1 or self.cp_mode == "contiguous"):
-            mend += ", or pass remainder='front'"
-        raise ValueError(f"{subject} {length}, which is not divisible by {multiple} ({cut}); {mend}")
+            fix += ", or pass remainder='front'"
+        raise ValueError(f"{subject} {length}, which is not divisible by {multiple} ({cut}); {fix}")
 
 
 def consecutive(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Runs of consecutive numbers, one after the other.
+    """Runs of consecutive numbers, one run after the other.
 
     start [4 9], length [3 2]  ->  [4 5 6 9 10]
     """
@@ -139,7 +138,7 @@ def consecutive(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> 
 
 
 def _cp_pieces(layout: SeqLayout) -> npt.NDArray[np.int64]:
-    """What the layout's cp rank owns, segment after segment: int64 [K, 2] of (start, length)."""
+    """What the layout's cp rank owns before sp cuts it, segment after segment: int64 [K, 2] of (start, length)."""
     start, length = layout.segments().T
     size, rank = layout.cp_size, layout.cp_rank
     if size > 1 and layout.cp_mode == "zigzag":
@@ -151,20 +150,20 @@ def _cp_pieces(layout: SeqLayout) -> npt.NDArray[np.int64]:
 
 
 def _sp_pieces(pieces: npt.NDArray[np.int64], size: int, rank: int) -> npt.NDArray[np.int64]:
-    """The share of `rank` of the row that the pieces make, as pieces; some may be empty.
+    """Of the row that the pieces make, the share of the sp rank, as pieces; some may be empty.
 
-    pieces (0, 2) (6, 2) make the row [0 1 6 7]; the second of two ranks gets (6, 2)
+    pieces (0, 2) (6, 2) make the row [0 1 6 7]; sp rank 1 of 2 gets (6, 2)
     """
     start, length = pieces.T
     ends = np.cumsum(length)
     begins = ends - length
-    share_begin, share_end = _share(length.sum(), size, rank)
+    share_begin, share_end = _share(length.sum(keepdims=True), size, rank)
     low, high = np.clip(begins, share_begin, share_end), np.clip(ends, share_begin, share_end)
     return np.stack([start + low - begins, high - low], axis=1)
 
 
-def _share(length: Any, size: int, rank: int) -> tuple[Any, Any]:
-    """Begin and end of the share of `rank`, of one length or of many; undivided rests go to the first shares.
+def _share(length: npt.NDArray[np.int64], size: int, rank: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Begin and end of a rank's share of each length; what does not divide goes to the first ranks.
 
     length 10, size 4  ->  [0 3) [3 6) [6 8) [8 10)
     """
@@ -173,8 +172,8 @@ def _share(length: Any, size: int, rank: int) -> tuple[Any, Any]:
     return begin, begin + quotient + (rank < rest)
 
 
-def _joined(pieces: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The same positions without empty pieces and with touching ones made one.
+def _merge_pieces(pieces: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The same positions, without empty pieces and with touching pieces merged.
 
     (0, 2) (2, 3) (5, 0) (7, 1)  ->  (0, 5) (7, 1)
     """

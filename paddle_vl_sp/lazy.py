@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used (PEP 562)."""
+"""Names of a package that are imported at their first use (PEP 562), and modules under their old names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package with `__all__`; homes: the module of the package that defines a name.
+    """`__getattr__` and `__dir__` for a package with `__all__`; homes maps each name to the module that defines it.
 
     ::
 
@@ -32,7 +32,7 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
 
 
 class MovedModule(types.ModuleType):
-    """A module of an earlier version under its old name; its names come from where they are now."""
+    """A module of an earlier version under its old name: its attributes are those of the new module, with a warning."""
 
     def __init__(self, old: str, new: str) -> None:
         super().__init__(old, f"Moved to {new}.")
@@ -40,7 +40,7 @@ class MovedModule(types.ModuleType):
         sys.modules[old] = self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what inspect asks of every module
+        if name.startswith("__"):  # inspect looks these up on every module: no warning for that
             raise AttributeError(name)
         warnings.warn(f"{self.__name__} has moved to {self._new}", DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(self._new), name)

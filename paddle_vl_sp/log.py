@@ -1,9 +1,9 @@
-"""The package's one logger: works without any set-up, and does not repeat a message on every rank.
+"""The package's one logger: needs no set-up, and does not repeat a message on every rank.
 
 PADDLE_VL_SP_LOG  debug, info (default), warning or error
 
-Information comes from rank 0; warnings come from the first rank of each machine, the same words once; debug, which
-differs from rank to rank, comes from every rank.
+info is logged by rank 0; a warning once, by the first rank of each machine; debug, which differs between ranks, by
+every rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 from paddle_vl_sp.settings import LOG, setting
@@ -22,7 +23,7 @@ _warned: set[str] = set()
 
 
 class _StderrUntilConfigured(logging.Handler):
-    """Writes to stderr as long as the program has no handlers of its own."""
+    """Writes to stderr as long as neither the root logger nor this one has another handler."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers and _logger.handlers == [self]:
@@ -30,9 +31,9 @@ class _StderrUntilConfigured(logging.Handler):
 
 
 class _Prefixed(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Names the package: Paddle's log format has file and line only."""
+    """Puts the package's name before each message: Paddle's log format has file and line only."""
 
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
         return f"{NAME}: {msg}", kwargs
 
 
@@ -52,7 +53,7 @@ def _is_logged_here(record: logging.LogRecord) -> bool:
 
 def _set_up() -> None:
     level = setting(LOG).upper()
-    if os.environ.get(LOG) or _logger.level == logging.NOTSET:  # else the program has set it
+    if os.environ.get(LOG) or _logger.level == logging.NOTSET:  # else the program chose a level before the import
         _logger.setLevel(level)
     _logger.addFilter(_is_logged_here)
     _logger.addHandler(_StderrUntilConfigured())

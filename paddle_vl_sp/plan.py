@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.layout import SeqLayout, consecutive
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+    from paddle.base.core import Place
+
+    Array: TypeAlias = Tensor | npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,33 +25,34 @@ class VisualPlan:
 
     update_indices  int64 [n]  rows of this rank's flattened hidden states; each at most once
     gather_indices  int64 [n]  feature rows; increasing
-    row_shape       (S_local, B) or (B, S_local): the leading shape of the hidden states the plan is for
+    row_shape       (S_local, B) or (B, S_local): the leading shape of the hidden states that the plan is for
     num_features    N, the feature rows of the whole batch; None for a padded plan that was not given it
-    counts          int64 [2]  (n, N) as counted from the tokens, where the indices live; reading it from a device
-                    costs a synchronisation. For a padded plan the only place that knows
+    counts          int64 [2]  n and N as counted from the tokens, where the indices are
 
-    In a padded plan, n is fixed and unused pairs are (-1, -1) at the end.
+    In a padded plan the arrays have a fixed size, unused pairs are (-1, -1) at the end, and only `counts` knows n.
     """
 
-    update_indices: Any
-    gather_indices: Any
+    update_indices: Array
+    gather_indices: Array
     row_shape: tuple[int, int]
     num_features: int | None
+    _counted: Array | None = field(default=None, repr=False)  # counts [2], where the tokens were counted already
 
     @classmethod
     def from_indices(
         cls,
-        update_indices: Any,
-        gather_indices: Any,
+        update_indices: Array,
+        gather_indices: Array,
         row_shape: Sequence[int],
         num_features: int | None,
         *,
         visual: int | None = None,
     ) -> VisualPlan:
-        """The plan that travelled as two arrays, put together again.
+        """The plan of two index arrays that a data loader or an earlier layer has made.
 
-        visual  the number of visual tokens that were counted where the plan was made, its num_features: compared with
-                the feature rows that there are. Arrays on the host are checked: rows differ, feature rows increase.
+        visual  the visual tokens of the batch, counted where the arrays were made: compared with num_features
+
+        Numpy arrays are checked: update indices are different rows, gather indices increase, none is out of range.
         """
         shapes = list(update_indices.shape), list(gather_indices.shape)
         are_numbers = all(isinstance(size, int) for shape in shapes for size in shape)  # not so in a traced graph
@@ -55,7 +62,7 @@ class VisualPlan:
                 "[n, 1] arrays before handing them over"
             )
         first, second = row_shape
-        if num_features is not None and num_features < 0:  # what a tensor's shape says in a traced graph
+        if num_features is not None and num_features < 0:  # an unknown size in the shape of a traced tensor
             num_features = None
         plan = cls(update_indices, gather_indices, (int(first), int(second)), num_features)
         if visual is not None:
@@ -66,7 +73,7 @@ class VisualPlan:
 
     @property
     def num_rows(self) -> int:
-        """How many rows the hidden states have once flattened."""
+        """How many rows the flattened hidden states have."""
         return self.row_shape[0] * self.row_shape[1]
 
     @property
@@ -75,7 +82,13 @@ class VisualPlan:
         return isinstance(self.update_indices, np.ndarray)
 
     @cached_property
-    def counts(self) -> Any:
+    def counts(self) -> Array:
+        """n of this rank and N of the batch; reading it from a device synchronises.
+
+        A plan from index arrays knows no tokens: its N is num_features, -1 for None.
+        """
+        if self._counted is not None:
+            return self._counted
         used = (self.update_indices >= 0).sum()
         num_features = -1 if self.num_features is None else self.num_features
         if self.on_host:
@@ -85,7 +98,7 @@ class VisualPlan:
         return paddle.stack([used, paddle.full_like(used, num_features)])
 
     def check(self) -> None:
-        """Reads `counts` and raises if the tokens do not match the feature rows that the plan was made for."""
+        """Raises unless the batch has as many visual tokens as feature rows; reads `counts`, one sync on a device."""
         _, visual = self.counts.tolist()
         if self.num_features is None:
             raise ValueError(
@@ -94,17 +107,17 @@ class VisualPlan:
             )
         check_feature_count(visual, self.num_features)
 
-    def to(self, place: Any) -> VisualPlan:
-        """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place), without waiting for the copy."""
+    def to(self, place: str | Place) -> VisualPlan:
+        """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place); the copy does not synchronise."""
         from paddle_vl_sp.backends.dispatch import on_place
 
         update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
-        plan = VisualPlan(update, gather, self.row_shape, self.num_features)
-        return _with_counts(plan, on_place(self.counts, place)) if "counts" in self.__dict__ else plan
+        counted = None if self._counted is None else on_place(self._counted, place)
+        return VisualPlan(update, gather, self.row_shape, self.num_features, counted)
 
 
 def plan_visual(
-    tokens: Any,
+    tokens: Array,
     placeholder_ids: Sequence[int] | None,
     layout: SeqLayout,
     *,
@@ -118,9 +131,9 @@ def plan_visual(
                      a numpy array gives a plan of numpy arrays, a Paddle tensor one of tensors on its device
     sequence_first   whether the hidden states are [S_local, B, H] or [B, S_local, H]
     num_features     features.shape[0], where the caller knows it: compared with the tokens
-    padded           fixed size, no host synchronisation; a mismatch shows in `check()`
+    padded           fixed size, no host synchronisation; a mismatch is found by `check()`
 
-    Two samples of six tokens, v visual, cut for two sequence-parallel ranks; what rank 1 gets::
+    Two samples of six tokens, v visual, cut for two sequence-parallel ranks; the plan of rank 1::
 
         tokens         t v v v t t        feature rows   . 0 1 2 . .
                        v v t t v t                       3 4 . . 5 .
@@ -144,21 +157,15 @@ def plan_visual(
     batch = int(tokens.shape[0])
     row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
     if padded:
-        return _with_counts(VisualPlan(update, gather, row_shape, num_features), counts)
+        return VisualPlan(update, gather, row_shape, num_features, counts)
     visual = int(counts[1])
     if num_features is not None:
         check_feature_count(visual, num_features)
     return VisualPlan(update, gather, row_shape, visual)
 
 
-def _with_counts(plan: VisualPlan, counts: Any) -> VisualPlan:
-    """The plan, whose maker knows its counts already."""
-    plan.__dict__["counts"] = counts
-    return plan
-
-
-def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The placeholder ids as a tuple, or None for a bool mask, after checking that the tokens are of that kind."""
+def checked_ids(tokens: Array, placeholder_ids: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The placeholder ids as a tuple, or None for a bool mask; checks tokens [B, S] and ids."""
     if not hasattr(tokens, "dtype"):
         raise ValueError(f"tokens must be a numpy array or a Paddle tensor [B, S], got {type(tokens).__name__}")
     kind = str(tokens.dtype).removeprefix("paddle.")
@@ -172,7 +179,7 @@ def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int
         return None
     if kind not in ("int32", "int64"):
         raise ValueError(f"with placeholder_ids, tokens must be int32 or int64 ids, got {kind}")
-    ids = tuple(placeholder_ids) if isinstance(placeholder_ids, Iterable) else (placeholder_ids, None)
+    ids = tuple(placeholder_ids) if isinstance(placeholder_ids, Iterable) else ()
     if not ids or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in ids):
         raise ValueError(
             f"placeholder_ids must be one or more integers, such as (image_id, video_id), got {placeholder_ids!r}"
@@ -181,6 +188,7 @@ def checked_ids(tokens: Any, placeholder_ids: Sequence[int] | None) -> tuple[int
 
 
 def check_feature_count(visual: int, num_features: int | None, kind: str = "visual") -> None:
+    """Raises unless the visual tokens of the batch and its feature rows are equally many."""
     if visual != num_features:
         raise ValueError(
             f"the batch has {visual} {kind} tokens but {num_features} feature rows: every placeholder takes exactly "
@@ -189,7 +197,7 @@ def check_feature_count(visual: int, num_features: int | None, kind: str = "visu
 
 
 def _check_pairs(plan: VisualPlan) -> None:
-    """Of arrays on the host: what the row functions assume."""
+    """What the row functions assume of the index arrays, for numpy arrays."""
     used = plan.update_indices >= 0
     update, gather = (indices[used].astype(np.int64) for indices in (plan.update_indices, plan.gather_indices))
     limit = np.inf if plan.num_features is None else plan.num_features
@@ -201,7 +209,7 @@ def _check_pairs(plan: VisualPlan) -> None:
         )
 
 
-def _check_layout(tokens: Any, layout: SeqLayout) -> None:
+def _check_layout(tokens: Array, layout: SeqLayout) -> None:
     batch, seq_len = tokens.shape
     if seq_len != layout.seq_len:
         raise ValueError(
@@ -222,15 +230,15 @@ def _plan_on_host(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """update [n], gather [n], counts [2] in numpy."""
     batch, seq_len = tokens.shape
-    visual = np.flatnonzero(tokens if ids is None else np.isin(tokens, ids))  # [N] places among the B * S tokens
+    visual = np.flatnonzero(tokens if ids is None else np.isin(tokens, ids))  # [N] indices among the B * S tokens
     start, length = layout.intervals().T  # [K]
     sample = np.arange(batch, dtype=np.int64)[:, None]
-    run = (sample * seq_len + start).ravel()  # [B * K] where each run of ours begins among the B * S tokens
-    first = np.searchsorted(visual, run)
-    found = np.searchsorted(visual, run + np.tile(length, batch)) - first
+    begin = (sample * seq_len + start).ravel()  # [B * K] of this rank's intervals, among the B * S tokens
+    local_begin = (sample * layout.local_len + np.cumsum(length) - length).ravel()  # [B * K] among its B * S_local
+    first = np.searchsorted(visual, begin)  # [B * K] the first visual token that is not before the interval
+    found = np.searchsorted(visual, begin + np.tile(length, batch)) - first  # [B * K] visual tokens in it
     gather = consecutive(first, found)  # [n]
-    local = (sample * layout.local_len + np.cumsum(length) - length).ravel()  # [B * K] and among our B * S_local
-    update = visual[gather] + np.repeat(local - run, found)  # [n]
+    update = visual[gather] + np.repeat(local_begin - begin, found)  # [n]
     if sequence_first:
         b, s = np.divmod(update, max(layout.local_len, 1))
         update = s * batch + b

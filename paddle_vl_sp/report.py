@@ -1,4 +1,4 @@
-"""What a run's batches meant for the ranks: counted while a report is open, read as a dict."""
+"""How the visual tokens of a run were spread over the ranks: counted while a report is open, read as a dict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from array import array
 from bisect import bisect_left
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,23 @@ from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.plan import VisualPlan
 
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+    from paddle_vl_sp.plan import Array
+
 Integers = npt.NDArray[np.int64]
 
-COLUMNS = ("own", "syncs")
+COLUMNS = ("own", "syncs")  # of a forward: this rank's visual tokens, host syncs to plan
 PENDING = 1024  # forwards whose counts may stay on the device before they are read
 
 _open: list[RunReport] = []
 
 
 class RunReport:
-    """Counts every training forward with visual tokens while it is open; waits for a device only when it is read.
+    """Counts every training forward with visual tokens while it is open.
 
-    (And once in 1024 forwards, so that unread counts do not pile up there.)
+    It synchronises with a device when it is read, and once in 1024 forwards, so that unread counts do not pile up.
 
     ::
 
@@ -35,15 +40,15 @@ class RunReport:
             train()
         print(report.read())  # on every rank
 
-    The models that this package changes, its fleet classes and `encode_shared` note their forwards by themselves; a
-    loop of your own calls `note_forward`.
+    The models that this package changes, its fleet classes and `encode_shared` call `note_forward` themselves; your
+    own loop must call it.
     """
 
     def __init__(self) -> None:
-        self._group: Any = None  # that of the first forward
-        self._pending: list[tuple[Any, int]] = []  # (counts [2], perhaps on a device; syncs)
+        self._group: Group | None = None  # that of the first forward
+        self._pending: list[tuple[Array, int]] = []  # (counts [2], perhaps on a device; syncs)
         self._read = array("q")  # row after row of COLUMNS
-        self._shares: list[tuple[int, float]] = []  # (the forward that comes next, imbalance)
+        self._shares: list[tuple[int, float]] = []  # (number of the forward that follows, imbalance)
 
     @property
     def num_forwards(self) -> int:
@@ -62,16 +67,16 @@ class RunReport:
             _open.remove(self)
 
     def read(self, since: int = 0) -> dict[str, Any]:
-        """The forwards from number `since` on, over the ranks that the sequence was cut for; every one must call.
+        """The forwards from number `since` on, over the ranks that the sequence was cut for: all of them must call.
 
-        forwards          those with visual tokens; all that follows is of these
+        forwards          those with visual tokens; the other numbers are of these
         visual_tokens     of all forwards and ranks
-        tokens_of_ranks   the same, rank by rank
+        tokens_of_ranks   of all forwards, rank by rank
         imbalance         the busiest rank's visual tokens over the mean, 1.0 is perfect: mean of the forwards
-        worst_imbalance   the same of the worst forward
+        worst_imbalance   the imbalance of the worst forward
         empty_ranks       ranks without visual tokens: mean of the forwards
-        syncs_here        host synchronisations to make plans
-        vision_imbalance  of the tower's work, where it was shared out: mean
+        syncs_here        host synchronisations of this rank to make plans
+        vision_imbalance  of the tower's work, where it was shared: mean of the forwards
         """
         self._read_pending()
         facts = np.array(self._read[since * len(COLUMNS) :], dtype=np.int64).reshape(-1, len(COLUMNS))
@@ -83,7 +88,7 @@ class RunReport:
         return _summary(own, facts) | self._vision(since)
 
     def _read_pending(self) -> None:
-        """Reads the counts that are still where the plans are."""
+        """Moves the counts that are still on a device to the host."""
         for counts, syncs in self._pending:
             self._read.extend([int(np.asarray(counts)[0]), syncs])
         self._pending.clear()
@@ -94,10 +99,10 @@ class RunReport:
             self._group = group
         if _members(group) != _members(self._group):
             logger.warning(
-                "a RunReport counts the forwards of one group, that of the first: those of %s are left out, beside %s; "
+                "a RunReport counts the forwards of one group, that of the first (%s); those of %s are left out: open "
                 "one report for each",
-                _members(group),
                 _members(self._group),
+                _members(group),
             )
             return
         self._pending.append((plan.counts, syncs))
@@ -120,23 +125,23 @@ class RunReport:
 
 def note_forward(
     plan: VisualPlan,
-    hidden: Any = None,
+    hidden: Tensor | None = None,
     *,
     batch: int | None = None,
     num_levels: int = 0,
     group: Group | None = None,
     syncs: int = 1,
 ) -> None:
-    """One forward, for all open reports and, at level debug, for the log; costs nothing where there are none.
+    """Counts one forward in every open report and, at level debug, logs its plan; without either it costs nothing.
 
     Forwards under paddle.no_grad, such as an evaluation's, are not counted.
 
-    plan        this rank's, of the hidden states that the deepstack layers see
+    plan        this rank's, for the hidden states of the deepstack layers
     num_levels  deepstack layers, for the log
-    group       the ranks that the sequence was cut for; None where it was not
-    syncs       the host synchronisations that making the plan took: 0 with the data loader's, or padded
+    group       the ranks that the sequence was cut for; None where it was not cut
+    syncs       host synchronisations to make the plan: 0 if it is padded, or came from the data loader
 
-    hidden and batch are not used; loops that were written for 0.1.0 pass them.
+    hidden and batch are ignored; loops written for 0.1.0 pass them.
     """
     if plan.num_features == 0:
         return
@@ -149,14 +154,14 @@ def note_forward(
 
 
 def note_shared(imbalance: float) -> None:
-    """One sharing of the tower's work."""
+    """Adds how evenly the tower's work was shared in one forward to every open report."""
     logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
     for report in _open if _is_training() else ():
         report._shares.append((report.num_forwards, imbalance))
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """A run's report in a line."""
+    """The dict of a report in one line."""
     return (
         f"{summary['forwards']} forwards with {summary['visual_tokens']} visual tokens, ranks: "
         f"{len(summary['tokens_of_ranks'])}; imbalance {summary['imbalance']:.2f}, at worst "
@@ -165,7 +170,7 @@ def summary_line(summary: dict[str, Any]) -> str:
     )
 
 
-def _members(group: Any) -> str:
+def _members(group: Group | None) -> str:
     return "no group" if group is None else f"ranks {list(group.ranks)}"
 
 
@@ -190,8 +195,8 @@ def _summary(own: Integers, facts: Integers) -> dict[str, Any]:
     }
 
 
-def _describe(plan: VisualPlan, num_levels: int, group: Any, syncs: int) -> str:
-    """What the plan is; reads its head, which synchronises."""
+def _describe(plan: VisualPlan, num_levels: int, group: Group | None, syncs: int) -> str:
+    """The plan's counts, shape and first pairs; reading them synchronises."""
     own, visual = np.asarray(plan.counts).tolist()
     pairs = zip(np.asarray(plan.update_indices[:4]), np.asarray(plan.gather_indices[:4]), strict=True)
     head = " ".join(f"({u}, {g})" for u, g in pairs)

@@ -1,4 +1,4 @@
-"""Every switch of the environment, and the check of every argument that is one word out of several."""
+"""Every environment variable of the package, and the check of every argument that is one word out of several."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SWITCHES = {  # the first word is the default
 
 
 def setting(switch: str) -> str:
-    """The word that the environment gives a switch, read anew every time; its default where it is not set or empty."""
+    """The value of a switch in the environment, read at every call; its default where it is unset or empty."""
     words = SWITCHES[switch]
     value = os.environ.get(switch, "").lower() or words[0]
-    if value not in words:
-        expected = "0 or 1" if set(words) == {"0", "1"} else f"one of {', '.join(map(repr, words))}"
-        raise ValueError(f"{switch} must be {expected}, got {value!r}")
+    if set(words) == {"0", "1"} and value not in words:
+        raise ValueError(f"{switch} must be 0 or 1, got {value!r}")
+    check_choice(switch, value, words)
     return value
 
 
@@ -32,5 +32,6 @@ def is_on(switch: str) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises unless the value of the argument `name` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -3,8 +3,8 @@
 python tools/demo.py [--steps 24] [--pictures FOLDER]      needs paddleformers; half a minute
 
 On one rank both must be the same to the last bit. On two tensor-parallel ranks with sequence parallelism upstream's
-vision tower gets wrong gradients, and the ranks' copies of it drift apart; with paddle_vl_sp they do not. It ends with
-code 1 should this not be so.
+vision tower gets wrong gradients, and the ranks' copies of it drift apart; with paddle_vl_sp they do not. If this is
+not what happens, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.cli.answer import Problem, WrongUse
-from paddle_vl_sp.cli.drawing import saved
+from paddle_vl_sp.cli import Problem
+from paddle_vl_sp.cli.picture import save
 from paddle_vl_sp.cli.quiet import quiet
 from paddle_vl_sp.cli.terminal import Progress
 
@@ -44,19 +44,19 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    os.environ |= {"GLOG_minloglevel": "3", "PADDLE_VL_SP_LOG": "warning"}  # the table tells
+    os.environ |= {"GLOG_minloglevel": "3", "PADDLE_VL_SP_LOG": "warning"}
     warnings.simplefilter("ignore")
     begin = time.monotonic()
     equal, found = run(given.steps, given.ranks)
     print(table(equal, found))
     print(pictures(found, given.pictures))
     print(f"{time.monotonic() - begin:.0f} s")
-    return 0 if holds(equal, found) else 1
+    return 0 if is_as_claimed(equal, found) else 1
 
 
 def run(steps: int, nranks: int) -> tuple[list[bool], list[dict[str, Any]]]:
-    """Whether one-rank steps were equal, and what each of the ranks found."""
-    with quiet():  # start-up notes of other packages
+    """Whether each step on one rank was equal, and what each of the ranks found."""
+    with quiet():
         import paddle
 
         from demo_parts import training
@@ -72,28 +72,28 @@ def run(steps: int, nranks: int) -> tuple[list[bool], list[dict[str, Any]]]:
         return equal, ranks_with_progress(nranks, steps, progress)
 
 
-def ranks_with_progress(nranks: int, steps: int, progress: Any) -> list[dict[str, Any]]:
-    """The ranks tell through a file what they are doing, a line a step."""
+def ranks_with_progress(nranks: int, steps: int, progress: Progress) -> list[dict[str, Any]]:
+    """The ranks write into a file what they are doing, a line a step."""
     from demo_parts import training
     from paddle_vl_sp.testing import run_ranks
 
-    results: list[Any] = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "told"
-        told.touch()
+        steps_done = Path(folder) / "steps"
+        steps_done.touch()
+        arguments = (training.on_ranks, nranks, nranks, steps, str(steps_done))
         limit = 120 + 10 * steps * nranks
-        arguments = (training.on_ranks, nranks, nranks, steps, str(told))
         ranks = threading.Thread(target=lambda: results.extend(run_ranks(*arguments, timeout=limit)))
         ranks.start()
         seen = 0
         while ranks.is_alive():
             ranks.join(0.2)
-            lines = told.read_text().splitlines()
+            lines = steps_done.read_text().splitlines()
             for line in lines[seen:]:
                 progress.advance(line)
             seen = len(lines)
     if not results:
-        raise RuntimeError("the ranks failed; their errors stand above")
+        raise RuntimeError("the ranks failed; their errors are above")
     return results
 
 
@@ -109,29 +109,24 @@ def table(equal: list[bool], found: list[dict[str, Any]]) -> str:
         ("how far the ranks' copies of the tower are apart, at the end",),
         ("  relative distance", "", *(f"{worst(found, run, 'drift', slice(-1, None)):.2%}" for run in SIDES)),
         ("placing the features in one forward; with plans of the data loader, in brackets",),
-        ("  waits for the device, on a GPU", "", *counts(found, "waits")),
-        ("  searches for the visual rows", "", *counts(found, "builds")),
+        ("  host syncs, on a GPU", "", *counts(found, "syncs")),
+        ("  searches for the visual rows", "", *counts(found, "searches")),
     )
-    told = [f"  {name:34}" + "".join(map(str.rjust, row, WIDTHS)) for name, *row in rows]
-    same = f"{sum(equal)} of {len(equal)} steps have the same loss and gradients, bit for bit"
-    return "\n".join(
-        [
-            "",
-            "One rank, upstream and with paddle_vl_sp",
-            f"  {same}",
-            "",
-            f"{len(found)} sequence-parallel ranks (SP), {len(equal)} steps",
-            *(line.rstrip() for line in told),
-            "",
-            verdict(equal, found),
-            "",
-        ]
-    )
+    lines = "\n".join(f"  {name:34}{''.join(map(str.rjust, row, WIDTHS))}".rstrip() for name, *row in rows)
+    return f"""
+One rank, upstream and with paddle_vl_sp
+  {sum(equal)} of {len(equal)} steps have the same loss and gradients, bit for bit
+
+{len(found)} sequence-parallel ranks (SP), {len(equal)} steps
+{lines}
+
+{verdict(equal, found)}
+"""
 
 
 def verdict(equal: list[bool], found: list[dict[str, Any]]) -> str:
-    if not holds(equal, found):
-        return "This is not what the demonstration is to show: please report it with the table above."
+    if not is_as_claimed(equal, found):
+        return "This is not what the demonstration should show: please report it with the table above."
     return (
         "Under sequence parallelism upstream's vision tower learns from wrong gradients, and its copies drift apart.\n"
         "With paddle_vl_sp it learns as it does without sequence parallelism, and on one rank nothing changes."
@@ -148,33 +143,28 @@ def worst(found: list[dict[str, Any]], run: str, what: str, part: slice = slice(
     return max(max(rank[run][what][part]) for rank in found)
 
 
-def holds(equal: list[bool], found: list[dict[str, Any]]) -> bool:
-    """What the demonstration is to show."""
-    mended = worst(found, "patched", "error") < 1e-3 and worst(found, "patched", "drift") == 0.0
-    return all(equal) and mended and worst(found, "upstream", "error") > 0.1
+def is_as_claimed(equal: list[bool], found: list[dict[str, Any]]) -> bool:
+    """Equal bits on one rank; on ranks upstream's fault, and right gradients and equal copies with paddle_vl_sp."""
+    is_fixed = worst(found, "patched", "error") < 1e-3 and worst(found, "patched", "drift") == 0.0
+    return all(equal) and is_fixed and worst(found, "upstream", "error") > 0.1
 
 
 def pictures(found: list[dict[str, Any]], folder: Path) -> str:
     """Draws both; what was drawn, or why nothing was."""
     from demo_parts import picture, training
 
-    told = {
-        "demo.png": (picture.HEIGHT, lambda figure: picture.draw(figure, found)),
-        "demo-owners.png": (
-            picture.OWNERS_HEIGHT,
-            lambda figure: picture.draw_owners(figure, training.example(), len(found)),
-        ),
-    }
+    paths = folder / "demo.png", folder / "demo-owners.png"
     try:
-        for name, (height, draw) in told.items():
-            saved(folder / name, height, draw)
-    except (Problem, WrongUse) as error:
+        save(paths[0], picture.HEIGHT, lambda figure: picture.draw(figure, found))
+        mask = training.example()
+        save(paths[1], picture.OWNERS_HEIGHT, lambda figure: picture.draw_owners(figure, mask, len(found)))
+    except Problem as error:
         return f"no pictures: {error}"
-    return f"pictures: {', '.join(str(folder / name) for name in told)}"
+    return f"pictures: {', '.join(map(str, paths))}"
 
 
 def quiet_paddleformers() -> None:
-    """Its notes would break the progress bar."""
+    """Its log lines would break the progress bar."""
     from paddleformers.utils.log import logger
 
     logger.set_level("ERROR")

@@ -198,7 +198,7 @@ def report(asked: argparse.Namespace, cases: list[Case]) -> None:
 def main() -> int:
     asked = arguments()
     asked.ids = None if asked.mask else asked.ids
-    asked.serving = DeepstackAdd(backend=asked.backend).serving
+    asked.serving = DeepstackAdd(backend=asked.backend).backend
     cut = Cut(asked)
     write_programs(asked, cut)
     cases = [*plan_cases(asked, cut), *add_cases(asked.dtype)]

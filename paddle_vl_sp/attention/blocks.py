@@ -10,9 +10,9 @@ from paddle import Tensor
 
 from paddle_vl_sp.attention.schedule import Block, tiles
 
-TILE = 256  # rows and columns of scores that exist at a time
-# The score of a key that is not seen, and the log-sum-exp of no keys. Any sum of it with real scores rounds to itself,
-# and exp(it - any real score) is 0, as for -inf, at which FLAGS_check_nan_inf would end the process.
+TILE = 256  # rows and columns of scores that are in memory at a time
+# The score of a masked key, and the log-sum-exp of no keys. It behaves as -inf does: adding a real score rounds back to
+# it, and exp(NO_KEY - score) is 0. -inf itself would end the process under FLAGS_check_nan_inf.
 NO_KEY = -1e30
 
 
@@ -21,19 +21,20 @@ class Kernel(Protocol):
 
     name: str
 
-    def pieces(self, block: Block) -> Iterable[Block]: ...
+    def pieces(self, block: Block) -> Iterable[Block]:
+        """The block in the sizes that `forward` and `backward` are called with."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        """The part's output [B, Sq, Hq, Dv] and its log-sum-exp [B, Sq, Hq], fp32."""
+        """The output over these keys [B, Sq, Hq, Dv] and its log-sum-exp [B, Sq, Hq], fp32."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The part's share of the gradients of q, k, v, given the output and log-sum-exp of *all* parts."""
+        """What these keys add to the gradients of q, k, v; out and lse are those over *all* keys."""
 
 
 class Blockwise:
-    """The kernel in plain Paddle: any device, any head size, computed in fp32, a tile of scores at a time."""
+    """The kernel in plain Paddle: any device and head size, in fp32, one tile of scores at a time."""
 
     name = "blockwise"
 
@@ -45,7 +46,7 @@ class Blockwise:
         keys, values = _by_head(k, kv_heads), _by_head(v, kv_heads)
         scores = _scores(_by_head(q, kv_heads), keys, q.shape[1], scale, causal)
         lse = paddle.logsumexp(scores, axis=-1, keepdim=True)  # [B, Hk, G * Sq, 1]
-        out = paddle.matmul(paddle.exp(scores - lse), values)
+        out = paddle.matmul(paddle.exp(scores - lse), values)  # [B, Hk, G * Sq, Dv]
         return _by_row(out, q.shape[1]), _by_row(lse, q.shape[1]).squeeze(-1)
 
     def backward(
@@ -66,7 +67,7 @@ class Blockwise:
 def attend(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], kernel: Kernel, scale: float
 ) -> None:
-    """Merges the blocks into out [B, Sq, Hq, Dv] and lse [B, Sq, Hq], both fp32; lse is NO_KEY where nothing came."""
+    """Merges the blocks into out [B, Sq, Hq, Dv] and lse [B, Sq, Hq], fp32; lse is NO_KEY where no key was seen."""
     for block in blocks:
         for piece in kernel.pieces(block):
             rows, cols = _slices(piece)
@@ -86,7 +87,7 @@ def attend_backward(
     kernel: Kernel,
     scale: float,
 ) -> None:
-    """Adds the blocks' shares to the gradients of q, k, v, all fp32."""
+    """Adds what the blocks contribute to grads: the gradients of q, k and v, all fp32."""
     grad_q, grad_k, grad_v = grads
     for block in blocks:
         for piece in kernel.pieces(block):
@@ -100,9 +101,9 @@ def attend_backward(
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmax averages over different keys as one: weighted by the exponentials of their log-sum-exp.
+    """Joins two softmax averages over different keys, each weighted by the exponential of its log-sum-exp.
 
-    Where lse is NO_KEY (nothing so far) this is the part, in every bit.
+    Where lse is NO_KEY (no keys so far) the result is the part, bit for bit.
     """
     top = paddle.maximum(lse, part_lse)
     weight, part_weight = paddle.exp(lse - top), paddle.exp(part_lse - top)
@@ -117,7 +118,7 @@ def _slices(piece: Block) -> tuple[slice, slice]:
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, S, G * Hk, D] -> [B, Hk, G * S, D] in fp32: the G query heads of a key head follow each other."""
+    """[B, S, G * Hk, D] -> [B, Hk, G * S, D] in fp32: the G query heads of one key head, one after the other."""
     batch, rows, heads, width = x.shape
     groups = heads // kv_heads
     x = x.astype("float32").reshape([batch, rows, kv_heads, groups, width])
@@ -133,7 +134,7 @@ def _by_row(x: Tensor, rows: int) -> Tensor:
 
 
 def _scores(queries: Tensor, keys: Tensor, rows: int, scale: float, causal: bool) -> Tensor:
-    """[B, Hk, G * Sq, Sk]; a key after its query, in a causal square, is NO_KEY."""
+    """[B, Hk, G * Sq, Sk]; where causal (a square block), NO_KEY for keys after their query."""
     scores = paddle.matmul(queries, keys, transpose_y=True) * scale
     if not causal:
         return scores

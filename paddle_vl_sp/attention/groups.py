@@ -1,4 +1,4 @@
-"""How many ranks go to Ulysses and how many to the ring, and the groups of each."""
+"""How ranks are split between Ulysses and the ring, and the groups of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddle_vl_sp.comm.collectives import Group
 
 @dataclass(frozen=True)
 class Degrees:
-    """ulysses * ring ranks; printing it says why."""
+    """The sizes of the two kinds of groups, ulysses * ring ranks together; str() gives the reason too."""
 
     ulysses: int
     ring: int
@@ -24,14 +24,14 @@ class Degrees:
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """This rank's two groups: Ulysses (the layout's sp cut) inside, the ring (its cp cut) outside."""
+    """This rank's two groups: ulysses undoes the layout's sp cut, ring its cp cut."""
 
     ulysses: Group
     ring: Group
 
 
 def choose_degrees(kv_heads: int, world: int) -> Degrees:
-    """As much Ulysses as the key heads allow without repeating them, and the ring for the rest.
+    """The most Ulysses ranks that need no key head repeated; the ring takes the rest.
 
     >>> choose_degrees(kv_heads=4, world=16)
     Degrees(ulysses=4, ring=4, reason='gcd(4 key heads, 16 ranks) = 4, and 16 / 4 = 4')
@@ -44,7 +44,7 @@ def choose_degrees(kv_heads: int, world: int) -> Degrees:
 
 
 def rows_and_columns(ranks: Sequence[int], ulysses: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The Ulysses groups and the ring groups of these ranks: neighbours exchange heads, the ring strides over them.
+    """The Ulysses groups and the ring groups: neighbours form a Ulysses group, the ring takes one rank of each.
 
     ranks 0 1 2 3 4 5, ulysses 2  ->  [0 1] [2 3] [4 5]  and  [0 2 4] [1 3 5]
     """
@@ -57,14 +57,14 @@ def rows_and_columns(ranks: Sequence[int], ulysses: int) -> tuple[list[list[int]
 
 
 def groups_from_ranks(
-    sequences: Sequence[Sequence[int]], ulysses: int, rank: int, new_group: Callable[[list[int]], Any]
+    sequences: Sequence[Sequence[int]], ulysses: int, rank: int, new_group: Callable[[list[int]], Group]
 ) -> SequenceGroups:
-    """The groups of `rank`, where every list of `sequences` names the ranks that share one sequence.
+    """The groups of `rank`; each list of `sequences` names the ranks that share one sequence.
 
-    new_group   paddle.distributed.new_group: every process makes every group in the same order, so every process
-                names all sequences of the world here, and its own groups are returned
+    new_group   paddle.distributed.new_group. Every process must make all groups, in the same order: pass all sequences
+                of the world on every process, not only this rank's
     """
-    mine: list[Any] = []
+    mine: list[Group] = []
     for ranks in sequences:
         for kind in rows_and_columns(ranks, ulysses):
             made = [(members, new_group(members)) for members in kind]
@@ -77,7 +77,8 @@ def groups_from_ranks(
 def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGroups:
     """The groups of `fleet.get_hybrid_communicate_group()`: its sep axis is Ulysses, its context axis the ring.
 
-    ulysses   where the topology has only one of the two axes: split that one, this many ranks to a Ulysses group
+    ulysses   the size of a Ulysses group, where the topology has only one of the two axes and it is to be split
+
     An axis of degree 1, or one that the topology lacks, is a group of one.
     """
     sep = _axis(topology, "get_sep_parallel_world_size", "get_sep_parallel_group")
@@ -88,8 +89,8 @@ def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGrou
             "the ranks (groups_from_ranks)"
         )
     if ulysses is None:
-        me = topology.global_rank
-        return SequenceGroups(sep or Alone(me), context or Alone(me))
+        rank = topology.global_rank
+        return SequenceGroups(sep or Alone(rank), context or Alone(rank))
     if sep is not None and context is not None:
         raise ValueError(
             f"the topology has both axes, sep {sep.nranks} and context {context.nranks}: leave ulysses out"
@@ -101,7 +102,7 @@ def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGrou
 
 
 class Alone:
-    """The group of one rank: nothing is ever sent in it."""
+    """A group of one rank; nothing is sent in it."""
 
     rank = 0
     nranks = world_size = 1
@@ -111,7 +112,13 @@ class Alone:
         self.ranks = [rank]
 
 
-def _axis(topology: Any, size: str, group: str) -> Any:
+def group_or_alone(group: Group | None) -> Group:
+    """None is no group, one process: a group of one."""
+    return Alone(0) if group is None else group
+
+
+def _axis(topology: Any, size: str, group: str) -> Group | None:
     if not hasattr(topology, size) or getattr(topology, size)() == 1:
         return None
-    return getattr(topology, group)()
+    axis: Group = getattr(topology, group)()
+    return axis

@@ -1,4 +1,4 @@
-"""Which kernel computes the blocks: Paddle's flash attention where it can, ours elsewhere; the choice says why."""
+"""Which kernel computes the blocks: Paddle's flash attention where it can run, else plain Paddle, and the reason."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from paddle import Tensor
 from paddle_vl_sp.attention.blocks import Blockwise, Kernel
 from paddle_vl_sp.attention.schedule import Block
 
-FLASH_ROWS = 128  # flash attention rounds the rows of its log-sum-exp up to this many
+FLASH_ROWS = 128  # flash attention rounds the rows of its log-sum-exp up to a multiple of this
 FLASH_HEAD_SIZE = 256
 
 
 class Flash:
     """paddle._C_ops.flash_attn and its gradient operator, a whole block at a time; fp16 or bf16 on a GPU.
 
-    The operator scales by 1 / sqrt(D): another scale is put into the queries. Its gradient operator takes output and
-    log-sum-exp as arguments, so that those of all parts together can be handed to it. Blocks are padded to 128 n rows
-    of queries (a causal block's keys too, which its real queries then do not see), where the layout of the log-sum-exp
-    has no gaps; padded rows have no gradient, since that of their output is zero.
+    The operator scales by 1 / sqrt(D), so another scale is multiplied into the queries. Its gradient operator takes the
+    output and log-sum-exp as arguments, so it can be given those over the keys of all blocks.
+
+    Queries are padded to a multiple of 128 rows, for which the operator's log-sum-exp has no gaps. A causal block's
+    keys are padded too; the causal mask hides them from the real queries. The gradient of padded output rows is zero,
+    so padding adds nothing to the gradients.
     """
 
     name = "flash"
@@ -40,17 +42,17 @@ class Flash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, cols, kind = q.shape[1], k.shape[1], q.dtype
         q, k, v = _operands(q, k, v, scale, causal)
-        out, grad = (_rounded_up(x.astype(kind)) for x in (out, grad))
-        lse = _rounded_up(lse).transpose([0, 2, 1]).contiguous()
+        out, grad = (_pad_rows(x.astype(kind)) for x in (out, grad))
+        lse = _pad_rows(lse).transpose([0, 2, 1]).contiguous()
         seed = paddle.zeros([2], "int64").cpu()  # read only by dropout, which is off
         grads = paddle._C_ops.flash_attn_grad(q, k, v, out, lse, seed, None, grad, 0.0, causal)
         grad_q, grad_k, grad_v = (x[:, :n].astype("float32") for x, n in zip(grads, (rows, cols, cols), strict=True))
-        return _scaled(grad_q, scale), grad_k, grad_v
+        return _apply_scale(grad_q, scale), grad_k, grad_v
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that serves and the reason."""
+    """The kernel in use and the reason."""
 
     kernel: Kernel
     reason: str
@@ -60,8 +62,8 @@ class Choice:
 
 
 def choose_kernel(q: Tensor, v: Tensor) -> Choice:
-    """Flash where all of this holds, else blockwise: the tensors are on a GPU of compute capability 8.0 or more, fp16
-    or bf16, with heads of one size in q, k and v, a multiple of 8 up to 256."""
+    """Flash attention for fp16 or bf16 on a GPU of compute capability 8.0 or more, where q, k and v have heads of one
+    size, a multiple of 8 up to 256; blockwise otherwise."""
     obstacles = _flash_obstacles(q, v)
     if obstacles:
         return Choice(Blockwise(), obstacles[0])
@@ -77,7 +79,7 @@ def _flash_obstacles(q: Tensor, v: Tensor) -> list[str]:
         (v.shape[-1] != width, f"heads are {width} wide in q and k, {v.shape[-1]} in v"),
         (width > FLASH_HEAD_SIZE or width % 8 != 0, f"heads are {width} wide: flash takes multiples of 8 up to 256"),
     ]
-    return [reason for hinders, reason in checks if hinders]
+    return [reason for applies, reason in checks if applies]
 
 
 def _before_ampere() -> bool:
@@ -85,20 +87,21 @@ def _before_ampere() -> bool:
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q = _rounded_up(_scaled(q, scale))
+    q = _pad_rows(_apply_scale(q, scale))
     if causal:
-        k, v = _rounded_up(k), _rounded_up(v)
+        k, v = _pad_rows(k), _pad_rows(v)
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
-def _rounded_up(x: Tensor) -> Tensor:
-    """[B, S, ...] with zero rows at the end up to 128 n."""
+def _pad_rows(x: Tensor) -> Tensor:
+    """[B, S, ...] with zero rows at the end, up to a multiple of 128."""
     missing = -x.shape[1] % FLASH_ROWS
     if not missing:
         return x
     return paddle.concat([x, paddle.zeros([x.shape[0], missing, *x.shape[2:]], x.dtype)], axis=1)
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
+def _apply_scale(x: Tensor, scale: float) -> Tensor:
+    """x * (scale / (1 / sqrt(D))): the operator multiplies by 1 / sqrt(D) itself."""
     factor = scale * float(x.shape[-1]) ** 0.5
     return x if abs(factor - 1.0) < 1e-6 else x * factor

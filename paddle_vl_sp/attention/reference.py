@@ -1,4 +1,4 @@
-"""Attention the slow, obvious way: what the others must equal."""
+"""Attention computed the slow, obvious way: tests compare the others with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def full_attention(
     length, heads = q.shape[1], q.shape[2]
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     k, v = (paddle.repeat_interleave(x, heads // k.shape[2], axis=2) for x in (k, v))
-    scores = paddle.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = paddle.einsum("bqhd,bkhd->bhqk", q, k) * scale  # [B, H, S, S]
     mask = visible(length, causal, cu_seqlens)
     weights = paddle.nn.functional.softmax(paddle.where(mask, scores, paddle.full_like(scores, NO_KEY)), axis=-1)
     return paddle.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -41,12 +41,12 @@ def visible(length: int, causal: bool, cu_seqlens: Sequence[int] | None) -> Tens
 def recurrent_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, cu_seqlens: Sequence[int] | None = None
 ) -> Tensor:
-    """The gated delta rule, a position at a time: q, k [B, S, Hk, Dk], v [B, S, Hv, Dv], g, beta [B, S, Hv]."""
+    """The gated delta rule, position by position: q, k [B, S, Hk, Dk], v [B, S, Hv, Dv], g, beta [B, S, Hv]."""
     batch, length, heads, width = v.shape
     q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q, k))
     q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     empty = paddle.zeros([batch, heads, q.shape[-1], width], v.dtype)
-    state, outs = empty, []
+    state, outs = empty, []  # state [B, H, Dk, Dv]
     for t in range(length):
         state = empty if t in (cu_seqlens or (0,)) else state
         state = state * paddle.exp(g[:, t]).reshape([batch, heads, 1, 1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import paddle
 from paddle import Tensor
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.attention.blocks import NO_KEY, Kernel, attend, attend_backward
+from paddle_vl_sp.attention.groups import Alone, group_or_alone
 from paddle_vl_sp.attention.kernels import choose_kernel
 from paddle_vl_sp.attention.schedule import Schedule, ring_schedule, ring_share
 from paddle_vl_sp.autograd import differentiable_once
@@ -24,7 +25,7 @@ def ring_attention(
     v: Tensor,
     *,
     layout: SeqLayout,
-    group: Group,
+    group: Group | None,
     causal: bool = True,
     scale: float | None = None,
     lengths: Sequence[int] | None = None,
@@ -32,16 +33,18 @@ def ring_attention(
     """Attention of this rank's queries with the keys of the whole sequence: [B, S_local, heads, D] in and out.
 
     q         [B, S_local, Hq, D]; k [B, S_local, Hk, D] and v [B, S_local, Hk, Dv], where Hk divides Hq
-    layout    who owns what: its cp cut is the ring. A further sp cut is undone by `ulysses_attention` around this
-    group     the ranks of the ring, in the order of cp_rank
-    lengths   how much of each segment is real, where segments were padded and causal is False: padding is no key
+    layout    its cp cut is the ring; where it has an sp cut too, `ulysses_attention` around this call undoes that
+    group     the ranks of the ring, in the order of cp_rank; None is one process that holds the whole sequence
+    lengths   how many positions of each segment are real, where segments were padded and causal is False: padding is
+              never a key
 
-    Every segment of the layout attends to itself alone. Equivalent, on the whole sequence, to
+    Each segment of the layout attends to itself only. Equivalent, on the whole sequence, to
 
         softmax(q @ k.T * scale + mask) @ v         scale = 1 / sqrt(D) unless given
 
-    Forward sends k and v (ranks - 1) times; backward sends them again, and their gradients, in fp32, as often.
+    Forward sends k and v (ranks - 1) times. Backward sends them as often again, and their gradients, in fp32, too.
     """
+    group = group_or_alone(group)
     _check_ring(layout, group)
     check_heads(q, k, v)
     _check_rows(q, layout)
@@ -59,15 +62,15 @@ def packed_attention(
     scale: float | None = None,
     cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention of a whole sequence on one rank, segment by segment: [B, S, heads, D] in and out."""
+    """Attention over a whole sequence on one rank, segment by segment: [B, S, heads, D] in and out."""
     check_heads(q, k, v)
     layout = SeqLayout(q.shape[1], cu_seqlens=cu_seqlens)
     check_one_row(layout, q)
-    return attention_over(q, k, v, ring_schedule(layout, causal), [q.shape[1]], None, scale)
+    return attention_over(q, k, v, ring_schedule(layout, causal), [q.shape[1]], Alone(0), scale)
 
 
 def attention_over(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, rows: Sequence[int], group: Group | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, rows: Sequence[int], group: Group, scale: float | None
 ) -> Tensor:
     """The attention that a schedule describes; rows says how many keys each rank of the ring holds."""
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
@@ -76,22 +79,26 @@ def attention_over(
     return out
 
 
+@dataclass(frozen=True)
 class _Ring:
-    """The constants of one call, and the way around: at each step, whose keys are here and which blocks they make."""
+    """The constants of one call, and whose keys this rank holds at each step."""
 
-    def __init__(
-        self, schedule: Schedule, rows: tuple[int, ...], group: Group | None, kernel: Kernel, scale: float
-    ) -> None:
-        self.schedule, self.rows, self.group, self.kernel, self.scale = schedule, rows, group, kernel, scale
-        self.size = len(schedule)
-        self.rank = 0 if group is None or self.size == 1 else group.rank
+    schedule: Schedule
+    rows: tuple[int, ...]  # how many keys each rank holds
+    group: Group
+    kernel: Kernel
+    scale: float
+
+    @property
+    def size(self) -> int:
+        return len(self.schedule)
 
     def source(self, step: int) -> int:
-        return (self.rank - step) % self.size
+        """The rank whose keys are here at this step."""
+        return (self.group.rank - step) % self.size
 
     def pass_on(self, tensors: Sequence[Tensor], step: int) -> tuple[list[Tensor], Messages]:
-        """Sends on what belongs to the source of `step`, and expects what belongs to the source of the next."""
-        assert self.group is not None
+        """Sends what belongs to the source of `step` to the next rank; receives what belongs to the next source."""
         rows = self.rows[self.source(step + 1)]
         shapes = [[x.shape[0], rows, *x.shape[2:]] for x in tensors]
         return pass_on(tensors, shapes, self.group)
@@ -99,7 +106,7 @@ class _Ring:
 
 class _RingAttention(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+    def forward(ctx: PyLayerContext, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
         batch, rows, heads, _ = q.shape
         out = paddle.zeros([batch, rows, heads, v.shape[-1]], "float32")
         lse = paddle.full([batch, rows, heads], NO_KEY, "float32")
@@ -108,12 +115,12 @@ class _RingAttention(PyLayer):  # type: ignore[misc]
         result = out.astype(q.dtype)
         ctx.ring = ring
         ctx.needed = [not x.stop_gradient for x in (q, k, v)]
-        ctx.save_for_backward(q, k, v, result.detach(), lse)  # the result itself would hold its own graph: a leak
+        ctx.save_for_backward(q, k, v, result.detach(), lse)  # not detached, it would keep its own graph: a leak
         return result
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: PyLayerContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensor()
         with paddle.amp.auto_cast(enable=False), paddle.no_grad():
             grads = _backward(ctx.ring, grad, q, k, v, out, lse)
@@ -135,9 +142,9 @@ def _forward(ring: _Ring, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Ten
 def _backward(
     ring: _Ring, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values go around again; their gradients follow one step behind, growing, and end at home.
+    """Keys and values travel again. Their gradients follow one step behind, each rank adding its part, to their owner.
 
-    The share that a rank has in the gradients of its own keys stays there and is added last.
+    What a rank's own queries contribute to the gradients of its own keys does not travel: it is added at the end.
     """
     grad_q = paddle.zeros(q.shape, "float32")
     here, own = [k, v], _zeros_like([k, v])
@@ -180,7 +187,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if any(len(x.shape) != 4 for x in (q, k, v)):
         raise ValueError(f"q, k and v must be [B, S_local, heads, D], got {shapes}")
     if len({x.dtype for x in (q, k, v)}) > 1:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: cast them first")
     if list(k.shape[:3]) != list(v.shape[:3]) or list(q.shape[:2]) != list(k.shape[:2]) or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must agree in B and S_local, k and v in heads, q and k in D; got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -209,7 +216,7 @@ def _check_rows(q: Tensor, layout: SeqLayout) -> None:
     expected = ring_share(layout).local_len
     if q.shape[1] == expected:
         return
-    mend = "pass the rank's own share of the sequence"
+    fix = "pass the rank's own share of the sequence"
     if layout.sp_size > 1:
-        mend = "the layout has an sp cut too, so pass this function to ulysses_attention over the sp group"
-    raise ValueError(f"q has {q.shape[1]} rows, the layout's cp share is {expected}: {mend}")
+        fix = "the layout has an sp cut too, so pass this function to ulysses_attention over the sp group"
+    raise ValueError(f"q has {q.shape[1]} rows, the layout's cp share is {expected}: {fix}")

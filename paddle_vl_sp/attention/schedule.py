@@ -1,4 +1,4 @@
-"""Which rows of a rank attend to which rows of another, derived from the layouts alone: numpy, no process group."""
+"""Which query rows of a rank attend to which key rows of another: from the layouts alone, without a process group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paddle_vl_sp.layout import SeqLayout
 
 
 class Block(NamedTuple):
-    """Local query rows against local key rows: all pairs, or, where causal, row i with rows 0 to i."""
+    """Local query rows with local key rows: all pairs, or, where causal, row i with rows 0 to i."""
 
     q_start: int
     q_len: int
@@ -21,42 +21,43 @@ class Block(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """How many (query, key) pairs the block computes; a causal block is square and computes its lower half."""
+        """How many (query, key) pairs are computed; a causal block is square, of which the lower triangle is."""
         return self.q_len * (self.q_len + 1) // 2 if self.causal else self.q_len * self.k_len
 
 
 class Run(NamedTuple):
-    """Consecutive positions of one rank inside one segment."""
+    """Consecutive global positions of one rank inside one segment."""
 
-    row: int  # the local row it begins at
-    start: int  # the global position it begins at
+    row: int  # the local row where it begins
+    start: int  # the global position where it begins
     length: int
 
 
-Schedule = tuple[tuple[Block, ...], ...]  # for every rank of the ring: the blocks with its keys
+Schedule = tuple[tuple[Block, ...], ...]  # for every rank of the ring, the blocks of our queries with its keys
 
 
 def ring_share(layout: SeqLayout, rank: int | None = None) -> SeqLayout:
-    """What the ring cuts: the cp share of `rank` (default: the layout's own), before sp cuts it further."""
+    """The cp share of `rank` (default: the layout's own), before sp cuts it: what the ring works on."""
     return replace(layout, cp_rank=layout.cp_rank if rank is None else rank, sp_size=1, sp_rank=0)
 
 
 @lru_cache(maxsize=64)
 def ring_schedule(layout: SeqLayout, causal: bool, lengths: tuple[int, ...] | None = None) -> Schedule:
-    """The blocks of this rank's queries with the keys of every rank of the ring, source after source.
+    """The blocks of this rank's queries with the keys of each rank of the ring, in the order of ranks.
 
-    lengths gives how much of each segment is real where the segments are padded: what follows is never a key. Rank 1
-    of 2, zigzag, two segments of 4, owns positions 1 2 and 5 6; rank 0 owns 0 3 and 4 7::
+    lengths says how many positions of each segment are real, where segments are padded: padding is never a key.
+
+    Example: two segments of 4, zigzag over 2 ranks. Rank 1 owns positions 1 2 and 5 6, rank 0 owns 0 3 and 4 7::
 
         queries of rank 1   rows 0 1 | 2 3     global 1 2 | 5 6
         keys of rank 0      rows 0 1 | 2 3     global 0 3 | 4 7
-        source 0            rows 0-1 with row 0, rows 2-3 with row 2           2 + 2 pairs, 3 and 7 come later: skipped
+        source 0            rows 0-1 with row 0, rows 2-3 with row 2           2 + 2 pairs; keys 3 and 7 come later
         source 1            rows 0-1 causal, rows 2-3 causal                   3 + 3 pairs
     """
     ends = _real_ends(layout, lengths)
-    mine = _runs(ring_share(layout))
+    queries = _runs(ring_share(layout))
     return tuple(
-        tuple(_blocks(mine, _runs(ring_share(layout, source)), ends, causal, source == layout.cp_rank))
+        tuple(_blocks(queries, _runs(ring_share(layout, source)), ends, causal, source == layout.cp_rank))
         for source in range(layout.cp_size)
     )
 
@@ -67,7 +68,7 @@ def num_pairs(schedule: Schedule) -> list[int]:
 
 
 def tiles(block: Block, size: int) -> Iterator[Block]:
-    """The block in pieces of at most size x size, without those that its causal mask empties."""
+    """The block in pieces of at most size x size, without those that the causal mask hides entirely."""
     for q in range(0, block.q_len, size):
         for k in range(0, q + 1 if block.causal else block.k_len, size):
             yield Block(
@@ -80,7 +81,7 @@ def tiles(block: Block, size: int) -> Iterator[Block]:
 
 
 def _runs(layout: SeqLayout) -> dict[int, list[Run]]:
-    """The rank's positions as runs, by segment; increasing, and the rows of a segment follow each other."""
+    """The rank's runs, by segment: positions increase, and the rows of one segment are consecutive."""
     bounds = [int(start) for start in layout.segments()[:, 0]] + [layout.seq_len]
     runs: dict[int, list[Run]] = {}
     row = segment = 0
@@ -97,19 +98,19 @@ def _runs(layout: SeqLayout) -> dict[int, list[Run]]:
 
 
 def _blocks(
-    mine: dict[int, list[Run]], theirs: dict[int, list[Run]], ends: Sequence[int], causal: bool, own: bool
+    queries_of: dict[int, list[Run]], keys_of: dict[int, list[Run]], ends: Sequence[int], causal: bool, own: bool
 ) -> Iterator[Block]:
-    for segment, queries in mine.items():
-        keys = theirs.get(segment)
+    for segment, queries in queries_of.items():
+        keys = keys_of.get(segment)
         if keys and own and causal:
-            length = sum(run.length for run in keys)  # positions increase with rows: one triangle
+            length = sum(run.length for run in keys)  # positions increase with rows, so it is one triangle
             yield Block(keys[0].row, length, keys[0].row, length, True)
         elif keys:
             yield from _full_blocks(queries, keys, ends[segment], causal)
 
 
 def _full_blocks(queries: list[Run], keys: list[Run], end: int, causal: bool) -> Iterator[Block]:
-    """Two ranks share no position, so a run of queries sees a prefix of the keys: those before it."""
+    """Two ranks share no position, so all queries of a run see the same keys: those before the run, a prefix."""
     pending: Block | None = None
     for run in queries:
         limit = min(end, run.start) if causal else end

@@ -1,4 +1,4 @@
-"""Ulysses: an all-to-all turns a share of the sequence with all heads into the whole with a share of the heads."""
+"""Ulysses: an all-to-all turns part of the sequence with all heads into the whole sequence with part of the heads."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import paddle
 from paddle import Tensor
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
+from paddle_vl_sp.attention.groups import group_or_alone
 from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
 from paddle_vl_sp.autograd import differentiable_once, via_float32
-from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
 from paddle_vl_sp.comm.exchange import all_to_all
 from paddle_vl_sp.layout import SeqLayout
 
@@ -24,7 +24,7 @@ def ulysses_attention(
     k: Tensor,
     v: Tensor,
     *,
-    group: Group,
+    group: Group | None,
     attention: Callable[..., Tensor] | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -34,26 +34,30 @@ def ulysses_attention(
     """Attention of this rank's queries with the keys of the whole sequence: [B, S_local, heads, D] in and out.
 
     q           [B, S_local, Hq, D], k and v [B, S_local, Hk, D]: rank r holds the r-th stretch of the sequence
-    group       ranks that divide Hq; Hk is a multiple of their number, or divides it: then key heads are repeated
+    group       nranks divides Hq, and Hk is a multiple of nranks or divides it; if it divides it, key heads are
+                repeated. None is one process that holds the whole sequence
     attention   called with the whole sequence and Hq / nranks heads: attention(q, k, v, causal=..., scale=...);
                 None is attention over the segments of cu_seqlens. For ring x Ulysses, where this group is the sp cut:
-                functools.partial(ring_attention, layout=layout, group=ring_group)
-                It must have the boundaries of a packed layout itself: bound to it, or in the layout of its ring
-    layout      needed only where ranks hold unequal shares; its cu_seqlens count, and its cut is held against the group
+                functools.partial(ring_attention, layout=layout, group=ring_group). For packed sequences it needs the
+                boundaries too: bound to it with functools.partial, or in the layout of its ring
+    layout      needed only where ranks hold unequal shares; its cu_seqlens are used, its cut is checked with the group
 
     Two ranks, two heads, four positions; a letter is one position of one head::
 
         rank 0   A0 A1 | B0 B1          rank 0   A0 A1 A2 A3
         rank 1   A2 A3 | B2 B3    ->    rank 1   B0 B1 B2 B3    -> attention -> and back
     """
+    if layout is None:
+        warn_of_no_group(group, "ulysses_attention", "this rank's share is the whole sequence")
+    group = group_or_alone(group)
     check_heads(q, k, v)
     if layout is not None and attention is None and cu_seqlens is None:
         cu_seqlens = layout.cu_seqlens
     inner = _inner_attention(attention, cu_seqlens, layout, group)
     lengths = share_lengths(q, layout, group)
-    check_one_row(SeqLayout(sum(lengths), cu_seqlens=cu_seqlens), q)  # refused here, before anything is sent
+    check_one_row(SeqLayout(sum(lengths), cu_seqlens=cu_seqlens), q)  # raises before anything is sent
     _check_query_heads(q.shape[2], group.nranks)
-    k, v = (_enough_heads(x, group.nranks) for x in (k, v))
+    k, v = (_repeat_key_heads(x, group.nranks) for x in (k, v))
     q, k, v = (sequence_to_heads(x, lengths, group) for x in (q, k, v))
     return heads_to_sequence(inner(q, k, v, causal=causal, scale=scale), lengths, group)
 
@@ -75,37 +79,38 @@ def heads_to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor
 
 
 def share_lengths(x: Tensor, layout: SeqLayout | None, group: Group) -> list[int]:
-    """How many positions each rank of the group holds: by the layout, or, without one, as many as this one."""
+    """How many positions each rank of the group holds: by the layout; without one, as many as this rank."""
     if layout is None:
         return [int(x.shape[1])] * group.nranks
     shares = _shares(layout, group)
     lengths = [share.local_len for share in shares]
     if x.shape[1] != lengths[group.rank]:
         raise ValueError(
-            f"q has {x.shape[1]} rows, the layout says {lengths[group.rank]} for rank {group.rank} of {lengths}"
+            f"q has {x.shape[1]} rows, the layout says {lengths[group.rank]} for rank {group.rank} of {lengths}: pass "
+            "the rank's own share of the sequence"
         )
-    if layout.cu_seqlens is not None and x.shape[0] != 1:
-        raise ValueError(f"a layout with cu_seqlens describes one packed row, B = 1, got B = {x.shape[0]}")
+    check_one_row(layout, x)
     return lengths
 
 
 def _shares(layout: SeqLayout, group: Group) -> list[SeqLayout]:
-    """The layouts of the group's ranks, whose shares follow each other in the sequence (or in the cp rank's row)."""
-    here = (group.nranks, group.rank)
-    if (layout.sp_size, layout.sp_rank) == here:
+    """The layouts of the group's ranks, whose shares are consecutive in the sequence (or in the cp rank's share)."""
+    size_and_rank = (group.nranks, group.rank)
+    if (layout.sp_size, layout.sp_rank) == size_and_rank:
         return [replace(layout, sp_rank=rank) for rank in range(group.nranks)]
     contiguous = layout.cp_mode == "contiguous" and layout.sp_size == 1
-    if contiguous and (layout.cp_size, layout.cp_rank) == here:
+    if contiguous and (layout.cp_size, layout.cp_rank) == size_and_rank:
         if layout.cu_seqlens is not None:
             raise ValueError(
-                "a cp cut takes every segment of cu_seqlens apart by itself, so that the ranks' shares do not follow "
-                f"each other and Ulysses cannot join them: cut with sp_size={layout.cp_size}, or use ring_attention"
+                "a cp cut cuts every segment of cu_seqlens by itself, so the ranks' shares are not consecutive and "
+                f"Ulysses cannot join them: cut with sp_size={layout.cp_size}, or use ring_attention"
             )
         return [replace(layout, cp_rank=rank) for rank in range(group.nranks)]
     raise ValueError(
-        f"Ulysses joins stretches that follow each other: the layout's sp cut (rank {layout.sp_rank} of "
+        f"Ulysses joins consecutive stretches of the sequence: the layout's sp cut (rank {layout.sp_rank} of "
         f"{layout.sp_size}) or a contiguous cp cut (here {layout.cp_mode}, rank {layout.cp_rank} of {layout.cp_size}) "
-        f"must be that of the group, rank {group.rank} of {group.nranks}"
+        f"must be that of the group, rank {group.rank} of {group.nranks}: cut with sp_size={group.nranks}, "
+        f"sp_rank={group.rank}"
     )
 
 
@@ -123,16 +128,16 @@ def _inner_attention(
     packed = layout is not None and layout.cp_size == 1 and layout.cu_seqlens is not None
     if cu_seqlens is not None or (packed and not _has_boundaries(attention)):
         raise ValueError(
-            "cu_seqlens is for the attention that is built in: bind it to your own, "
+            "cu_seqlens is for the built-in attention: bind it to your own, "
             "attention=functools.partial(yours, cu_seqlens=...), or give ring_attention a layout with cu_seqlens; an "
-            "attention that knows the boundaries otherwise takes a layout without cu_seqlens"
+            "attention that knows the boundaries some other way goes with a layout without cu_seqlens"
         )
     return attention
 
 
 def _has_boundaries(attention: Callable[..., Tensor]) -> bool:
     """Whether boundaries, or a layout that has them, are bound to the attention."""
-    bound: dict[str, Any] = getattr(attention, "keywords", {})
+    bound: dict[str, object] = getattr(attention, "keywords", {})
     named = any(name.startswith("cu_seqlens") and value is not None for name, value in bound.items())
     return named or getattr(bound.get("layout"), "cu_seqlens", None) is not None
 
@@ -140,13 +145,13 @@ def _has_boundaries(attention: Callable[..., Tensor]) -> bool:
 def _check_query_heads(heads: int, nranks: int) -> None:
     if heads % nranks:
         raise ValueError(
-            f"{heads} query heads do not divide over {nranks} ranks: Ulysses gives every rank as many; use a group "
-            "whose size divides the heads, and the ring for the rest (choose_degrees)"
+            f"{heads} query heads do not divide over {nranks} ranks: Ulysses gives every rank the same number; use a "
+            "group whose size divides the heads, and the ring for the rest (choose_degrees)"
         )
 
 
-def _enough_heads(x: Tensor, nranks: int) -> Tensor:
-    """Key heads repeated where they are fewer than the ranks; query head i still meets its own key head."""
+def _repeat_key_heads(x: Tensor, nranks: int) -> Tensor:
+    """Repeats key heads where there are fewer than ranks, so that query head i still gets its own key head."""
     heads = x.shape[2]
     if heads % nranks == 0:
         return x
@@ -160,29 +165,30 @@ def _enough_heads(x: Tensor, nranks: int) -> Tensor:
 
 class _SequenceToHeads(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+    def forward(ctx: PyLayerContext, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
         ctx.lengths, ctx.group = lengths, group
         return _to_heads(x, lengths, group)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: PyLayerContext, grad: Tensor) -> Tensor:
         return _to_sequence(grad, ctx.lengths, ctx.group)
 
 
 class _HeadsToSequence(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+    def forward(ctx: PyLayerContext, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
         ctx.lengths, ctx.group = lengths, group
         return _to_sequence(x, lengths, group)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: PyLayerContext, grad: Tensor) -> Tensor:
         return _to_heads(grad, ctx.lengths, ctx.group)
 
 
 def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    """[B, lengths[rank], H, D] -> [B, sum(lengths), H / nranks, D]"""
     batch, _, heads, width = x.shape
     share = heads // group.nranks
     parts = [x[:, :, rank * share : (rank + 1) * share] for rank in range(group.nranks)]
@@ -191,6 +197,7 @@ def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
 
 
 def _to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
+    """[B, sum(lengths), H / nranks, D] -> [B, lengths[rank], H, D]"""
     batch, _, share, width = x.shape
     ends = list(accumulate(lengths))
     parts = [x[:, end - length : end] for end, length in zip(ends, lengths, strict=True)]

@@ -1,9 +1,9 @@
-"""Every operation, by the implementation that is in use where its tensors live: custom operators or plain Paddle."""
+"""Every operation, by custom operators where the device of its tensors has them, else in plain Paddle."""
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
@@ -11,6 +11,10 @@ from paddle import Tensor
 
 from paddle_vl_sp.backends import load, plain
 from paddle_vl_sp.layout import SeqLayout
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from paddle.base.core import Place
 
 
 def build_plan(
@@ -20,8 +24,8 @@ def build_plan(
     sequence_first: bool,
     num_features: int,
     padded: bool,
-) -> tuple[Tensor, Tensor, Any]:
-    """update and gather; counts [2] as a tensor where padded, else as numbers on the host."""
+) -> tuple[Tensor, Tensor, Tensor | npt.NDArray[np.int64]]:
+    """update, gather and counts [2]: a tensor for a padded plan, else a numpy array."""
     chosen = _implementation(tokens)
     if padded:
         update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, num_features, True)
@@ -35,7 +39,7 @@ def build_plan(
         update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, False)
         return update, gather, counts.numpy()
     update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, True)
-    counts = counts.numpy()  # the one synchronisation, for both numbers
+    counts = counts.numpy()  # the one host sync, for both numbers
     n = int(counts[0])
     return update[:n], gather[:n], counts
 
@@ -46,7 +50,7 @@ def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tenso
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, inplace: bool) -> Tensor:
     chosen = _implementation(hidden)
-    if not inplace or is_tracing():  # a graph reuses memory as it sees fit
+    if not inplace or is_tracing():  # a graph plans its memory itself
         return chosen.add_rows(hidden, features, update, gather)
     needs_new_graph = hidden.stop_gradient and not features.stop_gradient and paddle.is_grad_enabled()
     if chosen is plain or needs_new_graph or not hidden.is_contiguous():
@@ -54,30 +58,32 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor, i
     return chosen.add_rows_inplace(hidden, features, update, gather)
 
 
-def joint_order(tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video: int) -> tuple[Tensor, Any]:
+def joint_order(
+    tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video: int
+) -> tuple[Tensor, npt.NDArray[np.int64]]:
     order, counts = plain.joint_order(tokens, ids, num_image, num_video)
     return order, counts.numpy()
 
 
-def joint_rows(image: Tensor, video: Tensor, order: Any) -> Tensor:
+def joint_rows(image: Tensor, video: Tensor, order: Tensor | npt.NDArray[np.int64]) -> Tensor:
     if isinstance(order, np.ndarray):
         order = on_place(order, image.place)
     return plain.joint_rows(image, video, order)
 
 
-def on_place(x: Any, place: Any) -> Tensor:
-    """x on the place, without waiting for the device; the host memory of a numpy array is free at return."""
+def on_place(x: Tensor | npt.NDArray[Any], place: str | Place) -> Tensor:
+    """x on the place, without a host sync; a numpy array may be overwritten once this has returned."""
     tensor = paddle.to_tensor(x, place=paddle.CPUPlace()) if isinstance(x, np.ndarray) else x
     return tensor.to(place, blocking=False)
 
 
 def is_tracing() -> bool:
-    """Whether a static graph is being made, so that tensors have no place and shapes may not be numbers."""
+    """Whether a static graph is being traced, where tensors have no place and shapes may not be numbers."""
     return not paddle.in_dynamic_mode()
 
 
 def _implementation(x: Tensor) -> ModuleType:
-    """The module to use where x lives, or, while a graph is traced, where it will run."""
+    """The module to use on x's device or, while a graph is traced, on the current one, where it will run."""
     if not is_tracing():
         device = "cpu" if x.place.is_cpu_place() else "gpu" if x.place.is_gpu_place() else "other"
     else:

@@ -1,4 +1,4 @@
-"""Finds and loads the custom operators, once; `backend()` says which implementation is in use, and why."""
+"""Finds and loads the custom operators, once; `backend()` says which implementation is in use and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[1]  # the package, where setup.py puts the library
 
 @dataclass(frozen=True)
 class Backend:
-    """name is "op" or "python"; devices are those with operators, on all others plain Paddle is used."""
+    """name is "op" or "python"; devices are those with operators: on all others plain Paddle is used."""
 
     name: str
     devices: tuple[str, ...]
@@ -36,8 +36,8 @@ class Backend:
 def backend() -> Backend:
     """Which implementation is in use, decided at the first call.
 
-    PADDLE_VL_SP_BACKEND=auto (default) uses the custom operators where they load and plain Paddle elsewhere, with one
-    warning; op requires them; python never loads them.
+    PADDLE_VL_SP_BACKEND=auto (default) uses the custom operators where they load, else plain Paddle with one warning;
+    op requires them: an ImportError where they do not load; python never loads them.
     """
     wanted = setting(BACKEND)
     if wanted == "python":
@@ -54,11 +54,11 @@ def backend() -> Backend:
 
 
 class OperatorsUnavailable(ImportError):
-    """The custom operators are not there, or are for another Paddle."""
+    """The custom operators are missing, broken, or built for another Paddle."""
 
 
 def rebuild() -> str:
-    """The command that gives this installation its operators."""
+    """The command that builds the operators for this installation."""
     hidden = _hidden_package()
     if hidden:
         return f"start from another folder than {HERE.parent}: there, Python finds the installed package in {hidden}"

@@ -34,7 +34,7 @@ def build_plan(
     num_features: int,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """update, gather and counts [2]. Padded, it never waits for a device; else it does, once, for their size."""
+    """update, gather and counts [2]. Padded, it never synchronises; else once, for the number of pairs."""
     table = None
     if layout.cu_seqlens is not None:
         rows = interval_table(layout)
@@ -54,9 +54,9 @@ def build_plan_of(
     num_features: int,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """build_plan for a length that the tokens bring: the layout says how to cut, or, where it is given, the table.
+    """build_plan for tokens of any length: cut by the layout's rule or, where it is given, by the table.
 
-    local_len is that of the table; -1, where it is not known, makes the padded form as long as the sequence.
+    local_len is that of the table; -1, where it is unknown, makes the padded form as long as the sequence.
     """
     if ids is not None and len(ids) > MAX_PLACEHOLDERS:
         tokens, ids = plain.is_any_of(tokens, ids), None
@@ -78,8 +78,8 @@ def build_plan_of(
 def interval_table(layout: SeqLayout, num_intervals: int | None = None) -> npt.NDArray[np.int64]:
     """(start, length, local start) of every interval of a rank, int64 [K, 3]: what the operator takes for packed rows.
 
-    num_intervals fills up to a fixed K, with empty intervals at the end; else K is what there is, at least 1, since
-    Paddle takes an empty table for none.
+    num_intervals  a fixed K, filled up with empty intervals at the end; without it K is the number of intervals, but
+                   at least 1, since Paddle takes an empty table for none
 
     cu_seqlens (0, 4, 12), rank 0 of cp_size=2, zigzag   ->   [[0 1 0] [3 3 1] [10 2 4]]
     """

@@ -1,14 +1,13 @@
-"""Every operation in plain Paddle: what the operators must equal, and what is used where they cannot be loaded.
+"""Every operation in plain Paddle: what the operators are tested against, and what is used where they do not load.
 
 The row functions and `build_plan_of_any_length` also run while a graph is traced, where shapes are not numbers: sizes
-come from `_size`, which counts on the tensor's device then, so that nothing waits and no size is taken from data.
+come from `_size`, which then counts on the tensor's device, without a host sync or a size that depends on data.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 import paddle
 from paddle import Tensor
@@ -27,7 +26,7 @@ def build_plan(
     num_features: int,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """update, gather and counts [2]. Padded, it never waits for a device; else it does, once, for their size."""
+    """update, gather and counts [2]. Padded, it never synchronises; else once, for the number of pairs."""
     num_rows = tokens.shape[0] * layout.local_len
     if not padded:
         update, gather, counts = build_plan(tokens, ids, layout, sequence_first, -1, padded=True)
@@ -35,8 +34,8 @@ def build_plan(
         return update[:n], gather[:n], counts
     visual = tokens if ids is None else is_any_of(tokens, ids)  # [B, S]
     feature_row = _before(visual.astype("int64").flatten(), 0).reshape(visual.shape)
-    own = _owned(visual, layout).flatten()  # [B * S_local], reading order
-    own_feature_row = _owned(feature_row, layout).flatten()
+    own = _own_columns(visual, layout).flatten()  # [B * S_local], reading order
+    own_feature_row = _own_columns(feature_row, layout).flatten()
     row = paddle.arange(num_rows, dtype="int64")
     if sequence_first:
         row = row.reshape([layout.local_len, tokens.shape[0]]).t().flatten()
@@ -64,16 +63,16 @@ def joint_rows(image: Tensor, video: Tensor, order: Tensor) -> Tensor:
 
 
 def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    """hidden[update] = features[gather], on a copy; -1 is skipped, and so is what points past the end.
+    """hidden[update] = features[gather], on a copy; pairs with -1, or with an index past the end, are skipped.
 
-    What is to be skipped moves a spare row to a spare row, at the end of either table.
+    A skipped pair moves a spare row to a spare row, at the end of either table.
     """
     rows, picked = _tables(hidden, features)
     spare = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
     height, feature_height = _size(rows), _size(picked)
     fits = (update >= 0) & (update < height) & (gather >= 0) & (gather < feature_height)
     at, source = (
-        paddle.concat([paddle.where(fits, index, index * 0 + end), _as_index(end)])  # some kernels refuse no pair
+        paddle.concat([paddle.where(fits, index, index * 0 + end), _as_index(end)])  # a pair more: kernels refuse none
         for index, end in ((update, height), (gather, feature_height))
     )
     picked = paddle.gather(paddle.concat([picked, spare]), source)
@@ -82,14 +81,14 @@ def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tenso
 
 
 def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
-    """hidden[update] += features[gather], on a copy; -1 is skipped, and so is what points past the end.
+    """hidden[update] += features[gather], on a copy; pairs with -1, or with an index past the end, are skipped.
 
-    What is to be skipped adds -0.0 to row 0, which changes nothing, not even the sign of a zero.
+    A skipped pair adds -0.0 to row 0, which changes nothing, not even the sign of a zero.
     """
     rows, picked = _tables(hidden, features)
     fits = (update >= 0) & (update < _size(rows)) & (gather >= 0) & (gather < _size(picked))
     number = fits.astype("int64")
-    at, source = _with_spare(update * number, 0), _with_spare((gather + 1) * number, 0)  # some kernels refuse no pair
+    at, source = _with_spare(update * number, 0), _with_spare((gather + 1) * number, 0)  # as above
     nothing = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
     nothing = nothing * paddle.full_like(nothing, -1)  # a constant -0.0 would be saved as 0.0
     rows = paddle.index_add(rows, at, 0, paddle.gather(paddle.concat([nothing, picked]), source))
@@ -98,13 +97,13 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -
 
 def build_plan_of_any_length(
     tokens: Tensor,  # [B, S], neither of them 0
-    table: Tensor | None,  # int64 [K, 3], what is owned of a packed row (B = 1); else the rule says it
+    table: Tensor | None,  # int64 [K, 3]: the rank's intervals of a packed row (B = 1); None: those of the rule
     ids: tuple[int, ...] | None,
     rule: SeqLayout,
     sequence_first: bool,
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """update, gather and counts [2] for the length of the tokens; that of the rule is not used."""
+    """update, gather and counts [2] for tokens of any length: the rule's own seq_len is not used."""
     tokens = check_length(tokens, rule)
     owned = owned_intervals(_length(tokens), rule) if table is None else table
     visual = (tokens if ids is None else is_any_of(tokens, ids)).astype("int64")  # [B, S]
@@ -121,9 +120,9 @@ def build_plan_of_any_length(
 
 
 def check_length(tokens: Tensor, rule: SeqLayout) -> Tensor:
-    """The tokens, through a reshape that raises where their length does not divide by what the rule needs.
+    """The tokens, by way of a reshape that raises where their length is not a multiple of what the rule needs.
 
-    An assertion would fetch its condition from the device, and the inference predictor drops it as dead code; an
+    An assertion would fetch its condition from the device, and the inference predictor removes it as dead code; an
     error in a custom operator ends the process of a loaded program instead of reaching Python.
     """
     multiple = length_multiple(
@@ -133,12 +132,12 @@ def check_length(tokens: Tensor, rule: SeqLayout) -> Tensor:
 
 
 def first_of_even_shares(indices: Tensor, rule: SeqLayout) -> Tensor:
-    """The first B * S_local of B * S padded places, by a reshape, where all ranks own equally much."""
+    """The first B * S_local of B * S padded indices, where all ranks own equally much: a reshape needs no number."""
     return indices.reshape([rule.cp_size * rule.sp_size, -1])[0]
 
 
 def owned_intervals(length: Tensor, rule: SeqLayout) -> Tensor:
-    """(start, length, local start) of what a rank owns of a sequence, int64 [1 or 2, 3]; empty ones stay.
+    """A rank's intervals of a sequence, as (start, length, local start): int64 [1 or 2, 3], some may be empty.
 
     Rank 0 of cp_size=2, zigzag, length 8 owns [0 1 6 7]  ->  [[0 2 0] [6 2 2]]
     """
@@ -152,7 +151,7 @@ def owned_intervals(length: Tensor, rule: SeqLayout) -> Tensor:
         pieces, row_length = [(begin, end - begin)], end - begin
     share_begin, share_end = _share(row_length, rule.sp_size, rule.sp_rank)
     table = []
-    row = paddle.zeros_like(length)  # where the piece begins in the row that cp left
+    row = paddle.zeros_like(length)  # where the piece begins in the cp rank's row
     for start, size in pieces:
         low, high = (paddle.minimum(paddle.maximum(x, row), row + size) for x in (share_begin, share_end))
         table.append(paddle.concat([start + low - row, high - low, low - share_begin]))
@@ -166,20 +165,20 @@ def is_any_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 
 def compact(values: Tensor, keep: Tensor) -> Tensor:
-    """The kept values in order, then -1, as many places as there were; values and keep are 1-D.
+    """The kept values in order, filled up with -1 to the same length; values and keep are 1-D.
 
     values [10 11 12 13], keep [0 1 0 1]  ->  [11 13 -1 -1]
     """
     number = keep.astype("int64")
-    place = _with_spare(paddle.cumsum(number) * number, 0)  # what is not kept goes to a spare place in front
+    place = _with_spare(paddle.cumsum(number) * number, 0)  # other values go to a spare place in front
     values = _with_spare(values, -1)
     return paddle.scatter(paddle.full_like(values, -1), place, values)[1:]
 
 
-def _size(table: Tensor) -> Any:
-    """How many rows [rows, H] has: a number, or, while a graph is traced, a tensor counted by the first column.
+def _size(table: Tensor) -> int | Tensor:
+    """How many rows [rows, H] has: a number or, while a graph is traced, a tensor counted along the first column.
 
-    Not by slicing the column off: oneDNN's slice, which the inference predictor takes for floats, has crashed here.
+    The column is not sliced off: oneDNN's slice, which the inference predictor uses for floats, has crashed here.
     """
     if paddle.in_dynamic_mode():
         return table.shape[0]
@@ -187,7 +186,7 @@ def _size(table: Tensor) -> Any:
     return paddle.ones_like(column, dtype="int64").sum()
 
 
-def _as_index(size: Any) -> Tensor:
+def _as_index(size: int | Tensor) -> Tensor:
     return paddle.full([1], size, "int64") if isinstance(size, int) else size.reshape([1])
 
 
@@ -205,11 +204,11 @@ def _as_hidden(rows: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _computable(x: Tensor) -> Tensor:
-    """x, in float32 where the CPU has no kernels for its 16-bit type: exact for movement, one rounding for a sum."""
+    """x, as float32 where the CPU has no kernels for its 16-bit dtype: exact for movement, one rounding for a sum."""
     return x.astype("float32") if x.place.is_cpu_place() and x.dtype in NARROW else x
 
 
-def _owned(x: Tensor, layout: SeqLayout) -> Tensor:
+def _own_columns(x: Tensor, layout: SeqLayout) -> Tensor:
     """The columns of x [B, S] that the layout's rank owns, [B, S_local]."""
     intervals = layout.intervals().tolist()
     if 0 < len(intervals) <= FEW_INTERVALS:
@@ -221,7 +220,7 @@ def _owned(x: Tensor, layout: SeqLayout) -> Tensor:
 
 
 def _share(length: Tensor, size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Begin and end of a rank's share; undivided rests go to the first shares."""
+    """Begin and end of a rank's share; what does not divide goes to the first ranks."""
     quotient = length // size
     rest = length - quotient * size
     begin, end = (quotient * at + paddle.minimum(rest, paddle.full_like(rest, at)) for at in (rank, rank + 1))
@@ -234,7 +233,7 @@ def _length(tokens: Tensor) -> Tensor:
 
 
 def _local_positions(tokens: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The local position of every global one and whether it is owned at all, both [1, S].
+    """The local position of every global one, and whether this rank owns it, both [1, S].
 
     table [[0 2 0] [6 2 2]]  ->  local [0 1 . . . . 2 3], owned [1 1 0 0 0 0 1 1]
     """
@@ -256,11 +255,12 @@ def _rows(tokens: Tensor, local: Tensor, local_len: Tensor, sequence_first: bool
 
 
 def _before(number: Tensor, axis: int) -> Tensor:
-    """The sum of what comes before each place.  [1 0 2 1] -> [0 1 1 3]"""
+    """The sum of the numbers before each one.  [1 0 2 1] -> [0 1 1 3]"""
     return paddle.cumsum(number, axis=axis) - number
 
 
 def _first_rows(indices: Tensor, num_rows: Tensor, rule: SeqLayout) -> Tensor:
+    """The first B * S_local of B * S padded indices."""
     return first_of_even_shares(indices, rule) if rule.remainder == "error" else indices[:num_rows]
 
 

@@ -1,4 +1,4 @@
-"""A batch and a layout, from the flags that inspect and plot share. Numpy only."""
+"""A batch and a layout, from the flags of `inspect`. Numpy only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.cli.answer import WrongUse
+from paddle_vl_sp.cli import UsageError
 from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, layouts_of_all_ranks
 
 PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
@@ -20,11 +20,12 @@ MASKS = ("mask", "visual_pos_masks")
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 Grid = tuple[int, int, int]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    mask: npt.NDArray[np.bool_]  # [B, S]
+    mask: Mask  # [B, S]
     grids: list[Grid]  # (t, h, w) in patches, of all images and videos; empty where they are not known
     layouts: list[SeqLayout]  # of every rank, cp after cp, sp within
 
@@ -32,7 +33,7 @@ class Batch:
     def num_visual(self) -> int:
         return int(self.mask.sum())
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         batch, seq_len = self.mask.shape
         one = self.layouts[0]
         share = self.num_visual / max(self.mask.size, 1)
@@ -43,24 +44,19 @@ class Batch:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    given = parser.add_argument_group("the batch", "from a file, or made up: text around images and videos")
-    given.add_argument(
+    batch = parser.add_argument_group("the batch", "from a file, or made up: text around images and videos")
+    batch.add_argument(
         "--npz",
         type=Path,
         metavar="FILE",
-        help=f"input_ids [B, S] or a bool {' or '.join(MASKS)} [B, S]; {' and '.join(GRIDS)} [I, 3] and cu_seqlens "
-        "where they are there",
+        help=f"input_ids [B, S] or a bool {' or '.join(MASKS)} [B, S]; optional: {', '.join(GRIDS)} [I, 3], cu_seqlens",
     )
-    given.add_argument("--ids", default=",".join(map(str, QWEN3_VL_IDS)), help="placeholder ids (default %(default)s)")
-    given.add_argument("--seq", type=int, metavar="S", help="length of every sample")
-    given.add_argument("--batch", type=int, metavar="B", help="number of samples (default 1)")
+    batch.add_argument("--ids", default=",".join(map(str, QWEN3_VL_IDS)), help="placeholder ids (default %(default)s)")
+    batch.add_argument("--seq", type=int, metavar="S", help="length of every sample")
+    batch.add_argument("--batch", type=int, metavar="B", help="number of samples (default 1)")
     for kind, size in (("images", "HxW"), ("video", "FxHxW")):
-        given.add_argument(
-            f"--{kind}",
-            action="append",
-            metavar=f"{size},...",
-            help="in pixels; given once for every sample, or once for each",
-        )
+        text = "in pixels; given once for every sample, or once for each"
+        batch.add_argument(f"--{kind}", action="append", metavar=f"{size},...", help=text)
     cut = parser.add_argument_group("the layout")
     cut.add_argument("--cp", type=int, default=1, help="context-parallel size (default 1)")
     cut.add_argument("--sp", type=int, default=1, help="sequence-parallel (tensor-parallel) size (default 1)")
@@ -70,66 +66,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def batch_of(arguments: argparse.Namespace) -> Batch:
     made_up = [name for name in ("seq", "batch", "images", "video") if getattr(arguments, name) is not None]
-    if arguments.npz is not None and made_up:
-        raise WrongUse(f"--npz brings the whole batch: leave out --{', --'.join(made_up)}")
-    if arguments.npz is not None:
-        mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids))
-    else:
+    if arguments.npz is None:
         mask, grids, cu_seqlens = *_made_up(arguments), None
-    return Batch(mask, grids, layouts_of(arguments, mask.shape[1], cu_seqlens))
+    elif made_up:
+        raise UsageError(f"--npz has the whole batch: leave out --{', --'.join(made_up)}")
+    else:
+        mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids))
+    return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens))
 
 
-def layouts_of(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[int] | None) -> list[SeqLayout]:
+def _layouts(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[int] | None) -> list[SeqLayout]:
     if arguments.cp < 1 or arguments.sp < 1:
-        raise WrongUse(f"--cp and --sp must be at least 1, got {arguments.cp} and {arguments.sp}")
+        raise UsageError(f"--cp and --sp must be at least 1, got {arguments.cp} and {arguments.sp}")
     cut: dict[str, Any] = {"cp_mode": arguments.mode, "remainder": arguments.remainder, "cu_seqlens": cu_seqlens}
     try:
         return layouts_of_all_ranks(SeqLayout(seq_len, cp_size=arguments.cp, sp_size=arguments.sp, **cut))
     except ValueError as error:
-        raise WrongUse(str(error).replace("remainder='front'", "--remainder front")) from error
+        raise UsageError(str(error).replace("remainder='front'", "--remainder front")) from error
 
 
-def _from_file(path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.bool_], list[Grid], list[int] | None]:
+def _from_file(path: Path, ids: Sequence[int]) -> tuple[Mask, list[Grid], list[int] | None]:
     arrays = _arrays_in(path)
-    mask = _mask_in(arrays, path, ids)
-    grids = [grid for name in GRIDS if name in arrays for grid in _grids_in(arrays[name], name, path)]
-    tokens = sum(map(num_tokens, grids))
-    if grids and tokens != mask.sum():
-        raise WrongUse(
-            f"--npz {path}: its grids make {tokens} visual tokens, its ids or mask have {mask.sum()}; look at --ids, "
-            "or leave the grids out"
-        )
-    packed = arrays.get("cu_seqlens")
-    if packed is not None and (packed.ndim != 1 or len(mask) != 1):
-        told = f"shape {list(packed.shape)} with ids or mask of shape {list(mask.shape)}"
-        raise WrongUse(f"--npz {path}: cu_seqlens is one row of bounds, for one packed row [1, S]; got {told}")
-    return mask, grids, None if packed is None else packed.tolist()
+    try:
+        mask = _mask_in(arrays, ids)
+        grids = [grid for name in GRIDS if name in arrays for grid in _grids_in(arrays[name], name)]
+        if grids and sum(map(num_tokens, grids)) != mask.sum():
+            raise UsageError(
+                f"the grids make {sum(map(num_tokens, grids))} visual tokens, the ids or mask have {mask.sum()}: "
+                "check --ids, or leave the grids out"
+            )
+        return mask, grids, _bounds_in(arrays, mask)
+    except UsageError as error:
+        raise UsageError(f"--npz {path}: {error}") from None
 
 
 def _arrays_in(path: Path) -> dict[str, npt.NDArray[Any]]:
-    made_by = 'numpy.savez("batch.npz", input_ids=ids) makes one that can'
     try:
         file = np.load(path)
         if isinstance(file, np.ndarray):
-            raise WrongUse(f"--npz {path} is a single array without a name: {made_by}")
+            raise ValueError("it is a single array without a name")
         with file:
             return {name: file[name] for name in file.files}
-    except WrongUse:
-        raise
-    except Exception as error:  # a broken file raises what it likes
-        raise WrongUse(f"--npz {path} cannot be read ({error}): {made_by}") from error
+    except Exception as error:  # numpy raises many kinds for a broken file
+        raise UsageError(
+            f'--npz {path} cannot be read ({error}): numpy.savez("batch.npz", input_ids=ids) makes one that can'
+        ) from error
 
 
-def _grids_in(grids: npt.NDArray[Any], name: str, path: Path) -> list[Grid]:
+def _mask_in(arrays: dict[str, npt.NDArray[Any]], ids: Sequence[int]) -> Mask:
+    name = next((name for name in (*MASKS, "input_ids") if name in arrays), None)
+    if name is None:
+        raise UsageError(f"it has {', '.join(arrays) or 'nothing'}; needed is input_ids or {' or '.join(MASKS)}")
+    found = arrays[name]
+    if found.ndim != 2 or found.dtype.kind not in "biu":
+        got = f"{found.dtype} {list(found.shape)}"
+        raise UsageError(f"{name} is [B, S], of whole numbers or bool, got {got}; one sample is [1, S]")
+    return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
+
+
+def _grids_in(grids: npt.NDArray[Any], name: str) -> list[Grid]:
     """Of images or videos, [I, 3]."""
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
-        told = f"{grids.dtype} {list(grids.shape)}"
-        raise WrongUse(f"--npz {path}: {name} is whole numbers [I, 3], frames, height and width, got {told}")
+        got = f"{grids.dtype} {list(grids.shape)}"
+        raise UsageError(f"{name} is whole numbers [I, 3], frames, height and width, got {got}")
     found = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
     wrong = [grid for grid in found if min(grid) < 1 or grid[1] % MERGE or grid[2] % MERGE]
     if wrong:
-        raise WrongUse(f"--npz {path}: {name} has {wrong[0]}; height and width are in patches, multiples of {MERGE}")
+        raise UsageError(f"{name} has {wrong[0]}; height and width are in patches, multiples of {MERGE}")
     return found
+
+
+def _bounds_in(arrays: dict[str, npt.NDArray[Any]], mask: Mask) -> list[int] | None:
+    packed = arrays.get("cu_seqlens")
+    if packed is None:
+        return None
+    if packed.ndim != 1 or len(mask) != 1:
+        got = f"shape {list(packed.shape)} with ids or mask of shape {list(mask.shape)}"
+        raise UsageError(f"cu_seqlens is one row of bounds, for one packed row [1, S]; got {got}")
+    bounds: list[int] = packed.tolist()
+    return bounds
 
 
 def num_tokens(grid: Grid) -> int:
@@ -137,60 +152,47 @@ def num_tokens(grid: Grid) -> int:
     return t * h * w // MERGE**2
 
 
-def _mask_in(arrays: dict[str, npt.NDArray[Any]], path: Path, ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-    name = next((name for name in (*MASKS, "input_ids") if name in arrays), None)
-    if name is None:
-        raise WrongUse(f"--npz {path} has {', '.join(arrays) or 'nothing'}: it needs input_ids or {' or '.join(MASKS)}")
-    found = arrays[name]
-    if found.ndim != 2 or found.dtype.kind not in "biu":
-        told = f"{found.dtype} {list(found.shape)}"
-        raise WrongUse(f"--npz {path}: {name} is [B, S], of whole numbers or bool, got {told}; one sample is [1, S]")
-    return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
-
-
-def _ids(told: str) -> list[int]:
+def _ids(text: str) -> list[int]:
     try:
-        return [int(number) for number in told.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise WrongUse(f"--ids must be numbers with commas between, got {told!r}") from None
+        raise UsageError(f"--ids must be numbers with commas between, got {text!r}") from None
 
 
-def _made_up(arguments: argparse.Namespace) -> tuple[npt.NDArray[np.bool_], list[Grid]]:
+def _made_up(arguments: argparse.Namespace) -> tuple[Mask, list[Grid]]:
     if arguments.seq is None:
-        raise WrongUse("which batch? Give --npz FILE, or --seq with --images or --video, such as --images 448x448")
+        raise UsageError("there is no batch: give --npz FILE, or --seq with --images or --video, as --images 448x448")
     batch = 1 if arguments.batch is None else arguments.batch
     if batch < 1 or arguments.seq < 1:
-        raise WrongUse(f"--batch and --seq must be at least 1, got {batch} and {arguments.seq}")
+        raise UsageError(f"--batch and --seq must be at least 1, got {batch} and {arguments.seq}")
     per_sample: list[list[Grid]] = [[] for _ in range(batch)]
-    for name, dimensions in (("images", 2), ("video", 3)):
+    for name in ("images", "video"):
         given = getattr(arguments, name) or [""]
         if len(given) not in (1, batch):
-            raise WrongUse(f"--{name} is given {len(given)} times for {batch} samples: once, or once for each")
-        for sample, told in zip(per_sample, given * batch if len(given) == 1 else given, strict=False):
-            sample += [_grid(size, name, dimensions) for size in told.split(",") if size]
+            raise UsageError(f"--{name} is given {len(given)} times for {batch} samples: once, or once for each")
+        for sample, text in zip(per_sample, given * batch if len(given) == 1 else given, strict=True):
+            sample += [_grid(size, name) for size in text.split(",") if size]
     mask = np.stack([_placed(arguments.seq, grids, sample) for sample, grids in enumerate(per_sample)])
     return mask, [grid for grids in per_sample for grid in grids]
 
 
-def _grid(told: str, name: str, dimensions: int) -> Grid:
+def _grid(text: str, name: str) -> Grid:
     """A size in pixels as patches, to the nearest whole token.  448x720  ->  (1, 28, 44)"""
-    try:
-        sizes = [int(number) for number in told.lower().split("x")]
-    except ValueError:
-        sizes = []
-    if len(sizes) != dimensions or min(sizes) < 1:
-        raise WrongUse(f"--{name} takes {'FxHxW' if dimensions == 3 else 'HxW'} in pixels, got {told!r}")
-    frames = sizes[0] if dimensions == 3 else 1
+    form = "FxHxW" if name == "video" else "HxW"
+    sizes = [int(number) if number.isdecimal() else 0 for number in text.lower().split("x")]
+    if len(sizes) != len(form.split("x")) or min(sizes) < 1:
+        raise UsageError(f"--{name} takes {form} in pixels, got {text!r}")
+    frames = sizes[0] if name == "video" else 1
     height, width = (max(1, round(size / (PATCH * MERGE))) * MERGE for size in sizes[-2:])
     return (-(-frames // FRAMES), height, width)
 
 
-def _placed(seq_len: int, grids: list[Grid], sample: int) -> npt.NDArray[np.bool_]:
+def _placed(seq_len: int, grids: list[Grid], sample: int) -> Mask:
     """Images in a row with equally much text before, between and after:  . v v . v v .  [S]"""
     lengths = [num_tokens(grid) for grid in grids]
     text = seq_len - sum(lengths)
     if text < 0:
-        raise WrongUse(f"sample {sample} has {sum(lengths)} visual tokens, more than --seq {seq_len}: make it longer")
+        raise UsageError(f"sample {sample} has {sum(lengths)} visual tokens, more than --seq {seq_len}: make it longer")
     mask = np.zeros(seq_len, dtype=bool)
     for i, length in enumerate(lengths):
         begin = text * (i + 1) // (len(lengths) + 1) + sum(lengths[:i])

@@ -1,15 +1,38 @@
-"""doctor: what is installed, what serves, what fits together, and how to mend what does not. For bug reports."""
+"""doctor: what is installed, what is in use, what does not fit together, and how to fix it. For bug reports."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from paddle_vl_sp.cli import checkup
-from paddle_vl_sp.cli.answer import FINE, PROBLEM, Answer
-from paddle_vl_sp.cli.check_install import PADDLE, check_clashes, check_compilers, check_versions, importable
-from paddle_vl_sp.cli.checkup import FAIL, Check
+from paddle_vl_sp.cli import Answer
+from paddle_vl_sp.cli.installation import (
+    FAIL,
+    FLEET,
+    FORMERS,
+    PADDLE,
+    PASS,
+    WARN,
+    Check,
+    check_compilers,
+    check_conflicts,
+    check_versions,
+    importable,
+)
 from paddle_vl_sp.cli.quiet import quiet
+from paddle_vl_sp.cli.terminal import coloured
+from paddle_vl_sp.settings import BACKEND, ENABLED, setting
+
+if TYPE_CHECKING:
+    from paddle_vl_sp.formers.known import Called, Family, Replaced
+
+COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
+OLDEST = (3, 3)
+MOST_PARAMETERS = 60  # letters of a method's parameters that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,42 +40,163 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Answer:
-    checks = [*check_versions(), *check_clashes()]
-    paddle_checks, has_cuda = _of_paddle()
-    checks += [*check_compilers(has_cuda), *paddle_checks]
-    if not arguments.no_upstream and len(paddle_checks) > 1 and importable("paddleformers"):
-        checks += _of_upstream()
-    worst = [check for check in checks if check.state == FAIL]
-    data = {"ok": not worst, "checks": [check.data() for check in checks]}
-    return Answer(data, checkup.told(checks), PROBLEM if worst else FINE)
+    checks = [*check_versions(), *check_conflicts()]
+    paddle = _import_paddle()
+    checks += check_compilers(not isinstance(paddle, Check) and paddle.is_compiled_with_cuda())
+    if isinstance(paddle, Check):
+        checks.append(paddle)
+    else:
+        checks += [check_paddle(), *_quietly("operators", check_operators)]
+        if not arguments.no_upstream and importable("paddleformers"):
+            checks += _quietly("upstream", check_upstream)
+    is_fine = all(check.state != FAIL for check in checks)
+    data = {"ok": is_fine, "checks": [asdict(check) for check in checks]}
+    return Answer(data, _report(checks), 0 if is_fine else 1)
 
 
-def _of_paddle() -> tuple[list[Check], bool]:
-    """What needs Paddle, and whether it has CUDA."""
+def check_paddle() -> Check:
+    import paddle
+
+    version = paddle.version
+    device = f"CUDA {version.cuda()}" if paddle.is_compiled_with_cuda() else "CPU"
+    found = f"{version.full_version}, {device}, commit {version.commit[:10]}"
+    parts = version.full_version.split(".")[:2]
+    if all(part.isdecimal() for part in parts) and tuple(map(int, parts)) < OLDEST:
+        return Check(WARN, "Paddle", f"{found}: older than 3.3, where packages of operators break", PADDLE)
+    return Check(PASS, "Paddle", found)
+
+
+def check_operators() -> Iterator[Check]:
+    """Whether there are operators and they fit, and whether they are in use."""
+    from paddle_vl_sp.backends import load
+
+    libraries = sorted(load.HERE.glob("_ops*.so"))
+    if libraries:
+        operators = _built_for(libraries[-1].name, load.build_info(libraries[-1]), load.running_paddle())
+    else:
+        operators = Check(WARN, "operators", "none compiled: plain Paddle is used, more slowly", load.rebuild())
+    yield operators
+    yield _backend(operators)
+
+
+def _built_for(name: str, info: dict[str, str], running: dict[str, str]) -> Check:
+    import paddle
+
+    from paddle_vl_sp.backends import load
+
+    def short(build: dict[str, str]) -> str:
+        return f"{build.get('paddle', 'unknown')} ({build.get('commit', 'unknown')[:10]})"
+
+    if not load.is_built_for(running, info):
+        message = f"{name} was built for Paddle {short(info)}, this is {short(running)}: it is not loaded"
+        return Check(FAIL, "operators", message, load.rebuild())
+    if paddle.is_compiled_with_cuda() and info["cuda"] == "0":
+        message = f"{name} was built without CUDA: plain Paddle is used on the GPU"
+        return Check(WARN, "operators", message, f"with nvcc on the PATH, {load.rebuild()}")
+    cuda = "CPU" if info["cuda"] == "0" else f"CPU and sm_{info['cuda'].replace(',', ', sm_')}"
+    return Check(PASS, "operators", f"{name}, built for Paddle {short(info)}, {cuda}")
+
+
+def _backend(operators: Check) -> Check:
+    """The line of the operators has the fix, unless they look right and do not load."""
+    from paddle_vl_sp.backends import load
+
+    try:
+        found = load.backend()
+    except load.OperatorsUnavailable as error:  # they are required
+        message = str(error).removesuffix(f"; {load.rebuild()}")
+        return Check(FAIL, "backend", message, f"unset {BACKEND}, or fix the operators")
+    if found.name == "op":
+        return Check(PASS, "backend", f"{found}; `selftest` checks them")
+    if setting(BACKEND) == "python":
+        return Check(WARN, "backend", f"plain Paddle, as {BACKEND}=python says", f"unset {BACKEND}")
+    if operators.state != PASS:
+        return Check(operators.state, "backend", "plain Paddle, since there are no operators that fit")
+    return Check(FAIL, "backend", f"plain Paddle: {found.reason}", load.rebuild())
+
+
+def check_upstream() -> Iterator[Check]:
+    """A line for every method that would be replaced or is called; applies for a moment, to import the classes."""
+    from paddle_vl_sp.formers import apply_to_qwen3_vl
+    from paddle_vl_sp.formers.families import QWEN3_VL
+    from paddle_vl_sp.formers.report import ABSENT
+
+    if setting(ENABLED) == "0":
+        return  # the line of the switches says so
+    try:
+        with apply_to_qwen3_vl(strict=False) as report:
+            absent = {line.family: line.why for line in report.lines if line.state == ABSENT}
+    except ImportError as error:
+        yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
+        return
+    for family in QWEN3_VL:
+        if family.name in absent:
+            yield _absent(family, absent[family.name])
+        else:
+            module = sys.modules[family.module]
+            methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
+            yield from (_method(family, method, module) for method in methods)
+
+
+def _absent(family: Family, why: str) -> Check:
+    needs_fleet = "paddlefleet" in why
+    fix = FLEET if needs_fleet else FORMERS
+    if needs_fleet and not importable("paddlefleet"):
+        fix = ""  # the line of paddlefleet has it
+    return Check(WARN, f"upstream, {family.name}", f"{family.module} cannot be imported: {why}", fix)
+
+
+def _method(family: Family, method: Replaced | Called, module: Any) -> Check:
+    from paddle_vl_sp.formers.known import KNOWN_VERSIONS, OURS, fingerprint, formers_version
+
+    fix = (
+        f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
+        "apply_to_qwen3_vl(strict=False) leaves these classes as they are"
+    )
+    owner_name, _, name = method.name.partition(".")
+    owner: Any = getattr(module, owner_name, None)
+    function: Any = vars(owner).get(name) if owner else None
+    function = getattr(function, OURS, function)
+    if function is None:
+        return Check(FAIL, method.name, f"not in {family.module} of paddleformers {formers_version()}", fix)
+    why = method.unknown(function, owner)
+    if why:
+        return Check(FAIL, method.name, why, fix)
+    role = "would be replaced" if method in family.replaced else "is called"
+    parameters = ", ".join(inspect.signature(function).parameters)
+    if len(parameters) > MOST_PARAMETERS:
+        parameters = f"{parameters[: MOST_PARAMETERS - 3]}..."
+    return Check(PASS, method.name, f"known ({fingerprint(function)}), {role}; takes ({parameters})")
+
+
+def _import_paddle() -> Any:
+    """The module, or why there is none."""
     try:
         with quiet():
             import paddle
-    except Exception as error:  # a broken numpy or library raises what it likes; here it is the finding
-        told = f"cannot be imported: {error}; operators, parity and upstream were not looked at"
-        return [Check(FAIL, "Paddle", told, PADDLE)], False
-    with quiet():
-        return list(_paddle_checks()), bool(paddle.is_compiled_with_cuda())
+    except Exception as error:  # a broken numpy or library raises many kinds; here it is the finding
+        message = f"cannot be imported: {error}; operators and upstream were not checked"
+        return Check(FAIL, "Paddle", message, PADDLE)
+    return paddle
 
 
-def _paddle_checks() -> Iterator[Check]:
-    from paddle_vl_sp.cli.check_operators import check_operators, check_paddle, check_parity
-
-    yield check_paddle()
-    yield from check_operators()
-    yield check_parity()
-
-
-def _of_upstream() -> list[Check]:
+def _quietly(subject: str, checks: Callable[[], Iterator[Check]]) -> list[Check]:
+    """Without what other packages print; what they raise is a finding."""
     try:
         with quiet():
-            from paddle_vl_sp.cli.check_upstream import check_upstream
+            return list(checks())
+    except Exception as error:
+        message = f"cannot be checked: {type(error).__name__}: {error}"
+        return [Check(FAIL, subject, message, "fix what is reported above; otherwise report this")]
 
-            return list(check_upstream())
-    except Exception as error:  # as above
-        told = f"cannot be looked at: {type(error).__name__}: {error}"
-        return [Check(FAIL, "upstream", told, "mend what is said above; else report this")]
+
+def _report(checks: Sequence[Check]) -> str:
+    """A line for each, with its fix below."""
+    width = max(len(check.subject) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{coloured(check.state, COLOURS[check.state])}  {check.subject:{width}}  {check.message}")
+        if check.fix:
+            lines.append(f"      fix: {check.fix}")
+    counts = [f"{sum(check.state == state for check in checks)} {state}" for state in (FAIL, WARN, PASS)]
+    return "\n".join([*lines, ", ".join(counts)])

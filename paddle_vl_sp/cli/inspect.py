@@ -1,72 +1,125 @@
-"""inspect: what a batch costs each rank under a layout. Needs numpy only."""
+"""inspect: what a batch costs each rank under a layout, as numbers and as a picture. Numbers need numpy only."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.cli import batch as batches
-from paddle_vl_sp.cli.answer import Answer, WrongUse
-from paddle_vl_sp.cli.costs import Model, costs_of
-from paddle_vl_sp.cli.terminal import coloured, table
+import numpy as np
 
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+from paddle_vl_sp.cli import Answer, UsageError
+from paddle_vl_sp.cli import batch as batches
+from paddle_vl_sp.cli.batch import MERGE, Batch
+from paddle_vl_sp.cli.terminal import coloured, table
+from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.vision.share import POLICIES, imbalance, share_images, tower_alpha, vision_items
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALPHA = tower_alpha(1152, 4304)  # of Qwen3-VL's tower
+HEAD = 6  # pairs that are shown of each plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .png or .svg: who owns what, and the ranks' loads")
     batches.add_arguments(parser)
     model = parser.add_argument_group("the model")
     model.add_argument("--hidden", type=int, default=4096, help="width of the hidden states (default 4096)")
-    model.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the hidden states (default bf16)")
+    model.add_argument("--dtype", choices=list(BYTES), default="bf16", help="of the hidden states (default bf16)")
     model.add_argument("--levels", type=int, default=3, help="deepstack layers (default 3)")
 
 
 def run(arguments: argparse.Namespace) -> Answer:
-    batch, model = batches.batch_of(arguments), model_of(arguments)
-    costs = costs_of(batch, model)
-    parts = [batch.told(), _ranks(costs), _moved(costs), _vision(costs["vision_dp"]), _indices(costs)]
+    if arguments.hidden < 1 or arguments.levels < 0:
+        raise UsageError(f"--hidden must be at least 1 and --levels 0, got {arguments.hidden} and {arguments.levels}")
+    batch = batches.batch_of(arguments)
+    costs = costs_of(batch, arguments.hidden * BYTES[arguments.dtype], arguments.levels)
+    parts = [str(batch), _ranks(costs), _vision(costs["vision_dp"]), _pairs(costs)]
+    if arguments.out is not None:
+        from paddle_vl_sp.cli.picture import draw_batch
+
+        draw_batch(arguments.out, batch, costs)
+        costs["out"] = str(arguments.out)
+        parts.append(f"picture: {arguments.out}")
     return Answer(costs, "\n\n".join(parts))
 
 
-def model_of(arguments: argparse.Namespace) -> Model:
-    if arguments.hidden < 1 or arguments.levels < 0:
-        raise WrongUse(f"--hidden must be at least 1 and --levels 0, got {arguments.hidden} and {arguments.levels}")
-    return Model(arguments.hidden, DTYPES[arguments.dtype], arguments.levels)
+def costs_of(batch: Batch, row_bytes: int, levels: int) -> dict[str, Any]:
+    """What --json prints; row_bytes are those of a row of hidden states."""
+    plans = [plan_visual(batch.mask, None, layout, sequence_first=True) for layout in batch.layouts]
+    counts = [len(plan.update_indices) for plan in plans]
+    busiest = plans[int(np.argmax(counts))]
+    one = batch.layouts[0]
+    return {
+        "batch": {"samples": batch.mask.shape[0], "seq_len": batch.mask.shape[1], "visual_tokens": batch.num_visual},
+        "layout": {name: getattr(one, name) for name in ("cp_size", "cp_mode", "sp_size", "remainder")},
+        "ranks": [_rank(rank, plan, batch) for rank, plan in enumerate(plans)],
+        "imbalance": imbalance(counts),
+        "empty_ranks": [rank for rank, count in enumerate(counts) if not count],
+        # of the busiest rank's forward: a copy of its rows; for each pair two rows read and one written
+        "deepstack_layer": {"bytes": (2 * busiest.num_rows + 3 * len(busiest.update_indices)) * row_bytes},
+        "vision_dp": _shares(batch, (levels + 1) * row_bytes),
+    }
+
+
+def _rank(rank: int, plan: VisualPlan, batch: Batch) -> dict[str, Any]:
+    layout = batch.layouts[rank]
+    return {
+        "rank": rank,
+        "cp_rank": layout.cp_rank,
+        "sp_rank": layout.sp_rank,
+        "positions": layout.local_len,
+        "visual_tokens": len(plan.update_indices),
+        "update_head": plan.update_indices[:HEAD].tolist(),
+        "gather_head": plan.gather_indices[:HEAD].tolist(),
+    }
+
+
+def _shares(batch: Batch, bytes_of_a_token: int) -> list[dict[str, Any]]:
+    """Of each policy the ranks' loads in units of their mean, and how their rows are gathered; none without grids."""
+    if not batch.grids:
+        return []
+    num_ranks = len(batch.layouts)
+    work, tokens, _ = vision_items(np.array(batch.grids, dtype=np.int64), MERGE, ALPHA, split_frames=False)
+    shares = [share_images(work.tolist(), tokens.tolist(), num_ranks, policy) for policy in POLICIES]
+    return [
+        {
+            "policy": share.policy,
+            "loads": [float(load * num_ranks / work.sum()) for load in share.loads],
+            "items": [list(items) for items in share.items],
+            "rows": list(share.counts),
+            "imbalance": share.imbalance,
+            "gather_mode": share.rows.best_mode(bytes_of_a_token),
+        }
+        for share in shares
+    ]
 
 
 def _ranks(costs: dict[str, Any]) -> str:
     mean = costs["batch"]["visual_tokens"] / len(costs["ranks"]) or 1
-    rows = [
-        (r["rank"], r["cp_rank"], r["sp_rank"], r["positions"], r["visual_tokens"], r["visual_tokens"] / mean)
-        for r in costs["ranks"]
-    ]
-    told = table(("rank", "cp", "sp", "positions", "visual tokens", "x mean"), rows)
+    keys = ("rank", "cp_rank", "sp_rank", "positions", "visual_tokens")
+    rows = [[*(rank[key] for key in keys), rank["visual_tokens"] / mean] for rank in costs["ranks"]]
     empty = ", ".join(map(str, costs["empty_ranks"])) or "none"
-    return f"{told}\nimbalance {costs['imbalance']:.2f} (largest over mean); ranks without visual tokens: {empty}"
-
-
-def _moved(costs: dict[str, Any]) -> str:
-    return f"a deepstack layer's forward moves {mebibytes(costs['deepstack_layer']['bytes'])} on the busiest rank"
+    return (
+        f"{table(('rank', 'cp', 'sp', 'positions', 'visual tokens', 'x mean'), rows)}\n"
+        f"imbalance {costs['imbalance']:.2f} (largest over mean); ranks without visual tokens: {empty}\n"
+        f"the busiest rank moves {costs['deepstack_layer']['bytes'] / 2**20:.1f} MiB in a deepstack layer's forward"
+    )
 
 
 def _vision(policies: list[dict[str, Any]]) -> str:
     if not policies:
-        return "vision DP: no image or video grids in this batch, so nothing to share out"
+        return "vision DP: no image or video grids in this batch, so nothing to share"
     rows = [
         (p["policy"], p["imbalance"], " ".join(f"{load:.2f}" for load in p["loads"]), p["gather_mode"])
         for p in policies
     ]
-    headings = ("vision DP", "imbalance", "load of each rank, the mean is 1", "gather")
-    return table(headings, rows)
+    return table(("vision DP", "imbalance", "load of each rank, the mean is 1", "gather"), rows)
 
 
-def _indices(costs: dict[str, Any]) -> str:
+def _pairs(costs: dict[str, Any]) -> str:
     lines = [coloured("first pairs (row of [S_local, B], feature row)", "bold")]
     for rank in costs["ranks"]:
         pairs = " ".join(f"({u}, {g})" for u, g in zip(rank["update_head"], rank["gather_head"], strict=True))
         lines.append(f"  rank {rank['rank']}  {pairs or 'none'}")
     return "\n".join(lines)
-
-
-def mebibytes(number: int) -> str:
-    return f"{number / 2**20:.1f} MiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from paddle_vl_sp.cli.answer import Answer
+from paddle_vl_sp.cli import Answer
 
 PLUGIN = Path(__file__).resolve().parent.parent / "formers" / "plugin.py"
 KEY = "custom_register_path"

@@ -1,4 +1,4 @@
-"""Other packages' start-up noise, kept out of the answer."""
+"""Other packages' start-up messages, kept out of the answer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what is written to stdout and stderr inside, by Python or by C++; in case of an error, stderr gets its end.
+    """Drops what is written to stdout and stderr inside, by whatever way; stderr gets it after an error.
 
-    Logging handlers and warnings are included, since they write to the same two files.
+    File descriptors are redirected, since C++ does not know sys.stdout. Of much output, the end.
     """
     os.environ.setdefault("GLOG_minloglevel", "2")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What ranks do together: agree, gather, exchange, sum gradients, compare copies."""
+"""Communication between ranks: agree on errors, gather and exchange rows, sum gradients, compare copies."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What ranks must know of each other before they may go on: errors, and whether they hold the same batch."""
+"""What ranks check together before they go on: an error on any of them, and whether all hold the same batch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import paddle
 import paddle.distributed as dist
 
 from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.collectives import Group
 
 
-def agree(error: BaseException | None, group: Any) -> None:
-    """Raises on every rank if any rank passes an error, so that nobody waits for a rank that will not come.
+def agree(error: BaseException | None, group: Group | None) -> None:
+    """Raises on every rank if any rank passes an error, so that no rank waits in a collective for one that raised.
 
-    All ranks raise one error with the words of the first rank that failed: a ValueError where that was one, else a
-    RuntimeError. Every rank must make the call; it is one small collective, and waits for it. A group of None means
-    nobody: this rank raises its own error, and the others do not hear of it.
+    All ranks raise one error with the message of the first rank that failed: a ValueError if that was one, else a
+    RuntimeError. Every rank must make the call: one small collective and a host sync. group=None means no group: this
+    rank raises its own error, and no other rank learns of it.
     """
-    collectives.warn_of_no_group(group, "agree", "no other rank hears of an error of this one")
+    collectives.warn_of_no_group(group, "agree", "no other rank learns of an error of this one")
     agree_on([], error, group)
 
 
-def agree_on(numbers: Sequence[int], error: BaseException | None, group: Any) -> npt.NDArray[np.int64]:
-    """The numbers of every rank, [nranks, len(numbers)], unless a rank has an error: then every rank raises it."""
+def agree_on(numbers: Sequence[int], error: BaseException | None, group: Group | None) -> npt.NDArray[np.int64]:
+    """The numbers of every rank, int64 [nranks, len(numbers)], or an error on all ranks if any rank has one."""
     if not collectives.has_peers(group):
         if error is not None:
             raise error
@@ -38,26 +39,26 @@ def agree_on(numbers: Sequence[int], error: BaseException | None, group: Any) ->
     return table[:, 1:]
 
 
-def exchange(numbers: Sequence[int], group: Any) -> npt.NDArray[np.int64]:
-    """Equally many numbers of every rank: int64 [nranks, len(numbers)], on the host."""
+def exchange(numbers: Sequence[int], group: Group | None) -> npt.NDArray[np.int64]:
+    """The numbers of every rank, equally many on each: int64 [nranks, len(numbers)], on the host."""
     row = np.asarray(numbers, dtype=np.int64)[None]
     if not collectives.has_peers(group):
         return row
-    mine = paddle.to_tensor(row, place=collectives.wire_place(group))
-    table: npt.NDArray[np.int64] = collectives.all_gather(mine, group).numpy()
+    own = paddle.to_tensor(row, place=collectives.wire_place(group))
+    table: npt.NDArray[np.int64] = collectives.all_gather(own, group).numpy()
     return table
 
 
-def fingerprint(*values: Any) -> int:
-    """64 bits that tell whether two ranks hold the same: arrays, tensors, numbers, text, or lists of them.
+def fingerprint(*values: object) -> int:
+    """64 bits that are equal for equal values: arrays, tensors, numbers, text, or lists of them.
 
-    Ids of any integer type are the same ids; other arrays differ if their dtypes do.
+    Integer arrays are compared by value, whatever their dtype; other arrays differ if their dtypes do.
     """
     return int.from_bytes(hashlib.blake2b(_bytes_of(values), digest_size=8).digest(), "little", signed=True)
 
 
 def _bytes_of(value: Any) -> bytes:
-    """Different for different values: a list's parts tell their lengths, so that they do not run into each other."""
+    """Different for different values: before each part of a list comes its length, so that no two lists are alike."""
     if isinstance(value, (list, tuple)):
         parts = [_bytes_of(part) for part in value]
         return b"list" + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
@@ -71,34 +72,36 @@ def _bytes_of(value: Any) -> bytes:
     return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 
 
-def check_same(mark: int, what: str, group: Any) -> None:
+def check_same(own_fingerprint: int, what: str, group: Group | None) -> None:
     """Raises on every rank if the ranks' fingerprints of `what` differ; one small collective."""
-    check_equal_marks(exchange([mark], group)[:, 0], what)
+    check_equal_fingerprints(exchange([own_fingerprint], group)[:, 0], what)
 
 
-def check_equal_marks(marks: npt.NDArray[np.int64], what: str) -> None:
-    """marks [nranks] must be one number; every rank that sees the same marks raises the same error."""
-    other = np.flatnonzero(marks != marks[0])
+def check_equal_fingerprints(fingerprints: npt.NDArray[np.int64], what: str) -> None:
+    """Raises if the fingerprints [nranks] differ: the same error on every rank, since all hold the same ones."""
+    other = np.flatnonzero(fingerprints != fingerprints[0])
     if other.size:
         raise ValueError(
-            f"the ranks of one group must hold the same {what}: rank {other[0]} ({_hex(marks[other[0]])}) differs "
-            f"from rank 0 ({_hex(marks[0])}); look for a data loader that feeds these ranks differently"
+            f"the ranks of one group must hold the same {what}: rank {other[0]} ({_hex(fingerprints[other[0]])}) "
+            f"differs from rank 0 ({_hex(fingerprints[0])}); look for a data loader that feeds these ranks differently"
         )
 
 
-def _hex(mark: np.int64) -> str:
-    return f"fingerprint {int(mark) & 0xFFFFFFFFFFFFFFFF:016x}"
+def _hex(number: np.int64) -> str:
+    return f"fingerprint {int(number) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-def _common_error(failed: npt.NDArray[np.intp], error: BaseException | None, group: Any) -> Exception:
-    told: list[tuple[bool, str]] = []
-    mine = isinstance(error, ValueError), "" if error is None else _words(error)
-    dist.all_gather_object(told, mine, group=group)
-    is_value_error, words = told[failed[0]]
+def _common_error(failed: npt.NDArray[np.intp], error: BaseException | None, group: Group) -> Exception:
+    """The error that every rank raises, from the first rank that failed."""
+    found: list[tuple[bool, str]] = []  # of every rank: whether its error is a ValueError, and its message
+    dist.all_gather_object(found, (isinstance(error, ValueError), _message_of(error)), group=group)
+    is_value_error, words = found[failed[0]]
     ranks = ", ".join(map(str, failed))
     message = f"rank {ranks} of {group.nranks} failed, so all stop; rank {failed[0]} says: {words}"
     return ValueError(message) if is_value_error else RuntimeError(message)
 
 
-def _words(error: BaseException) -> str:
+def _message_of(error: BaseException | None) -> str:
+    if error is None:
+        return ""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

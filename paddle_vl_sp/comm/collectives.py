@@ -1,4 +1,4 @@
-"""Collectives without gradients: what a backend lacks is made from what it has, here and nowhere else."""
+"""Collectives without gradients, and what replaces those that a backend lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Group(Protocol):
-    """What is asked of a process group: Paddle's `Group`, or `testing.FakeGroup`. rank counts within the group."""
+    """A process group: Paddle's `Group`, or `testing.FakeGroup`. rank is the rank within the group."""
 
     @property
     def rank(self) -> int: ...
@@ -30,12 +30,12 @@ class Group(Protocol):
 
 
 def has_peers(group: Group | None) -> TypeIs[Group]:
-    """Whether there is another rank: not without a group, nor in a group of one."""
+    """Whether the group has another rank; False for None, which means no group."""
     return group is not None and group.nranks > 1
 
 
 def warn_of_no_group(group: Group | None, function: str, left_out: str) -> None:
-    """Where the process is one of several: group=None is no group here, but the world to paddle.distributed."""
+    """Warns of group=None in one process of several: no group to this package, the world to paddle.distributed."""
     if group is None and dist.is_initialized() and dist.get_world_size() > 1:
         logger.warning(
             "%s got group=None, which means no group, so %s: pass the group; paddle.distributed.get_group(0) is the "
@@ -50,30 +50,30 @@ def is_gloo(group: Group) -> bool:
 
 
 def has_reduce_scatter(group: Group) -> bool:
-    """Gloo has none: there a sum and a cut take its place, with twice the bytes."""
+    """False on gloo, where an all-reduce and a cut replace it, with twice the bytes."""
     return not is_gloo(group)
 
 
-def wire_place(group: Group) -> Any:
-    """Where a tensor must live to travel in this group."""
-    return "cpu" if is_gloo(group) else paddle.device.get_device()
+def wire_place(group: Group) -> str:
+    """The place that a tensor must be on to be sent in this group."""
+    return "cpu" if is_gloo(group) else str(paddle.device.get_device())
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """[rows, ...] on every rank, the same shape  ->  [nranks * rows, ...], rank after rank."""
-    out = x.new_empty([group.nranks * x.shape[0], *x.shape[1:]])  # where x is, which may not be the default device
-    if x.size:  # gloo ends the process over an empty tensor
+    """[rows, ...], of one shape on all ranks  ->  [nranks * rows, ...], rank after rank."""
+    out = x.new_empty([group.nranks * x.shape[0], *x.shape[1:]])  # on x's device, which may not be the default one
+    if x.size:  # gloo ends the process on an empty tensor
         dist.stream.all_gather(out, x.contiguous(), group=group, sync_op=True)
     return out
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
-    """The sum over the group, in x's dtype, and in x's own memory if it is contiguous: x must be the caller's."""
+    """The sum over the group, in x's dtype. Overwrites x if it is contiguous: no other code may use its memory."""
     return _reduced(x, group, dist.all_reduce)
 
 
-def reduce_sum(owner: int, x: Tensor, group: Group) -> Tensor:
-    """As `all_reduce_sum`, but on the rank with place `owner` alone; what the others get means nothing."""
+def reduce_sum(x: Tensor, owner: int, group: Group) -> Tensor:
+    """As `all_reduce_sum`, but on rank `owner` of the group alone; the others' results are undefined."""
     return _reduced(x, group, functools.partial(dist.reduce, dst=group.ranks[owner]))
 
 
@@ -88,9 +88,9 @@ def _reduced(x: Tensor, group: Group, reduce: Callable[..., Any]) -> Tensor:
 
 
 def reduce_scatter_sum(x: Tensor, group: Group) -> Tensor:
-    """[nranks * rows, ...]  ->  [rows, ...]: the sum over the group of the block that this rank's place names.
+    """[nranks * rows, ...]  ->  [rows, ...]: of all ranks' blocks for this rank, the sum.
 
-    Where the backend has a reduce_scatter.
+    Only where `has_reduce_scatter`.
     """
     out = x.new_empty([x.shape[0] // group.nranks, *x.shape[1:]])
     if x.size:
@@ -99,7 +99,7 @@ def reduce_scatter_sum(x: Tensor, group: Group) -> Tensor:
 
 
 def broadcast(x: Tensor, owner: int, group: Group) -> Tensor:
-    """x of the rank with place `owner` in the group; on the others x gives the shape and may be overwritten."""
+    """x of rank `owner` of the group; on the others x only gives the shape, and may be overwritten."""
     x = x.contiguous()
     if x.size:
         dist.broadcast(x, src=group.ranks[owner], group=group)

@@ -1,10 +1,11 @@
-"""Messages between ranks and all-to-all, on NCCL and on gloo."""
+"""Messages between two ranks, and all-to-all, on NCCL and on gloo."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy.typing as npt
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor
@@ -13,10 +14,10 @@ from paddle_vl_sp.comm.collectives import Group, is_gloo
 
 
 class Messages:
-    """Messages under way. On NCCL they travel beside what is computed until `wait`; gloo is done when this is made.
+    """Sends and receives that run while the caller computes, until `wait`. On gloo all are done on construction.
 
     sends    (peer, tensor): peer is a rank of the group
-    expects  (peer, tensor): the tensor is written; messages between two ranks keep their order
+    expects  (peer, tensor): the tensor is overwritten; messages between two ranks keep their order
     """
 
     def __init__(
@@ -33,17 +34,17 @@ class Messages:
             self._tasks = dist.batch_isend_irecv(operations)
 
     def wait(self) -> None:
-        """Until what was expected is there; on a GPU the compute stream waits, not the host."""
+        """Returns when the expected tensors may be used; on a GPU the compute stream waits, not the host."""
         for task in self._tasks:
             task.wait()
         self._tasks, self._sends = [], []
 
 
 def _exchange_on_gloo(sends: Sequence[tuple[int, Tensor]], expects: Sequence[tuple[int, Tensor]], group: Group) -> None:
-    """Blocking sends that meet blocking receives, in rounds that leave nobody out.
+    """Blocking sends and receives, in rounds in which every rank has a partner.
 
     gloo matches messages by how many operations each rank has done before: every rank must do the same number in the
-    same order. So each round is a perfect matching, in which a pair exchanges one message each way, if only a dummy.
+    same order. So in each round the ranks form pairs, and each pair exchanges a message each way, a dummy if need be.
     """
     if group.nranks % 2:
         _exchange_by_gathering(sends, expects, group)
@@ -52,18 +53,17 @@ def _exchange_on_gloo(sends: Sequence[tuple[int, Tensor]], expects: Sequence[tup
     for partner in partners(group.rank, group.nranks):
         outgoing = _bundle([x for peer, x in sends if peer == partner], like)
         wanted = [x for peer, x in expects if peer == partner]
-        incoming = _room([max(sum(x.size for x in wanted), 1)], like)
-        there = {"dst": group.ranks[partner]}, {"src": group.ranks[partner]}
+        incoming = _buffer([max(sum(x.size for x in wanted), 1)], like)
         if group.rank < partner:
-            dist.send(outgoing, group=group, **there[0])
-        dist.recv(incoming, group=group, **there[1])
+            dist.send(outgoing, dst=group.ranks[partner], group=group)
+        dist.recv(incoming, src=group.ranks[partner], group=group)
         if group.rank > partner:
-            dist.send(outgoing, group=group, **there[0])
+            dist.send(outgoing, dst=group.ranks[partner], group=group)
         _unbundle(incoming, wanted)
 
 
 def partners(rank: int, size: int) -> Iterator[int]:
-    """Whom a rank meets in each of size - 1 rounds; everyone meets everyone once, and nobody waits. size is even.
+    """A rank's partner in each of size - 1 rounds: each round pairs all ranks, and every two meet once. size is even.
 
     size 4, round by round     0-3 1-2 | 0-1 2-3 | 0-2 1-3
     """
@@ -79,18 +79,18 @@ def partners(rank: int, size: int) -> Iterator[int]:
 def _exchange_by_gathering(
     sends: Sequence[tuple[int, Tensor]], expects: Sequence[tuple[int, Tensor]], group: Group
 ) -> None:
-    """For an odd number of ranks, which no round can pair: everyone gets everything and takes its own."""
-    everyones: list[list[tuple[int, Any]]] = []
-    dist.all_gather_object(everyones, [(peer, x.numpy()) for peer, x in sends], group=group)
+    """For an odd number of ranks, which cannot form pairs: every rank gets all messages and keeps its own."""
+    sent: list[list[tuple[int, npt.NDArray[Any]]]] = []  # of every rank
+    dist.all_gather_object(sent, [(peer, x.numpy()) for peer, x in sends], group=group)
     for source in range(group.nranks):
-        mine = [value for peer, value in everyones[source] if peer == group.rank]
+        arrived = [value for peer, value in sent[source] if peer == group.rank]
         wanted = [x for peer, x in expects if peer == source]
-        for value, x in zip(mine, wanted, strict=True):
+        for value, x in zip(arrived, wanted, strict=True):
             paddle.assign(paddle.to_tensor(value), output=x)
 
 
 def _bundle(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    return paddle.concat([x.flatten() for x in tensors if x.size] or [_room([1], like)])
+    return paddle.concat([x.flatten() for x in tensors if x.size] or [_buffer([1], like)])
 
 
 def _unbundle(bundle: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -101,28 +101,28 @@ def _unbundle(bundle: Tensor, tensors: Sequence[Tensor]) -> None:
         begin += x.size
 
 
-def _room(shape: Sequence[int], like: Tensor) -> Tensor:
-    """For what arrives; zeros, since FLAGS_check_nan_inf may end the process at what `paddle.empty` finds there."""
+def _buffer(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory to receive into: zeros, since under FLAGS_check_nan_inf the garbage of `paddle.empty` may be an error."""
     return like.new_zeros(list(shape))
 
 
 def pass_on(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group) -> tuple[list[Tensor], Messages]:
-    """Sends the tensors to the next rank of the ring and expects the previous one's, of these shapes."""
+    """Starts to send the tensors to the next rank of the ring, and to receive the previous one's, of these shapes."""
     following, previous = (group.rank + 1) % group.nranks, (group.rank - 1) % group.nranks
-    arriving = [_room(shape, x) for shape, x in zip(shapes, tensors, strict=True)]
+    arriving = [_buffer(shape, x) for shape, x in zip(shapes, tensors, strict=True)]
     messages = Messages([(following, x) for x in tensors], [(previous, x) for x in arriving], group)
     return arriving, messages
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """parts[r] goes to rank r; the result's r-th, of shapes[r], came from rank r.
+    """parts[r] goes to rank r; the r-th tensor of the result, of shapes[r], came from rank r.
 
-    One collective where the backend has it and all parts are alike; messages where it has not or they are not.
+    One collective if the backend has it and all parts have one shape, else messages.
     """
     me = group.rank
-    arriving = [_room(shape, parts[me]) for shape in shapes]
-    alike = len({tuple(x.shape) for x in parts} | {tuple(shape) for shape in shapes}) == 1
-    if not is_gloo(group) and alike and parts[me].size:
+    arriving = [_buffer(shape, parts[me]) for shape in shapes]
+    is_one_shape = len({tuple(x.shape) for x in parts} | {tuple(shape) for shape in shapes}) == 1
+    if not is_gloo(group) and is_one_shape and parts[me].size:
         dist.alltoall(arriving, [part.contiguous() for part in parts], group=group)
         return arriving
     others = [rank for rank in range(group.nranks) if rank != me]

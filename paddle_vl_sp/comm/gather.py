@@ -1,41 +1,44 @@
-"""Rows of all ranks in one tensor, moved in one of three ways, with a gradient."""
+"""Gathers the rows of all ranks into one tensor, in one of three ways, with a gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import paddle
 from paddle import Tensor
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
 
 from paddle_vl_sp.autograd import differentiable_once, via_float32
 from paddle_vl_sp.backends.dispatch import on_place
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.comm.agree import agree_on, check_equal_marks, fingerprint
+from paddle_vl_sp.comm.agree import agree_on, check_equal_fingerprints, fingerprint
+from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.uneven import MODES, Indices, UnevenRows
 from paddle_vl_sp.settings import check_choice
+
+Rows = TypeVar("Rows", bound="Tensor | Sequence[Tensor]")
 
 GRADS = ("partial", "whole")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int8", "uint8")
 
 
 def all_gather_rows(
-    x: Tensor | Sequence[Tensor],
+    x: Rows,
     counts: Sequence[int],
-    group: Any,
+    group: Group | None,
     mode: str = "auto",
     grad: str = "partial",
     check: bool = False,
-) -> Any:
+) -> Rows:
     """The rows of all ranks, rank after rank: [counts[rank], ...] -> [sum(counts), ...]; exact in every dtype.
 
-    x       a tensor, or a list of tensors with equally many rows and one dtype, which travel together
-    counts  the rows of every rank of the group, known to all; zero is a number like any other
+    x       a tensor, or a list of tensors with equally many rows and one dtype, which are sent together
+    counts  the number of rows of every rank of the group, the same list on all; it may be zero
     mode    "max" pads to the longest and gathers, "sum" adds rows to zeros, "ragged" broadcasts one rank after the
             other; backward scatters the sum, sums and cuts, or sums rank by rank (where the backend cannot scatter a
             sum, "max" sums and cuts); "auto" chooses by the bytes on the wire and the number of collectives
@@ -45,34 +48,32 @@ def all_gather_rows(
 
     Every rank must make the call, and its backward too: without `check`, x must need a gradient on all ranks or on
     none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal. A group
-    of one, or None, which means nobody, gets x back. There is no second gradient (create_graph=True).
+    of one, or None, which means no group, returns x. There is no second gradient (create_graph=True).
     """
-    xs = list(x) if isinstance(x, (list, tuple)) else [x]
+    is_list = isinstance(x, (list, tuple))
+    xs = list(x) if is_list else [x]
     error: Exception | None = None
     try:
         counts = [int(count) for count in counts]
         _check_rows(xs, counts, group, mode, grad)
-    except Exception as wrong:  # raised on every rank where the ranks compare
+    except Exception as wrong:  # with `check`, raised on every rank
         error = wrong
+    if error is not None and not (check and collectives.has_peers(group)):
+        raise error
     if not collectives.has_peers(group):
-        if error is not None:
-            raise error
         return x
     if check:
-        form = len(xs) if isinstance(x, (list, tuple)) else -1
+        form = len(xs) if is_list else -1
         wants_grad = agree_rows(xs, form, fingerprint(counts, mode, grad), error, group).needs_grad
-    elif error is not None:
-        raise error
     else:
         wants_grad = needs_grad(xs)
-    rows = UnevenRows(tuple(counts))
-    whole = gather_rows(xs, rows, group, mode, grad, wants_grad)
-    return whole if isinstance(x, (list, tuple)) else whole[0]
+    whole = gather_rows(xs, UnevenRows(tuple(counts)), group, mode, grad, wants_grad)
+    return cast(Rows, whole if is_list else whole[0])
 
 
 @dataclass(frozen=True)
 class RowKind:
-    """What every rank of a gather sends, or would if it had rows."""
+    """What every rank of a gather sends; a rank without rows sends none of this kind."""
 
     form: int  # -1: one tensor; else the length of a list
     width: int  # of all tensors together
@@ -84,35 +85,37 @@ def needs_grad(xs: Sequence[Tensor]) -> bool:
     return bool(paddle.is_grad_enabled()) and any(not x.stop_gradient for x in xs)
 
 
-def agree_rows(xs: Sequence[Tensor] | None, form: int, mark: int, error: BaseException | None, group: Any) -> RowKind:
-    """What the ranks send, after one small collective in which a rank with an error, or a mismatch, stops all.
+def agree_rows(
+    xs: Sequence[Tensor] | None, form: int, own_fingerprint: int, error: BaseException | None, group: Group
+) -> RowKind:
+    """What the ranks send, after one small collective in which an error on a rank, or a mismatch, is raised on all.
 
-    xs is None on a rank that has nothing and does not know what it would send; mark is a fingerprint of whatever must
-    be the same besides. At least one rank must know.
+    xs               None on a rank that has no rows and cannot say of which kind; at least one rank must
+    own_fingerprint  of everything else that must be equal on all ranks
     """
-    mine = [0, -1, -1, -1]
+    own = [0, -1, -1, -1]
     if error is None and xs is not None:
-        mine = [needs_grad(xs), form, sum(row_width(x) for x in xs), DTYPES.index(name_of(xs[0].dtype))]
-    table = agree_on([mark, *mine], error, group)
-    check_equal_marks(table[:, 0], "batch and pass the same arguments here")
-    knowing = [rank for rank, row in enumerate(table) if row[3] >= 0]
-    kinds = [RowKind(int(row[2]), int(row[3]), DTYPES[row[4]], bool(table[:, 1].any())) for row in table[knowing]]
-    for rank, kind in zip(knowing, kinds, strict=True):
+        own = [needs_grad(xs), form, sum(row_width(x) for x in xs), DTYPES.index(name_of(xs[0].dtype))]
+    table = agree_on([own_fingerprint, *own], error, group)
+    check_equal_fingerprints(table[:, 0], "batch and pass the same arguments here")
+    known = [rank for rank, row in enumerate(table) if row[3] >= 0]
+    kinds = [RowKind(int(row[2]), int(row[3]), DTYPES[row[4]], bool(table[:, 1].any())) for row in table[known]]
+    for rank, kind in zip(known, kinds, strict=True):
         if kind != kinds[0]:
             raise ValueError(
-                f"rank {rank} gathers {_describe(kind)} and rank {knowing[0]} {_describe(kinds[0])}: all ranks must "
+                f"rank {rank} gathers {_describe(kind)} and rank {known[0]} {_describe(kinds[0])}: all ranks must "
                 "send the same; look for automatic mixed precision or a cast that is on for some ranks only"
             )
     return kinds[0]
 
 
 def gather_rows(
-    xs: Sequence[Tensor], rows: UnevenRows, group: Any, mode: str, grad: str, wants_grad: bool
+    xs: Sequence[Tensor], rows: UnevenRows, group: Group, mode: str, grad: str, wants_grad: bool
 ) -> list[Tensor]:
     """The rows of all ranks in the order of `rows`; unchecked. wants_grad is the same on every rank."""
     if wants_grad and all(x.stop_gradient for x in xs):
         first = xs[0].detach()
-        first.stop_gradient = False  # so that this rank, too, comes to the collective of the backward
+        first.stop_gradient = False  # so that this rank, too, takes part in the collective of the backward
         xs = [first, *xs[1:]]
     if mode == "auto":
         row_bytes = sum(row_width(x) * x.element_size() for x in xs)
@@ -125,68 +128,70 @@ def row_width(x: Tensor) -> int:
 
 
 def view_of(x: Tensor) -> Tensor:
-    """Another tensor in the same memory; PyLayer refuses x itself, its detached form and, on leaves, its reshape."""
+    """Another tensor in x's memory, to return from a PyLayer, which refuses x, x.detach() and, of a leaf, a reshape."""
     return x.unsqueeze(0).squeeze(0)
 
 
 class _GatherRows(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, rows: UnevenRows, group: Any, mode: str, grad: str, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: PyLayerContext, rows: UnevenRows, group: Group, mode: str, grad: str, *xs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.rows, ctx.group, ctx.mode, ctx.grad = rows, group, mode, grad
         ctx.inputs = [(x.shape[1:], not x.stop_gradient) for x in xs]
-        return _unpacked(_MOVES[mode](_packed(xs), rows, group), [x.shape[1:] for x in xs])
+        return _unpack(_GATHER[mode](_pack(xs), rows, group), [x.shape[1:] for x in xs])
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, group, whole = ctx.rows, ctx.group, _packed(grads)
+    def backward(ctx: PyLayerContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, group, whole = ctx.rows, ctx.group, _pack(grads)
         if ctx.grad == "whole":
-            mine = take_rows(whole, rows.mine(group.rank)).clone()  # never a view into autograd's own memory
+            own = take_rows(whole, rows.rows_of(group.rank)).clone()  # never a view into autograd's own memory
         else:
-            ours = whole.clone() if len(grads) == 1 else whole  # autograd's own buffer is not summed into
-            mine = _SUMS[ctx.mode](ours, rows, group)
-        parts = _unpacked(mine, [shape for shape, _ in ctx.inputs])
+            whole = whole.clone() if len(grads) == 1 else whole  # the sum must not overwrite autograd's own memory
+            own = _SUM_AND_CUT[ctx.mode](whole, rows, group)
+        parts = _unpack(own, [shape for shape, _ in ctx.inputs])
         return tuple(part if needed else None for part, (_, needed) in zip(parts, ctx.inputs, strict=True))
 
 
-def _packed(xs: Sequence[Tensor]) -> Tensor:
-    """[rows, sum of widths]; of one tensor a view."""
+def _pack(xs: Sequence[Tensor]) -> Tensor:
+    """The tensors side by side, [rows, sum of widths]; of one tensor a view."""
     flat = [x.reshape([x.shape[0], row_width(x)]) for x in xs]
     return flat[0] if len(flat) == 1 else paddle.concat(flat, axis=1)
 
 
-def _unpacked(x: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
+def _unpack(x: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     widths = [math.prod(shape) for shape in shapes]
     parts = [x] if len(widths) == 1 else [part.contiguous() for part in paddle.split(x, widths, axis=1)]
     return tuple(part.reshape([x.shape[0], *shape]) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _padded(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
-    missing = rows.longest - mine.shape[0]
+def _gather_padded(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
+    missing = rows.longest - own.shape[0]
     if missing:
-        mine = paddle.concat([mine, mine.new_zeros([missing, mine.shape[1]])])
-    return take_rows(collectives.all_gather(mine, group), rows.from_padded())
+        own = paddle.concat([own, own.new_zeros([missing, own.shape[1]])])
+    return take_rows(collectives.all_gather(own, group), rows.from_padded())
 
 
-def _sum_among_zeros(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+def _sum_among_zeros(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     # -0.0 and not 0.0, which would turn a row's -0.0 into 0.0: x + -0.0 is x, in every bit, for every x
-    zero = mine.new_full([1, mine.shape[1]], -0.0)
-    place = rows.mine(group.rank)
+    zero = own.new_full([1, own.shape[1]], -0.0)
+    place = rows.rows_of(group.rank)
     source = np.full(rows.total, len(place), dtype=np.int64)
     source[place] = np.arange(len(place))
-    return collectives.all_reduce_sum(take_rows(paddle.concat([mine, zero]), source), group)
+    return collectives.all_reduce_sum(take_rows(paddle.concat([own, zero]), source), group)
 
 
-def _broadcast_each(mine: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+def _broadcast_each(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     blocks = []
     for rank, count in enumerate(rows.counts):
-        block = mine if rank == group.rank else mine.new_empty([count, mine.shape[1]])
+        block = own if rank == group.rank else own.new_empty([count, own.shape[1]])
         blocks.append(collectives.broadcast(block, rank, group))
     whole = paddle.concat(blocks)
     return whole if rows.order is None else take_rows(whole, rows.order)
 
 
-def _scattered_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
+def _scatter_sum(grad: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     if not collectives.has_reduce_scatter(group):
         return _cut_sum(grad, rows, group)
     padding = grad.new_zeros([1, grad.shape[1]])
@@ -194,21 +199,21 @@ def _scattered_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
     return collectives.reduce_scatter_sum(blocks, group)[: rows.counts[group.rank]]
 
 
-def _cut_sum(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
-    return take_rows(collectives.all_reduce_sum(grad, group), rows.mine(group.rank))
+def _cut_sum(grad: Tensor, rows: UnevenRows, group: Group) -> Tensor:
+    return take_rows(collectives.all_reduce_sum(grad, group), rows.rows_of(group.rank))
 
 
-def _reduce_each(grad: Tensor, rows: UnevenRows, group: Any) -> Tensor:
-    blocks = (collectives.reduce_sum(rank, take_rows(grad, rows.mine(rank)), group) for rank in range(group.nranks))
-    return list(blocks)[group.rank]
+def _reduce_each(grad: Tensor, rows: UnevenRows, group: Group) -> Tensor:
+    blocks = [collectives.reduce_sum(take_rows(grad, rows.rows_of(rank)), rank, group) for rank in range(group.nranks)]
+    return blocks[group.rank]
 
 
-_MOVES = {"max": _padded, "sum": _sum_among_zeros, "ragged": _broadcast_each}
-_SUMS = {"max": _scattered_sum, "sum": _cut_sum, "ragged": _reduce_each}
+_GATHER = {"max": _gather_padded, "sum": _sum_among_zeros, "ragged": _broadcast_each}
+_SUM_AND_CUT = {"max": _scatter_sum, "sum": _cut_sum, "ragged": _reduce_each}
 
 
 def take_rows(x: Tensor, index: Indices) -> Tensor:
-    """x[index] for rows; a view where the rows lie side by side."""
+    """x[index], rows of x; a view where they follow each other in x."""
     first, size = (int(index[0]) if index.size else 0), index.size
     if size == 0 or bool((np.diff(index) == 1).all()):
         return x if size == x.shape[0] else x[first : first + size]
@@ -216,8 +221,8 @@ def take_rows(x: Tensor, index: Indices) -> Tensor:
     return via_float32(lambda rows: paddle.gather(rows, at), x)
 
 
-def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: str, grad: str) -> None:
-    """Of this rank's arguments."""
+def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Group | None, mode: str, grad: str) -> None:
+    """Checks this rank's arguments; other ranks' are compared by `agree_rows`."""
     check_choice("mode", mode, ("auto", *MODES))
     check_choice("grad", grad, GRADS)
     num_ranks, rank = (1, 0) if not collectives.has_peers(group) else (group.nranks, group.rank)
@@ -237,7 +242,7 @@ def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Any, mode: s
         raise ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
 
 
-def name_of(dtype: Any) -> str:
+def name_of(dtype: paddle.dtype) -> str:
     return str(dtype).removeprefix("paddle.")
 
 

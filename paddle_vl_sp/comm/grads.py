@@ -1,39 +1,40 @@
-"""Gradients made whole over a group: of features on the way back, and of parameters after the backward."""
+"""Sums partial gradients over a group: of features during the backward, of parameters after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
+from paddle.nn import Layer
 
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.agree import exchange
+from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.gather import DTYPES, name_of, view_of
 from paddle_vl_sp.plan import VisualPlan
 
 BUCKET = 2**24  # elements in one all-reduce
 
 
-def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Any) -> list[Tensor]:
-    """The same features; on the way back every rank receives the sum over the group of all ranks' gradients.
+def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Group | None) -> list[Tensor]:
+    """The same features, whose gradient is summed over the group in the backward: the whole gradient on every rank.
 
     features  levels [N, H], replicated over the group; each rank uses only the rows of its own share
     plan      this rank's plan; its number of feature rows is checked
     group     the ranks that the sequence was cut for and that hold copies of the tower (tensor-parallel, SP)
 
-    Without it each rank's tower sees the gradient of its own rows and no other. Forward costs nothing. Backward is
-    one all-reduce for all levels, in which every rank takes part, with or without visual rows, as long as its loss
-    reaches at least one level; a level that it does not use counts as zero. Which levels need a gradient must be the
-    same on every rank, as it is for replicated features. A group of one, or None, which means no group, is left out of
-    the graph. There is no second gradient (create_graph=True).
+    Without it each rank's tower gets the gradient of this rank's rows only. The forward costs nothing. The backward is
+    one all-reduce for all levels, in which every rank must take part, with or without visual rows: its loss must reach
+    at least one level; a level that it does not use counts as zero. Which levels need a gradient must be the same on
+    every rank, as it is for replicated features. With a group of one, or None, which means no group, nothing is added
+    to the graph. There is no second gradient (create_graph=True).
 
-    The sum is taken in the levels' own dtype: a feature row has one owner, so at most one rank brings a value and the
-    others bring zero, and such a sum is exact in every dtype. Levels of different dtypes travel in the widest.
+    The sum is exact in the levels' own dtype: a feature row has one owner, so all ranks but one add zero. Levels of
+    different dtypes are summed in the widest.
     """
     if isinstance(features, Tensor):
         raise ValueError("complete_grad takes a list of levels and returns one, got a tensor: pass [features]")
@@ -47,23 +48,23 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Any) -> l
 
 class _CompleteGrad(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, group: Any, *levels: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: PyLayerContext, group: Group, *levels: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         ctx.dtypes = [level.dtype for level in levels]
         return tuple(view_of(level) for level in levels)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        wire = _widest(ctx.dtypes)
-        # concat makes new memory, also of one tensor: autograd's own buffers are not summed into
-        whole = collectives.all_reduce_sum(paddle.concat([grad.astype(wire).flatten() for grad in grads]), ctx.group)
+    def backward(ctx: PyLayerContext, *grads: Tensor) -> tuple[Tensor, ...]:
+        widest = _widest(ctx.dtypes)
+        # concat makes new memory, also of one tensor: the sum must not overwrite autograd's own
+        whole = collectives.all_reduce_sum(paddle.concat([grad.astype(widest).flatten() for grad in grads]), ctx.group)
         parts = paddle.split(whole, [grad.size for grad in grads])
         shaped = zip(parts, grads, ctx.dtypes, strict=True)
         return tuple(part.reshape(grad.shape).astype(dtype) for part, grad, dtype in shaped)
 
 
-def _widest(dtypes: Sequence[Any]) -> Any:
+def _widest(dtypes: Sequence[paddle.dtype]) -> paddle.dtype:
     """The dtype that holds all of these exactly."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
@@ -79,17 +80,17 @@ def _check_feature_rows(features: Sequence[Tensor], plan: VisualPlan) -> None:
         )
 
 
-def sum_parameter_grads(module: Any, group: Any) -> None:
+def sum_parameter_grads(module: Layer, group: Group | None) -> None:
     """Sums the gradients of the module's replicated parameters over the group, in place: whole on every rank.
 
-    A parameter that is tensor-parallel (`is_distributed`) is left as it is: the ranks hold different parts of it, and
-    its layer makes its gradient whole. Without a group (None), nothing is summed.
+    A parameter that is tensor-parallel (`is_distributed`) is not touched: the ranks hold different parts of it, and its
+    layer completes its gradient. None means no group: nothing is summed.
 
-    Call it on every rank after the last backward of an optimizer step, before clipping and the step. Only for
-    parameters that saw this rank's part alone, of the images (encode_shared) or of the sequence: a replicated tower
-    behind complete_grad has whole gradients already. A parameter without a gradient on this rank counts as zero, and
-    gets one where any rank has one. Master gradients (`main_grad`) are summed where they are. On ranks that the
-    data-parallel reduction joins anyway, that sums them, and this must not.
+    Call it on every rank after the last backward of an optimizer step, before clipping and the step. It is for
+    parameters whose gradients cover only this rank's images (encode_shared) or this rank's part of the sequence: a
+    replicated tower behind complete_grad has whole gradients already. A parameter without a gradient on this rank
+    counts as zero, and gets one if any rank has one. Master gradients (`main_grad`) are summed instead of `grad`. Do
+    not call it over ranks whose gradients the data-parallel reduction sums.
     """
     collectives.warn_of_no_group(group, "sum_parameter_grads", "no gradient was summed")
     if not collectives.has_peers(group):
@@ -108,12 +109,12 @@ def sum_parameter_grads(module: Any, group: Any) -> None:
                     setattr(parameter, "main_grad" if hasattr(parameter, "main_grad") else "grad", grad)
 
 
-def mark_for_sum(module: Any) -> None:
-    """Marks the parameters for Paddle's own sequence-parallel hooks, or the callback of PaddleFormers' trainer, which
-    sum their gradients over the tensor-parallel group once an optimizer step. Before the trainer is built; then leave
-    sum_parameter_grads out. Parameters that are tensor-parallel (`is_distributed`) are not marked.
+def mark_for_sum(module: Layer) -> None:
+    """Marks the replicated parameters, so that their gradients are summed over the tensor-parallel group every step.
 
-    They need a gradient on every rank: encode with idle="dummy".
+    Paddle's sequence-parallel hooks, or the callback of PaddleFormers' trainer, do the sum. Call it before the trainer
+    is built, and do not call sum_parameter_grads as well. Tensor-parallel parameters (`is_distributed`) are not marked.
+    The marked ones need a gradient on every rank: encode with idle="dummy".
     """
     from paddle.distributed.fleet.utils.sequence_parallel_utils import mark_as_sequence_parallel_parameter
 
@@ -123,6 +124,7 @@ def mark_for_sum(module: Any) -> None:
 
 
 def is_cut(parameter: Tensor) -> bool:
+    """Whether the parameter is tensor-parallel: ranks hold different parts of it."""
     return bool(getattr(parameter, "is_distributed", False))
 
 
@@ -136,12 +138,10 @@ def _grad_or_zeros(parameter: Tensor, dtype: str) -> Tensor:
     return parameter.new_zeros(parameter.shape, dtype=dtype) if grad is None else grad
 
 
-def _agreed_dtypes(parameters: list[Tensor], group: Any) -> list[tuple[Tensor, str]]:
-    """The parameters that have a gradient on some rank, with its dtype."""
-    mine = [
-        0 if (grad := _grad(parameter)) is None else 1 + DTYPES.index(name_of(grad.dtype)) for parameter in parameters
-    ]
-    table = exchange(mine, group)  # [nranks, P]
+def _agreed_dtypes(parameters: list[Tensor], group: Group) -> list[tuple[Tensor, str]]:
+    """The parameters that have a gradient on any rank, with its dtype."""
+    grads = [_grad(parameter) for parameter in parameters]
+    table = exchange([0 if grad is None else 1 + DTYPES.index(name_of(grad.dtype)) for grad in grads], group)  # [n, P]
     highest = table.max(axis=0)
     if (np.where(table == 0, highest, table) != highest).any():
         raise ValueError(

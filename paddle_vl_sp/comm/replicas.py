@@ -1,16 +1,18 @@
-"""Copies of a module that should be equal over a group: are they, and how to make them equal again."""
+"""Compares the copies of a module over a group, and makes them equal again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import paddle
 from paddle import Tensor
+from paddle.nn import Layer
+from paddle.optimizer import Optimizer
 
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.comm.agree import check_equal_marks, exchange, fingerprint
+from paddle_vl_sp.comm.agree import check_equal_fingerprints, exchange, fingerprint
+from paddle_vl_sp.comm.collectives import Group
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,19 @@ class Drift:
     """One parameter whose copies differ, and how far each rank's is from that of the group's first rank."""
 
     name: str
-    largest: tuple[float, ...]  # [nranks] absolute difference
-    relative: float  # the largest of them over the largest finite absolute value of the first rank's copy
+    largest: tuple[float, ...]  # [nranks] the largest absolute difference of each rank's copy
+    relative: float  # the largest of these over the largest finite absolute value of the first rank's copy
 
     def __str__(self) -> str:
         each = ", ".join(f"{difference:.3g}" for difference in self.largest)
         return f"{self.name}: differs from rank 0's copy by [{each}], at worst {self.relative:.2%} of its largest value"
 
 
-def check_replicas(module: Any, group: Any) -> list[Drift]:
+def check_replicas(module: Layer, group: Group | None) -> list[Drift]:
     """The replicated parameters whose copies differ over the group, the same list on every rank; empty if none does.
 
-    Every rank of the group must make the call; a group of None means nobody, and nothing is compared. A parameter that
-    is tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN differs from everything but a NaN in
-    the same place.
+    Every rank of the group must make the call; None means no group, and nothing is compared. A parameter that is
+    tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN equals only a NaN in the same place.
     """
     collectives.warn_of_no_group(group, "check_replicas", "nothing was compared")
     replicas = list(_replicated(module))
@@ -48,12 +49,12 @@ def check_replicas(module: Any, group: Any) -> list[Drift]:
     return found
 
 
-def sync_replicas(module: Any, group: Any, optimizer: Any = None) -> None:
-    """Makes the replicated parameters of every rank those of the group's first rank, bit for bit.
+def sync_replicas(module: Layer, group: Group | None, optimizer: Optimizer | None = None) -> None:
+    """Overwrites the replicated parameters of every rank with those of the group's first rank, bit for bit.
 
-    Every rank of the group must make the call; a group of None means nobody, and nothing is made equal. Give the
-    optimizer, too, once it has made steps: copies with different moments drift apart again, and master weights would
-    overwrite the parameters at the next step.
+    Every rank of the group must make the call; None means no group, and nothing is changed. Once the optimizer has
+    made a step, pass it too: copies with different moments drift apart again, and master weights would overwrite the
+    parameters at the next step.
     """
     collectives.warn_of_no_group(group, "sync_replicas", "nothing was made equal")
     replicas = list(_replicated(module))
@@ -66,15 +67,15 @@ def sync_replicas(module: Any, group: Any, optimizer: Any = None) -> None:
             paddle.assign(collectives.broadcast(_own_copy(tensor, group), 0, group).to(tensor.place), output=tensor)
 
 
-def _replicated(module: Any) -> Iterator[tuple[str, Tensor]]:
+def _replicated(module: Layer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if not getattr(parameter, "is_distributed", False):
             yield name, parameter
 
 
-def _optimizer_states(optimizer: Any, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_states(optimizer: Optimizer | None, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Moments and master weights of the named parameters, in an order that is the same on every rank."""
-    optimizer = getattr(optimizer, "_inner_opt", optimizer)
+    optimizer = getattr(optimizer, "_inner_opt", optimizer)  # fleet's hybrid-parallel optimizer wraps the user's
     if optimizer is None:
         return
     kinds = dict(optimizer._accumulators) | {"master_weight": optimizer._master_weights}
@@ -84,26 +85,26 @@ def _optimizer_states(optimizer: Any, names: dict[str, str]) -> Iterator[tuple[s
                 yield f"{name} ({kind})", kinds[kind][own_name]
 
 
-def _check_same_parameters(tensors: list[tuple[str, Tensor]], group: Any) -> None:
+def _check_same_parameters(tensors: list[tuple[str, Tensor]], group: Group) -> None:
     described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-    check_equal_marks(exchange([fingerprint(described)], group)[:, 0], "parameters (names, shapes and dtypes)")
+    check_equal_fingerprints(exchange([fingerprint(described)], group)[:, 0], "parameters (names, shapes and dtypes)")
 
 
-def _distance(parameter: Tensor, group: Any) -> Tensor:
+def _distance(parameter: Tensor, group: Group) -> Tensor:
     """[2]: the largest difference from the first rank's copy, and that copy's largest finite value; float64."""
     parameter = parameter.detach()
-    mine = parameter.astype("float64") if parameter.size else paddle.zeros([1], dtype="float64")
-    theirs = collectives.broadcast(_own_copy(parameter, group), 0, group).astype("float64")
-    theirs = theirs.to(mine.place) if parameter.size else mine
-    nothing = paddle.zeros_like(mine)
-    is_same = (mine == theirs) | (mine.isnan() & theirs.isnan())  # an infinity less itself is no number
-    apart = paddle.where(is_same, nothing, (mine - theirs).abs())
-    apart = paddle.where(apart.isnan(), paddle.full_like(apart, float("inf")), apart)
-    finite = paddle.where(theirs.isfinite(), theirs.abs(), nothing)
-    distance: Tensor = paddle.stack([apart.max(), finite.max()])
+    own = parameter.astype("float64") if parameter.size else paddle.zeros([1], dtype="float64")
+    first = collectives.broadcast(_own_copy(parameter, group), 0, group).astype("float64")
+    first = first.to(own.place) if parameter.size else own
+    zeros = paddle.zeros_like(own)
+    is_same = (own == first) | (own.isnan() & first.isnan())  # not by own - first: inf - inf is a NaN
+    difference = paddle.where(is_same, zeros, (own - first).abs())
+    difference = paddle.where(difference.isnan(), paddle.full_like(difference, float("inf")), difference)
+    finite = paddle.where(first.isfinite(), first.abs(), zeros)
+    distance: Tensor = paddle.stack([difference.max(), finite.max()])
     return distance.to(collectives.wire_place(group))
 
 
-def _own_copy(tensor: Tensor, group: Any) -> Tensor:
+def _own_copy(tensor: Tensor, group: Group) -> Tensor:
     copied: Tensor = tensor.detach().to(collectives.wire_place(group)).clone()
     return copied

@@ -1,4 +1,4 @@
-"""Gathering unevenly many rows from ranks: what each way costs, and which row goes where. Numpy only."""
+"""Gathering rows of which every rank has another number: what each way costs, which row goes where. Numpy only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class UnevenRows:
-    """counts[r] rows of each rank, rank after rank, make the result; `order` puts them into another order.
+    """The result is made of counts[r] rows of each rank r, rank after rank, or in another `order`.
 
     counts  (2, 0, 3)
-    order   int64 [5], a permutation: row i of the result is row order[i] of the ranks' rows; None: as they come
+    order   int64 [5], a permutation: row i of the result is row order[i] of the ranks' rows; None: rank after rank
 
         rank 0   a b            rank after rank   a b c d e
         rank 1                  order             2 0 3 1 4
@@ -38,13 +38,13 @@ class UnevenRows:
     def longest(self) -> int:
         return max(self.counts)
 
-    def mine(self, rank: int) -> Indices:
-        """Where in the result the rows of `rank` are: rank 0 above [1 3], rank 2 [0 2 4]."""
+    def rows_of(self, rank: int) -> Indices:
+        """Which rows of the result are those of `rank`: above [1 3] of rank 0, [0 2 4] of rank 2."""
         begin = sum(self.counts[:rank])
         return self._place[begin : begin + self.counts[rank]]
 
     def from_padded(self) -> Indices:
-        """For every row of the result its row among blocks padded to the longest: [6 0 7 1 8] above."""
+        """For every row of the result its row in the ranks' blocks, padded to the longest: [6 0 7 1 8] above."""
         start = np.arange(len(self.counts), dtype=np.int64) * self.longest
         padded = consecutive(start, np.asarray(self.counts, dtype=np.int64))
         return padded if self.order is None else padded[self.order]
@@ -56,18 +56,18 @@ class UnevenRows:
         return rows
 
     def wire_rows(self, mode: str) -> int:
-        """Rows that each rank sends in one gather, on average and times n / (n - 1) of n ranks.
+        """Rows that each of n ranks sends in one gather, on average, times n / (n - 1).
 
-        max:     every block padded to the longest, one all-gather; its gradient, one reduce-scatter
-        sum:     every row in its place among zeros, one all-reduce, which is two passes; its gradient, too
-        ragged:  one broadcast for each rank that has rows; its gradient, as many reduces
+        max:     every block padded to the longest, one all-gather; for the gradient one reduce-scatter
+        sum:     every row in its place among zeros, one all-reduce, which is two passes; for the gradient the same
+        ragged:  one broadcast for each rank that has rows; for the gradient as many reduces
         """
         return {"max": len(self.counts) * self.longest, "sum": 2 * self.total, "ragged": self.total}[mode]
 
     def best_mode(self, row_bytes: int, capturing: bool = False) -> str:
-        """The mode that is done first, by bytes and by the number of collectives; the same on every rank.
+        """The fastest mode, estimated from the bytes and the number of collectives; the same on every rank.
 
-        A captured graph needs shapes that stay: max. Else, for rows of 64 KiB on four ranks (4 * longest, 2 * total and
+        A captured graph needs fixed shapes: max. Else, for rows of 64 KiB on four ranks (4 * longest, 2 * total and
         total rows, and 1, 1 and one collective for each rank with rows)::
 
             400 400 400 400     max         400 100 100 100     ragged        8 4 4 4     max

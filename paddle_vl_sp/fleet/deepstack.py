@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
@@ -12,6 +13,7 @@ from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_paral
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import add_rows
+from paddle_vl_sp.verify import check_result, checking
 
 CARRIED = (UPDATE, GATHER, LEVELS, MASK)
 
@@ -43,6 +45,8 @@ class VisualDeepstack:
             hidden = out["hidden_states"]
             inplace = self.inplace and not (hidden.is_leaf and not hidden.stop_gradient)
             out["hidden_states"] = self._add(hidden, carried[LEVELS][level], plan, inplace)
+            if checking() and not inplace and MASK in carried:
+                self._check_addition(hidden, carried[MASK], carried[LEVELS][level], out["hidden_states"])
         if level + 1 < num_levels:
             out.update(carried)
         return out
@@ -51,6 +55,14 @@ class VisualDeepstack:
         """visual_embeds [N, H] added where visual_pos_masks [B, S] says; as upstream, their gradient is partial."""
         plan = self._plan_of_mask(visual_pos_masks, hidden_states, visual_embeds)
         return self._add(hidden_states, visual_embeds, plan, inplace=False)
+
+    def _check_addition(self, hidden: Tensor, mask: Tensor, embeds: Tensor, ours: Tensor) -> None:
+        """Against the base's own way, where it has one."""
+        upstream = getattr(super(), "_deepstack_process", None)
+        if upstream is not None:
+            with paddle.no_grad():
+                wanted = upstream(hidden, mask, embeds)
+            check_result("the deepstack addition is not that of the base class", ours, wanted, "report it")
 
     def _carried_plan(self, carried: dict[str, Any], hidden: Tensor) -> VisualPlan:
         """The plan of the dict, or a new one, which `carried` then has for the layers that follow."""

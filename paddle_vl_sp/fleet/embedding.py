@@ -33,6 +33,7 @@ class VisualEmbedding:
     """
 
     merge = "rows"
+    places_by_plan = True
     embedding: Any
     config: Any
     sequence_parallel: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from paddle_vl_sp.log import logger
 
 @dataclass(frozen=True)
 class Replacement:
-    """One method of one class: what was there and what we put there."""
+    """One method of a class, or a class under a name: what was there and what we put there."""
 
     owner: Any
     name: str
@@ -61,6 +61,20 @@ def replace(owner: Any, method: str, make: Make) -> Replacement | None:
     setattr(owner, method, ours)
     assert owner.__dict__[method] is ours, f"{owner.__name__}.{method} was wrapped on being set"
     replacement = Replacement(owner, method, original, ours)
+    _in_place.append(replacement)
+    return replacement
+
+
+def swap(owner: Any, name: str, make: Callable[[type], type]) -> Replacement | None:
+    """Puts a subclass of the class in its place; None where it is there already."""
+    original = owner.__dict__[name]
+    if any(isinstance(change, Replacement) and change.ours is original for change in _in_place):
+        return None
+    ours = make(original)
+    if ours is original:
+        return None
+    setattr(owner, name, ours)
+    replacement = Replacement(owner, name, original, ours)
     _in_place.append(replacement)
     return replacement
 

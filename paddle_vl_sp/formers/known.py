@@ -47,6 +47,18 @@ class Called:
 
 
 @dataclass(frozen=True)
+class Swapped:
+    """A class that models are built of, by the name under which builders look it up; ours is a subclass of it.
+
+    where  "module", or "module:Class" for an attribute of a class
+    """
+
+    where: str
+    name: str
+    make: Callable[[type], type]  # ours, from what is there
+
+
+@dataclass(frozen=True)
 class Family:
     """Classes of one module that work together: all of the methods are replaced, or none."""
 
@@ -54,6 +66,7 @@ class Family:
     module: str
     replaced: tuple[Replaced, ...]
     called: tuple[Called, ...] = ()
+    swapped: tuple[Swapped, ...] = ()
 
     def changes(self, module: Any) -> Iterator[str]:
         """What is not as known in the module's classes."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.load import backend as backend_in_use
-from paddle_vl_sp.formers.changes import Change, replace, share, undo_changes
+from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
 from paddle_vl_sp.formers.families import QWEN3_VL
-from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, Make, formers_version
+from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.log import logger
@@ -60,6 +61,7 @@ def apply_to_qwen3_vl(
     made: list[Change] = []
     for family, module in found:
         lines += _replace_all(family, module, changed[family.name], made)
+        lines += _swap_all(family, changed[family.name], made)
     if any(changed.values()):
         logger.warning("%s; these classes are left alone", _describe(changed))
     if vision_dp:
@@ -118,7 +120,28 @@ def _replace_all(family: Family, module: Any, changes: list[str], made: list[Cha
     return lines
 
 
-def _first_line(make: Make) -> str:
+def _swap_all(family: Family, changes: list[str], made: list[Change]) -> list[Line]:
+    """The classes that models built from now on are made of; a line says where one is not there."""
+    lines = []
+    for swapped in family.swapped:
+        module, _, owner_name = swapped.where.partition(":")
+        name = f"{owner_name or module.rpartition('.')[2]}.{swapped.name}"
+        if changes:
+            lines.append(Line(family.name, name, LEFT_ALONE, "; ".join(changes)))
+            continue
+        try:
+            owner: Any = importlib.import_module(module)
+            replacement = swap(getattr(owner, owner_name) if owner_name else owner, swapped.name, swapped.make)
+        except (ImportError, AttributeError, KeyError) as error:
+            lines.append(Line(family.name, name, ABSENT, f"{type(error).__name__}: {error}"))
+            continue
+        if replacement is not None:
+            made.append(replacement)
+        lines.append(Line(family.name, name, REPLACED, _first_line(swapped.make) if replacement else "was already"))
+    return lines
+
+
+def _first_line(make: Callable[..., Any]) -> str:
     return (make.__doc__ or "").partition("\n")[0]
 
 

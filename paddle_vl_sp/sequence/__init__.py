@@ -1,4 +1,4 @@
-"""A cut sequence's other arrays: batches cut and padded, shares joined again, the loss."""
+"""The other arrays of a cut sequence: batches cut and padded, shares joined again, the loss."""
 
 from paddle_vl_sp.sequence.batch import shard_batch
 from paddle_vl_sp.sequence.join import unshard

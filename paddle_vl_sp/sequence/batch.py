@@ -1,9 +1,9 @@
-"""The other arrays of a sequence, cut by the layout that cuts its hidden states."""
+"""A batch's arrays, cut by the layout that cuts the hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,13 @@ from paddle import Tensor
 
 from paddle_vl_sp.autograd import via_float32
 from paddle_vl_sp.layout import SeqLayout
-from paddle_vl_sp.sequence.padding import checked_bounds, source_places
+from paddle_vl_sp.sequence.padding import checked_bounds, source_positions
 
-IGNORE = -100  # the label of a place without one
+IGNORE = -100  # the label of a position without one
 LABELS = "labels"
-# The arrays whose last axis is the sequence (position_ids may be mRoPE's [3, B, S]), and what pads them.
+Array: TypeAlias = "Tensor | npt.NDArray[Any]"
+
+# The arrays whose last axis is the sequence (position_ids may be mRoPE's [3, B, S]), and their padding values.
 PADDING: dict[str, float] = {
     "input_ids": 0,
     LABELS: IGNORE,
@@ -26,7 +28,7 @@ PADDING: dict[str, float] = {
     "loss_mask": 0,
     "loss_weights": 0,
 }
-WITH_LABELS = (LABELS, "loss_mask", "loss_weights")  # say something of the label at their place: shifted with it
+WITH_LABELS = (LABELS, "loss_mask", "loss_weights")  # belong to the label at their position: shifted with it
 # The arrays without a sequence axis: every rank gets them whole.
 WHOLE = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -43,13 +45,13 @@ def shard_batch(
     """This rank's share of every array of the batch, numpy or Paddle.
 
     layout         for the padded sequence: `padded_layout` makes one
-    cu_seqlens     the boundaries as they are in the batch, before padding; the layout's own where nothing is padded
-    shift_labels   False: the data set has shifted them. True: labels[i] becomes labels[i + 1], before the cut and
-                   within each segment, whose last place is ignored; loss_mask and loss_weights go with them
-    padding        names further arrays to cut along their last axis, and what pads them; or pads a known one otherwise
-    whole          names further arrays that have no sequence axis, or known ones that shall not be cut
+    cu_seqlens     the boundaries in the batch, before padding; None: the layout's own, where nothing is padded
+    shift_labels   False: the data set has shifted the labels. True: labels[i + 1] moves to i, before the cut and within
+                   each segment, whose last position is ignored; loss_mask and loss_weights are shifted with the labels
+    padding        further arrays to cut along their last axis, {name: padding value}; or another value for a known one
+    whole          further arrays that have no sequence axis, or known ones that must not be cut
 
-    Segments of 3 and 2, zigzag over 2 ranks, padded to 4 and 4; . is padding; what rank 1 gets::
+    Segments of 3 and 2, zigzag over 2 ranks, padded to 4 and 4 (. is padding); the result on rank 1::
 
         input_ids  a b c | d e     ->   a b c . | d e . .     ->    b c | e .
     """
@@ -57,38 +59,38 @@ def shard_batch(
     _check_names(batch, fill, whole)
     lengths = {name: int(x.shape[-1]) for name, x in batch.items() if name in fill and x is not None}
     real = _real_bounds(lengths, layout, cu_seqlens)
-    source = source_places(real, layout)[layout.positions()]  # [S_local], -1 where padded
-    following = _next_in_segment(real, source)
-    return {
-        name: _take(x, following if shift_labels and name in WITH_LABELS else source, fill[name])
-        if name in lengths
-        else x
-        for name, x in batch.items()
-    }
+    source = source_positions(real, layout)[layout.positions()]  # [S_local], -1 where padded
+    shifted = _next_in_segment(real, source) if shift_labels else source
+    share = dict(batch)
+    for name in lengths:
+        share[name] = _gather_or_fill(batch[name], shifted if name in WITH_LABELS else source, fill[name])
+    return share
 
 
-def _take(x: Any, source: npt.NDArray[np.int64], fill: float) -> Any:
-    """x [..., S] at the source positions of its last axis, `fill` where the source is -1."""
-    places, padded = np.maximum(source, 0), source < 0
+def _gather_or_fill(x: Array, source: npt.NDArray[np.int64], fill: float) -> Array:
+    """x [..., S] at the source positions of its last axis, `fill` where the source is -1: [..., S_local]"""
+    positions, padded = np.maximum(source, 0), source < 0
     if isinstance(x, np.ndarray):
-        taken = x[..., places]
-        taken[..., padded] = fill
-        return taken
-    if not places.size:
+        gathered = x[..., positions]
+        gathered[..., padded] = fill
+        return gathered
+    if not positions.size:
         return paddle.empty([*x.shape[:-1], 0], x.dtype)
-    return via_float32(lambda y: _take_tensor(y, places, padded, fill), x)
+    return via_float32(lambda y: _gather_or_fill_tensor(y, positions, padded, fill), x)
 
 
-def _take_tensor(x: Tensor, places: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_], fill: float) -> Tensor:
-    taken = paddle.gather(x, paddle.to_tensor(places, place=x.place), axis=len(x.shape) - 1)
+def _gather_or_fill_tensor(
+    x: Tensor, positions: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_], fill: float
+) -> Tensor:
+    gathered = paddle.gather(x, paddle.to_tensor(positions, place=x.place), axis=len(x.shape) - 1)
     if not padded.any():
-        return taken
-    mask = paddle.to_tensor(padded, place=x.place).expand(taken.shape)
-    return paddle.where(mask, paddle.full(taken.shape, fill, x.dtype), taken)
+        return gathered
+    mask = paddle.to_tensor(padded, place=x.place).expand(gathered.shape)
+    return paddle.where(mask, paddle.full(gathered.shape, fill, x.dtype), gathered)
 
 
 def _next_in_segment(real: npt.NDArray[np.int64], source: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The place after each, -1 after the last of a segment and for padding."""
+    """The position after each, -1 after the last of a segment and for padding."""
     following = source + 1
     return np.where((source < 0) | np.isin(following, real), -1, following)
 
@@ -99,11 +101,9 @@ def _real_bounds(
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the arrays of the batch must have one sequence length, got {dict(lengths)}")
     length = next(iter(lengths.values()), layout.seq_len)
-    if cu_seqlens is None and layout.cu_seqlens is None:
-        cu_seqlens = (0, length)
-    elif cu_seqlens is None:
-        cu_seqlens = layout.cu_seqlens
-    bounds = checked_bounds(cu_seqlens, layout)  # type: ignore[arg-type]
+    if cu_seqlens is None:
+        cu_seqlens = (0, length) if layout.cu_seqlens is None else layout.cu_seqlens
+    bounds = checked_bounds(cu_seqlens, layout)
     if bounds[-1] != length:
         raise ValueError(
             f"cu_seqlens ends at {bounds[-1]}, but the arrays are {length} long: pass the boundaries before padding "
@@ -123,15 +123,15 @@ def _check_names(batch: Mapping[str, Any], fill: Mapping[str, float], whole: Seq
             continue
         if name not in fill:
             raise ValueError(
-                f"shard_batch does not know {name!r} {list(x.shape)}: name it in whole=, if it has no sequence axis, "
-                "or in padding=, to be cut along its last axis"
+                f"shard_batch does not know {name!r} {list(x.shape)}: name it in whole= if it has no sequence axis, or "
+                "in padding= to cut it along its last axis"
             )
         if name == "attention_mask" and len(x.shape) > 2:
             raise ValueError(
-                f"attention_mask {list(x.shape)} says who sees whom, which the layout's segments and causal say here; "
-                "only [B, S] can be cut"
+                f"attention_mask {list(x.shape)} cannot be cut, only [B, S] can: leave it out, the layout's segments "
+                "and causal= say which keys a query sees"
             )
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> TypeGuard[Array]:
     return isinstance(x, (np.ndarray, Tensor))

@@ -13,7 +13,7 @@ from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.comm.gather import GRADS, gather_rows, needs_grad, take_rows
 from paddle_vl_sp.comm.uneven import UnevenRows
 from paddle_vl_sp.layout import SeqLayout, layouts_of_all_ranks
-from paddle_vl_sp.sequence.padding import checked_bounds, source_places
+from paddle_vl_sp.sequence.padding import checked_bounds, source_positions
 from paddle_vl_sp.settings import check_choice
 
 
@@ -29,17 +29,20 @@ def unshard(
     """The whole sequence on every rank, from the shares: the inverse of the cut, exact, with a gradient.
 
     x            this rank's share, S_local along the axis
-    group        all ranks that hold a part, cp rank after cp rank, within one cp rank sp rank after sp rank
-    cu_seqlens   the boundaries before padding: the padding is taken out; None leaves it in
+    group        all ranks that hold a part, in the order of cp_rank * sp_size + sp_rank; None is one process that holds
+                 the whole sequence
+    cu_seqlens   the boundaries before padding: padding is removed; None keeps it
     grad         "partial": ranks use the result differently, so their gradients are summed, then cut; "whole": the
-                 gradient is the same on every rank already, and is only cut
+                 gradient is already the same on every rank, and is only cut
     """
     shares = _all_shares(layout, group)
     axis = axis % len(x.shape)
     if x.shape[axis] != layout.local_len:
         raise ValueError(f"axis {axis} of x {list(x.shape)} must be this rank's {layout.local_len} positions")
     check_choice("grad", grad, GRADS)
-    order = np.argsort(np.concatenate([share.positions() for share in shares]))  # [S], where each position arrived
+    order = np.argsort(
+        np.concatenate([share.positions() for share in shares])
+    )  # [S], the row of each position among the gathered shares
     rows = UnevenRows(tuple(share.local_len for share in shares), order)
     x = x.moveaxis(axis, 0)  # [S_local, ...]
     if has_peers(group):
@@ -47,18 +50,18 @@ def unshard(
     else:
         x = take_rows(x, order)
     if cu_seqlens is not None:
-        source = source_places(checked_bounds(cu_seqlens, layout), layout)
+        source = source_positions(checked_bounds(cu_seqlens, layout), layout)
         kept = paddle.to_tensor(np.flatnonzero(source >= 0), place=x.place)
         x = via_float32(lambda y: paddle.gather(y, kept), x)
     return x.moveaxis(0, axis)
 
 
 def _all_shares(layout: SeqLayout, group: Group | None) -> list[SeqLayout]:
-    size, place = layout.cp_size * layout.sp_size, layout.cp_rank * layout.sp_size + layout.sp_rank
+    expected = layout.cp_rank * layout.sp_size + layout.sp_rank
     nranks, rank = (1, 0) if group is None else (group.nranks, group.rank)
-    if (nranks, rank) != (size, place):
+    if (nranks, rank) != (layout.cp_size * layout.sp_size, expected):
         raise ValueError(
-            f"the group must hold all {layout.cp_size} x {layout.sp_size} ranks of the layout, this one being number "
-            f"{place}; it says rank {rank} of {nranks}"
+            f"the group must hold all {layout.cp_size} x {layout.sp_size} ranks of the layout, and this rank as rank "
+            f"{expected}; the group says rank {rank} of {nranks}"
         )
     return layouts_of_all_ranks(layout)

@@ -1,12 +1,10 @@
-"""The loss of a sequence that is cut: every rank gets the global mean and the gradient of its own logits."""
+"""The loss of a cut sequence: every rank gets the global mean and the gradient of its own logits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import paddle
 from paddle import Tensor
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm.collectives import Group, all_reduce_sum, has_peers
@@ -27,17 +25,18 @@ def sequence_parallel_loss(
 ) -> Tensor:
     """The mean cross entropy over the tokens of the whole sequence that are not ignored, the same on every rank.
 
-    logits       [B, S_local, V], labels [B, S_local]: shifted already, ignore_index where there is none
-    group        all ranks that hold a part of the sequence; None where one holds the whole
-    weights      [B, S_local], per token: the mean is weighted by them; they may need a gradient
-    num_tokens   divide by this instead of the group's count: the tokens of a whole accumulation of micro-batches
-    averaged_gradients   for trainers that average parameter gradients over the group where they should sum: the
-                 gradient (not the loss) is multiplied by the group's size
+    logits       [B, S_local, V]
+    labels       [B, S_local], already shifted; ignore_index where a position has no label
+    group        all ranks that hold a part of the sequence; None is one process that holds the whole sequence
+    weights      [B, S_local], of each token in the mean; they may need a gradient
+    num_tokens   divide by this instead of the group's count: for example the tokens of all accumulated micro-batches
+    averaged_gradients   for trainers that average parameter gradients over the group instead of summing: multiplies
+                 the gradient (not the loss) by the group's size
 
-    On the whole sequence, with losses = cross_entropy(reduction="none"):  losses[labels != ignore_index].mean().
-    (Paddle's own mean divides by the ignored tokens too where ignore_index is negative.) The gradient is
-    d(mean) / d(own logits), without communication: parameter gradients *summed* over the group are those of one
-    process. Without any valid token the loss is 0, and so are the gradients.
+    On the whole sequence, with losses = cross_entropy(reduction="none"), it is losses[labels != ignore_index].mean().
+    (Where ignore_index is negative, Paddle's own mean divides by the ignored tokens too.) The gradient is that of the
+    mean for this rank's logits, and needs no communication: the parameter gradients *summed* over the group are those
+    of one process. Without any valid token the loss and the gradients are 0.
     """
     scale = float(group.nranks) if averaged_gradients and group is not None else 1.0
     losses = token_losses(logits, labels, ignore_index=ignore_index)
@@ -64,17 +63,17 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) 
         ).squeeze(-1)
 
 
-def gathered_losses(losses: Tensor, *, layout: SeqLayout, group: Group) -> Tensor:
-    """For metrics: the token losses of the whole padded sequence on every rank, without gradient: [B, S]."""
+def gathered_losses(losses: Tensor, *, layout: SeqLayout, group: Group | None) -> Tensor:
+    """For metrics: the token losses of the whole padded sequence on every rank, [B, S], without a gradient."""
     with paddle.no_grad():
         return unshard(losses.detach(), layout, group, axis=1)
 
 
 class _GlobalMean(PyLayer):  # type: ignore[misc]
-    """(own sum, own count) -> sum over the group / count over the group; backward stays on the rank."""
+    """[own sum, own count] -> sum over the group / count over the group; backward does not communicate."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, divisor: Tensor | None, group: Group | None, scale: float) -> Tensor:
+    def forward(ctx: PyLayerContext, own: Tensor, divisor: Tensor | None, group: Group | None, scale: float) -> Tensor:
         total = own.astype("float64")
         if has_peers(group):
             total = all_reduce_sum(total, group)
@@ -88,7 +87,7 @@ class _GlobalMean(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: PyLayerContext, grad: Tensor) -> Tensor:
         return (grad.astype("float64") * paddle.stack([ctx.of_sum, ctx.of_count])).astype("float32")
 
 

@@ -1,9 +1,8 @@
-"""Segments padded to what a cut needs; their boundaries before and after, kept apart."""
+"""Segments padded to lengths that a cut divides; boundaries before padding and after it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +20,14 @@ def padded_layout(
     sp_size: int = 1,
     sp_rank: int = 0,
 ) -> SeqLayout:
-    """The shortest layout that holds the sequence: every segment padded to what the cp cut needs, the last also for sp.
+    """The shortest layout that holds the sequence, with every segment padded to what the cut divides.
 
     Segments of 5 and 7, zigzag over 2 ranks, need multiples of 4: cu_seqlens (0, 5, 12) becomes (0, 8, 16).
     """
-    cut = {"cp_size": cp_size, "cp_mode": cp_mode}
-    bounds = (0, seq_len) if cu_seqlens is None else SeqLayout(seq_len, cu_seqlens=cu_seqlens).cu_seqlens
-    padded = np.append(0, np.cumsum(_round_up(np.diff(np.asarray(bounds)), length_multiple(**cut))))  # type: ignore[arg-type]
-    padded[-1] = _round_up(padded[-1], length_multiple(**cut, sp_size=sp_size))  # type: ignore[arg-type]
+    bounds = SeqLayout(seq_len, cu_seqlens=cu_seqlens).segments()
+    lengths = _round_up(bounds[:, 1], length_multiple(cp_size=cp_size, cp_mode=cp_mode))
+    padded = np.append(0, np.cumsum(lengths))
+    padded[-1:] = _round_up(padded[-1:], length_multiple(cp_size=cp_size, cp_mode=cp_mode, sp_size=sp_size))
     return SeqLayout(
         int(padded[-1]),
         cp_size=cp_size,
@@ -40,20 +39,21 @@ def padded_layout(
     )
 
 
-def source_places(real: npt.NDArray[np.int64], layout: SeqLayout) -> npt.NDArray[np.int64]:
-    """For every padded position its place in the batch's arrays, -1 for padding: int64 [S].
+def source_positions(real: npt.NDArray[np.int64], layout: SeqLayout) -> npt.NDArray[np.int64]:
+    """For every padded position its position in the batch's arrays, -1 for padding: int64 [S].
 
     real [0 3 5], padded to [0 4 8]  ->  0 1 2 -1 3 4 -1 -1
     """
     source = np.full(layout.seq_len, -1, dtype=np.int64)
     lengths = np.diff(real)
     offsets = np.repeat(layout.segments()[: lengths.size, 0] - real[:-1], lengths)
-    places = np.arange(real[-1], dtype=np.int64)
-    source[places + offsets] = places
+    positions = np.arange(real[-1], dtype=np.int64)
+    source[positions + offsets] = positions
     return source
 
 
 def checked_bounds(cu_seqlens: Sequence[int], layout: SeqLayout) -> npt.NDArray[np.int64]:
+    """The boundaries before padding, int64 [segments + 1], if the layout has room for every segment."""
     bounds = np.asarray(cu_seqlens, dtype=np.int64)
     padded = layout.segments()[:, 1]
     if bounds.size != padded.size + 1 or bounds[0] != 0:
@@ -70,5 +70,5 @@ def checked_bounds(cu_seqlens: Sequence[int], layout: SeqLayout) -> npt.NDArray[
     return bounds
 
 
-def _round_up(length: Any, multiple: int) -> Any:
+def _round_up(length: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:
     return -(-length // multiple) * multiple

@@ -1,4 +1,4 @@
-"""For tests without a GPU: any rank of any group as a value, and real processes with real collectives on the CPU."""
+"""For tests without a GPU: any rank of any group as a value, and real ranks with real collectives on the CPU."""
 
 from typing import TYPE_CHECKING
 

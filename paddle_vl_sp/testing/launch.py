@@ -1,4 +1,4 @@
-"""Any rank of any group as a value, and real processes with real collectives on the CPU."""
+"""Any rank of any group as a value (`FakeGroup`), and real ranks with real collectives on the CPU (`run_ranks`)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_LIMIT = 180.0  # seconds for all ranks to import Paddle and to meet
-GRACE = 5.0  # seconds for the others to end by themselves once one rank has failed
+START_LIMIT = 180.0  # seconds for all ranks to import Paddle and to form a group
+GRACE = 5.0  # seconds for the other ranks to end by themselves once one has failed
 GROUP_MAKERS = ("init_parallel_env", "new_group", "_new_process_group_impl")
 GROUP_ATTEMPTS = 4
 
 
 class FakeGroup:
-    """What the package asks of a process group, without processes: one rank of `nranks`.
+    """A process group without processes, as one of its `nranks` ranks sees it; nothing can be sent in it.
 
-    ranks are the global ranks of its members, 0 to nranks - 1 if not given; `rank` counts within the group.
+    rank   within the group
+    ranks  the global ranks of its members; 0 to nranks - 1 if not given
     """
 
     def __init__(self, rank: int, nranks: int, ranks: Sequence[int] | None = None) -> None:
@@ -54,19 +55,19 @@ class FakeGroup:
 
 
 class RanksFailed(AssertionError):
-    """One or more ranks failed or did not end in time; the message says what each did, or where it stood."""
+    """Ranks failed or did not end in time; the message has the error of each, or the line that it was at."""
 
 
 def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 60) -> list[Any]:
-    """Calls fn(*args) in `nranks` new processes joined by Paddle's gloo backend, and returns what each returned.
+    """Calls fn(*args) in `nranks` new processes joined by Paddle's gloo backend; returns what each returned, by rank.
 
-    fn is importable (a function of a module) and args and results can be pickled. In each process Paddle is on the
-    CPU, paddle.distributed is initialised, and the default group joins all ranks. `timeout` counts the seconds of fn,
-    not those of starting. If a rank fails or the time is up, all are ended and RanksFailed says, rank by rank, the
-    error or the line where it stood. A run that failed while process groups were being made starts again, since
-    gloo on one machine sometimes refuses the connection; nothing else is tried twice.
+    fn must be importable (a function of a module), and args and results picklable. Each process uses the CPU, with
+    paddle.distributed initialised and all ranks in the default group. `timeout` is for fn, without the start. If a rank
+    fails or the time is up, all are ended and RanksFailed says, rank by rank, the error or the line that it was at. A
+    run that failed while process groups were made is started again, since gloo sometimes refuses connections on one
+    machine; nothing else is tried twice.
 
-    A launch costs some seconds: let one run many cases.
+    A launch takes seconds: let one launch run many cases.
     """
     if fn.__module__ == "__main__" or "<" in fn.__qualname__:
         raise ValueError(
@@ -90,7 +91,7 @@ class _Report:
     rank: int
     ended: bool
     result: Any
-    story: str  # the error, or the stack where the rank stood
+    story: str  # the error, or the stack when the time was up
 
     def __str__(self) -> str:
         return f"--- rank {self.rank}: {'ended' if self.ended else self.story.rstrip()}"
@@ -102,7 +103,7 @@ def _failed_making_groups(reports: list[_Report]) -> bool:
 
 
 class _Launch:
-    """The processes of one run. They talk to us through files in one folder: started, result, error, stack."""
+    """The processes of one run. They report in files of one folder: started, result, error, stack, output."""
 
     def __init__(self, folder: Path, fn: Callable[..., Any], nranks: int, args: tuple[Any, ...]) -> None:
         self.folder = folder
@@ -147,7 +148,7 @@ class _Launch:
             return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
 
     def _wait(self, timeout: float) -> str:
-        """Until all have ended; or why they are to be ended."""
+        """Waits for all processes to end: "", or the reason why they must be ended."""
         deadline, limit = time.monotonic() + START_LIMIT, f"did not start within {START_LIMIT:g} s"
         running = failing = False
         while any(process.poll() is None for process in self.processes):
@@ -172,7 +173,7 @@ class _Launch:
     def _report(self, rank: int, why: str) -> _Report:
         if self._file(rank, "result").exists():
             return _Report(rank, True, pickle.loads(self._file(rank, "result").read_bytes()), "")
-        for name, lead in (("error", ""), ("stack", f"{why}; it stood at\n")):
+        for name, lead in (("error", ""), ("stack", f"{why}; it was at\n")):
             if self._file(rank, name).exists() and self._file(rank, name).stat().st_size:
                 return _Report(rank, False, None, lead + self._file(rank, name).read_text())
         code = self.processes[rank].returncode
@@ -191,7 +192,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _child() -> None:
-    """The life of one rank; started by _Launch with a folder and a rank."""
+    """The process of one rank, started by _Launch with a folder and a rank."""
     folder, rank = Path(sys.argv[1]), sys.argv[2]
     with (folder / f"{rank}.stack").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
@@ -221,6 +222,6 @@ def _run_task(folder: Path, rank: str) -> Any:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Another process sees all of the file or none of it."""
+    """Writes a file so that another process sees all of it or none of it."""
     path.with_suffix(".part").write_bytes(data)
     path.with_suffix(".part").rename(path)

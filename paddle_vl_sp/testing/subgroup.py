@@ -1,17 +1,16 @@
 """Sub-groups of a gloo world without new connections: messages and collectives over the default group.
 
-gloo does not always bring up rows and columns of four ranks on one machine; the default group comes up. A SubGroup
-is a Paddle `Group` whose process group sends through the default one, so whatever takes a group here takes it.
+gloo sometimes fails to connect new groups on one machine. A SubGroup is a Paddle `Group` whose process group sends
+through the default one, so it can be passed wherever a group can.
 
-gloo matches messages by how many operations each rank has done, so the sub-groups of a world must be alike: of one
-size, and asked for the same at the same time (rows, or columns, of a grid are).
+gloo matches messages by how many operations each rank has done. So all sub-groups must have one size and do the same
+operations at the same time, as the rows, or the columns, of a grid do.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import paddle
@@ -26,7 +25,7 @@ FIRST_ID = 1000  # ids of sub-groups stay clear of Paddle's own
 
 
 class SubGroup(Group):  # type: ignore[misc]
-    """The group of these global ranks, in this order; every one of them makes it. For tests on the CPU."""
+    """The group of these global ranks, in this order; each of them must make it. For tests on the CPU."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         members = [int(rank) for rank in ranks]
@@ -48,10 +47,10 @@ class _Done:
 
 
 def _complete(method: Callable[..., None]) -> Callable[..., _Done]:
-    """Ends before it returns, whatever sync_op says, and returns a task that has ended."""
+    """Makes the method return a finished task; it ends before it returns, whatever its sync_op."""
 
     @functools.wraps(method)
-    def call(*args: Any) -> _Done:
+    def call(*args: object) -> _Done:
         method(*args)
         return _Done()
 
@@ -59,7 +58,7 @@ def _complete(method: Callable[..., None]) -> Callable[..., _Done]:
 
 
 class _EmulatedProcessGroup:
-    """What paddle.distributed asks of a process group; ranks are those within the sub-group."""
+    """The methods of a process group that paddle.distributed calls; ranks are those within the sub-group."""
 
     def __init__(self, members: list[int]) -> None:
         self._members = members
@@ -85,19 +84,19 @@ class _EmulatedProcessGroup:
 
     @_complete
     def all_gather(self, outputs: list[Tensor], tensor: Tensor, _sync_op: bool = True) -> None:
-        for output, value in zip(outputs, self._everyones(tensor), strict=True):
+        for output, value in zip(outputs, self._gather(tensor), strict=True):
             paddle.assign(value, output=output)
 
     @_complete
     def all_gather_into_tensor(self, output: Tensor, tensor: Tensor, _sync_op: bool = True) -> None:
-        paddle.assign(paddle.concat(self._everyones(tensor)).reshape(output.shape), output=output)
+        paddle.assign(paddle.concat(self._gather(tensor)).reshape(output.shape), output=output)
 
     @_complete
-    def all_reduce(self, tensor: Tensor, op: Any = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
+    def all_reduce(self, tensor: Tensor, op: core.ReduceOp = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
         paddle.assign(self._reduced(tensor, op), output=tensor)
 
     @_complete
-    def reduce(self, tensor: Tensor, root: int, op: Any = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
+    def reduce(self, tensor: Tensor, root: int, op: core.ReduceOp = core.ReduceOp.SUM, _sync_op: bool = True) -> None:
         total = self._reduced(tensor, op)
         if self._rank == root:
             paddle.assign(total, output=tensor)
@@ -113,17 +112,17 @@ class _EmulatedProcessGroup:
 
     @_complete
     def barrier(self, _device: int = 0) -> None:
-        self._everyones(paddle.zeros([1], "int32"))
+        self._gather(paddle.zeros([1], "int32"))
 
-    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+    def _reduced(self, tensor: Tensor, op: core.ReduceOp) -> Tensor:
         values = [
-            value.astype("float32").numpy() if _is_half(value) else value.numpy() for value in self._everyones(tensor)
+            value.astype("float32").numpy() if _is_half(value) else value.numpy() for value in self._gather(tensor)
         ]
         total = functools.reduce(_REDUCTIONS[op], values)  # in rank order: the same bits on every rank
         return paddle.to_tensor(total).astype(tensor.dtype).reshape(tensor.shape)
 
-    def _everyones(self, tensor: Tensor) -> list[Tensor]:
-        """Every member's tensor, by an exchange with each of the others in turn."""
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every member's tensor, by an exchange with each other member in turn."""
         values = [tensor if peer == self._rank else paddle.empty_like(tensor) for peer in range(self._size)]
         for partner in partners(self._rank, self._size) if self._size > 1 else ():
             if self._rank < partner:
@@ -134,7 +133,7 @@ class _EmulatedProcessGroup:
         return values
 
 
-_REDUCTIONS: dict[Any, Callable[[Any, Any], Any]] = {
+_REDUCTIONS: dict[core.ReduceOp, np.ufunc] = {
     core.ReduceOp.SUM: np.add,
     core.ReduceOp.MAX: np.maximum,
     core.ReduceOp.MIN: np.minimum,

@@ -1,10 +1,10 @@
 """Tensor-parallel and sequence-parallel layers on CPU ranks, for tests without a GPU.
 
-Paddle's tensor-parallel layers run on the gloo backend but for four calls, which gloo or the CPU
-kernels lack. ``enable_tensor_parallel_on_cpu`` supplies those four from what is there:
+Paddle's tensor-parallel layers run on the gloo backend except for four calls that gloo or the CPU
+kernels lack. ``enable_tensor_parallel_on_cpu`` replaces these four:
 
 ==================================================  ================================================
-what the layers call                                made of
+what the layers call                                replaced by
 ==================================================  ================================================
 ``paddle.distributed.stream.reduce_scatter``        all_reduce, then this rank's slice
 ``ProcessGroupGloo.all_reduce_on_calc_stream``      ``ProcessGroupGloo.allreduce`` and wait
@@ -13,42 +13,44 @@ what the layers call                                made of
                                                     backward: this rank's columns
 ==================================================  ================================================
 
-Tensors on a device, and groups of any other backend, still take Paddle's own way. A rank does::
+Tensors on a device, and groups of other backends, still use Paddle's own. On each rank::
 
     paddle.set_device("cpu")
     with enable_tensor_parallel_on_cpu():
         init_tensor_parallel(nranks)
-        model = ...      # its layers look for the group when they are made: build it last
+        model = ...      # after the group: its layers look it up when they are made
         ...              # forward, backward and optimizer inside the ``with``
 
-Not supplied: ``c_softmax_with_cross_entropy``; gather the logits: ``tensor_parallel_output=False``.
+Not replaced: ``c_softmax_with_cross_entropy``; gather the logits with ``tensor_parallel_output=False``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import paddle
 import paddle.distributed as dist
-from paddle.autograd import PyLayer
+from paddle import Tensor
+from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
 from paddle.distributed import fleet
+from paddle.distributed.communication.group import Group
 
-_enabled: list[tuple[Any, str, Any]] = []
+_replaced: list[tuple[object, str, Any]] = []  # owner, name, original
 _ABSENT = object()
 
 
 class TensorParallelOnCpu:
-    """Puts Paddle's own calls back by ``disable()`` or on leaving ``with``, if it was this one that supplied others."""
+    """Puts Paddle's own calls back by ``disable()`` or on leaving ``with``, unless an earlier one will do so."""
 
-    def __init__(self, has_supplied: bool) -> None:
-        self._has_supplied = has_supplied
+    def __init__(self, is_first: bool) -> None:
+        self._is_first = is_first
 
     def disable(self) -> None:
-        while self._has_supplied and _enabled:
-            owner, name, original = _enabled.pop()
+        while self._is_first and _replaced:
+            owner, name, original = _replaced.pop()
             if original is _ABSENT:
                 delattr(owner, name)
             else:
@@ -62,21 +64,21 @@ class TensorParallelOnCpu:
 
 
 def enable_tensor_parallel_on_cpu() -> TensorParallelOnCpu:
-    """Supplies the four calls, once; a second call changes nothing, and neither does leaving it."""
-    is_first = not _enabled
+    """Replaces the four calls, once; a second call changes nothing, and neither does leaving it."""
+    is_first = not _replaced
     if is_first:
         stream = dist.communication.stream
-        _supply(stream, "reduce_scatter", _reduce_scatter_over(stream.reduce_scatter))
-        _supply(core.ProcessGroupGloo, "all_reduce_on_calc_stream", _all_reduce_on_calc_stream)
-        _supply(paddle._C_ops, "c_identity", _c_identity_over(paddle._C_ops.c_identity))
-        _supply(paddle._C_ops, "c_concat", _c_concat_over(paddle._C_ops.c_concat))
+        _replace(stream, "reduce_scatter", _reduce_scatter_over(stream.reduce_scatter))
+        _replace(core.ProcessGroupGloo, "all_reduce_on_calc_stream", _all_reduce_on_calc_stream)
+        _replace(paddle._C_ops, "c_identity", _c_identity_over(paddle._C_ops.c_identity))
+        _replace(paddle._C_ops, "c_concat", _c_concat_over(paddle._C_ops.c_concat))
     return TensorParallelOnCpu(is_first)
 
 
-def init_tensor_parallel(nranks: int) -> Any:
+def init_tensor_parallel(nranks: int) -> Group:
     """``fleet.init`` with one tensor-parallel group of all ``nranks`` ranks; returns that group.
 
-    It is the default group: on gloo a second group over the same ranks often fails to connect.
+    It is the default group: on gloo a second group of the same ranks often fails to connect.
     """
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": nranks, "pp_degree": 1}
@@ -89,10 +91,10 @@ def init_tensor_parallel(nranks: int) -> Any:
 def _default_group_for_all_ranks() -> Iterator[None]:
     new_group = dist.new_group
 
-    def reuse(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+    def reuse(ranks: list[int] | None = None, *args: object, **options: object) -> Group:
         if ranks is None or len(ranks) == dist.get_world_size():
             return dist.get_group(0)
-        return new_group(ranks, *args, **kwargs)
+        return new_group(ranks, *args, **options)
 
     dist.new_group = reuse
     try:
@@ -101,13 +103,13 @@ def _default_group_for_all_ranks() -> Iterator[None]:
         dist.new_group = new_group
 
 
-def _supply(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    # vars, not getattr: what a class inherits must be inherited again afterwards.
-    _enabled.append((owner, name, vars(owner).get(name, _ABSENT)))
+def _replace(owner: object, name: str, replacement: Callable[..., Any]) -> None:
+    # vars, not getattr: an inherited attribute must be inherited again afterwards
+    _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
     setattr(owner, name, replacement)
 
 
-def _is_gloo(group: Any) -> bool:
+def _is_gloo(group: Group) -> bool:
     return isinstance(group.process_group, core.ProcessGroupGloo)
 
 
@@ -126,21 +128,19 @@ class _Done:
 
 def _reduce_scatter_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def reduce_scatter(
-        tensor: paddle.Tensor,
-        tensor_or_tensor_list: Any,
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
+        tensor: Tensor,
+        tensor_or_tensor_list: Tensor | Sequence[Tensor],
+        op: int = dist.ReduceOp.SUM,
+        group: Group | None = None,
         sync_op: bool = True,
         use_calc_stream: bool = False,
     ) -> Any:
         group = group or dist.get_group(0)
         if not _is_gloo(group):
             return original(tensor, tensor_or_tensor_list, op, group, sync_op, use_calc_stream)
-        whole = tensor_or_tensor_list  # [nranks * rows, ...]
-        if isinstance(whole, (list, tuple)):
-            whole = paddle.concat(list(whole), axis=0)
-        whole = whole.clone()  # all_reduce writes in place
-        dist.all_reduce(whole, op=op, group=group)
+        blocks = tensor_or_tensor_list
+        whole = paddle.concat(list(blocks)) if isinstance(blocks, (list, tuple)) else paddle.assign(blocks)
+        dist.all_reduce(whole, op=op, group=group)  # [nranks * rows, ...], in place: not in the caller's memory
         rows = tensor.shape[0]
         paddle.assign(whole[group.rank * rows : (group.rank + 1) * rows], tensor)
         return _Done()
@@ -148,13 +148,13 @@ def _reduce_scatter_over(original: Callable[..., Any]) -> Callable[..., Any]:
     return reduce_scatter
 
 
-def _all_reduce_on_calc_stream(self: Any, tensor: paddle.Tensor, op: Any) -> _Done:
+def _all_reduce_on_calc_stream(self: core.ProcessGroupGloo, tensor: Tensor, op: core.ReduceOp) -> _Done:
     self.all_reduce(tensor, op, True).wait()
     return _Done()
 
 
 def _c_identity_over(original: Callable[..., Any]) -> Callable[..., Any]:
-    def c_identity(x: paddle.Tensor, *args: Any) -> paddle.Tensor:
+    def c_identity(x: Tensor, *args: object) -> Tensor:
         return paddle.assign(x) if x.place.is_cpu_place() else original(x, *args)
 
     return c_identity
@@ -162,20 +162,20 @@ def _c_identity_over(original: Callable[..., Any]) -> Callable[..., Any]:
 
 class _ConcatColumns(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, group: Any) -> paddle.Tensor:
+    def forward(ctx: PyLayerContext, x: Tensor, group: Group) -> Tensor:
         ctx.group, ctx.width = group, x.shape[-1]
-        parts: list[paddle.Tensor] = []
+        parts: list[Tensor] = []
         dist.all_gather(parts, x.contiguous(), group=group)
         return paddle.concat(parts, axis=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: paddle.Tensor) -> paddle.Tensor:
+    def backward(ctx: PyLayerContext, grad: Tensor) -> Tensor:
         start = ctx.group.rank * ctx.width
         return grad[..., start : start + ctx.width].contiguous()
 
 
 def _c_concat_over(original: Callable[..., Any]) -> Callable[..., Any]:
-    def c_concat(x: paddle.Tensor, rank: int, nranks: int, ring_id: int, *args: Any) -> Any:
+    def c_concat(x: Tensor, rank: int, nranks: int, ring_id: int, *args: object) -> Tensor:
         if not x.place.is_cpu_place():
             return original(x, rank, nranks, ring_id, *args)
         return _ConcatColumns.apply(x, dist.get_group(ring_id))

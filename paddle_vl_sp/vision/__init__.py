@@ -1,1 +1,1 @@
-"""Vision DP: whole images (or frames) spread over the ranks of a group, and their features made whole."""
+"""Vision DP: the ranks of a group encode different images (or frames), and all get all features."""

@@ -1,4 +1,4 @@
-"""Which rank encodes which image: a value, made from numbers that every rank has. Numpy only."""
+"""Which rank encodes which image: a value, computed from numbers that every rank has. Numpy only."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ POLICIES = ("contiguous", "longest", "count")
 
 @dataclass(frozen=True)
 class VisionShare:
-    """items[r] are the images (or frames) that rank r encodes, increasing; loads[r] is what they cost together.
+    """Which images (or frames) each rank encodes.
 
-    token_counts  the feature rows of every item
-    policy        the rule that made it
+    items         for each rank its items, increasing
+    loads         for each rank the cost of its items
+    token_counts  the feature rows of each item
+    policy        the rule that made the share
     """
 
     items: tuple[tuple[int, ...], ...]
@@ -37,17 +39,17 @@ class VisionShare:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The feature rows of every rank."""
+        """The feature rows of each rank."""
         return tuple(sum(self.token_counts[item] for item in items) for items in self.items)
 
     @property
     def imbalance(self) -> float:
-        """The largest load over the mean load: 1.0 is perfect, num_ranks means that one rank does it all."""
+        """The largest load over the mean load: 1.0 is perfect, num_ranks means that one rank does all the work."""
         return imbalance(self.loads)
 
     @cached_property
     def rows(self) -> UnevenRows:
-        """How the ranks' rows make the result in reading order::
+        """The ranks' rows, and how they are put into reading order::
 
         items  (1,) (0, 2)    token_counts  2 1 1    rank after rank  b a a c    order  1 2 0 3
         """
@@ -60,7 +62,7 @@ class VisionShare:
         return UnevenRows(self.counts, None if in_order else order)
 
     def report(self, row_bytes: int = 0) -> str:
-        """Loads, imbalance, and, where the bytes of one feature row (all levels) are given, what the gather moves."""
+        """Loads and imbalance; with row_bytes (of one feature row with its levels), what the gather sends too."""
         total = sum(self.loads) or 1
         lines = [
             f"{len(self.token_counts)} items, {sum(self.token_counts)} rows on {self.num_ranks} ranks, "
@@ -70,13 +72,13 @@ class VisionShare:
             lines.append(f"  rank {rank:3d}  {len(items):4d} items  {count:7d} rows  {load / total:6.1%} of the load")
         if row_bytes:
             ring = (self.num_ranks - 1) / self.num_ranks
-            moved = [f"{mode} {self.rows.wire_rows(mode) * row_bytes * ring / 2**20:.1f} MiB" for mode in MODES]
-            lines.append(f"  each rank sends {', '.join(moved)}; auto takes {self.rows.best_mode(row_bytes)}")
+            sent = [f"{mode} {self.rows.wire_rows(mode) * row_bytes * ring / 2**20:.1f} MiB" for mode in MODES]
+            lines.append(f"  each rank sends {', '.join(sent)}; auto takes {self.rows.best_mode(row_bytes)}")
         return "\n".join(lines)
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """The largest over the mean; of nothing, 1.0."""
+    """The largest load over the mean load; 1.0 if there is none."""
     total = sum(loads)
     return max(loads) * len(loads) / total if total else 1.0
 
@@ -84,11 +86,11 @@ def imbalance(loads: Sequence[float]) -> float:
 def share_images(
     costs: Sequence[float], token_counts: Sequence[int], num_ranks: int, policy: str = "contiguous"
 ) -> VisionShare:
-    """Shares items with these costs, in reading order, over ranks.
+    """Shares items, in reading order, over ranks by their costs.
 
-    contiguous  every rank gets a run of items; the largest load is the smallest that runs allow
-    longest     the costliest item first, each to the rank with the least so far, then a few swaps; better balance,
-                and the rows are put back into reading order by the index that unpacks the gather
+    contiguous  each rank gets a run of items; the largest load is the smallest that runs allow
+    longest     the costliest item first, each to the rank with the smallest load so far, then a few swaps: better
+                balance; rows are still returned in reading order, by the index that unpacks the gather
     count       runs of equally many items, whatever they cost; for comparison
 
     >>> share_images([5, 1, 1, 1, 4], [5, 1, 1, 1, 4], 2).items
@@ -96,7 +98,7 @@ def share_images(
     >>> share_images([5, 1, 4, 2], [5, 1, 4, 2], 2, "longest").items
     ((0, 1), (2, 3))
 
-    Fewer items than ranks go to as many ranks, one each.
+    With fewer items than ranks, each item gets a rank of its own.
     """
     exact = _as_integers(costs)
     lengths = tuple(int(count) for count in token_counts)
@@ -115,10 +117,10 @@ def share_images(
 
 
 def tower_alpha(width: int, mlp_width: int | None = None) -> int:
-    """How many patches of attention a patch's linear layers cost: the alpha of the cost p * (p + alpha) of p patches.
+    """The alpha of p * (p + alpha), the cost of p patches: what a patch's linear layers cost, in patches of attention.
 
-    A block multiplies each patch by 4 * width**2 + 2 * width * mlp_width weights (projections and a plain MLP), and
-    attention, for each other patch, by 2 * width numbers::
+    For each patch a block's projections and plain MLP multiply 4 * width**2 + 2 * width * mlp_width numbers, and its
+    attention multiplies 2 * width numbers for each other patch::
 
         tower_alpha(1152, 4304) == 2 * 1152 + 4304 == 6608
     """
@@ -128,10 +130,10 @@ def tower_alpha(width: int, mlp_width: int | None = None) -> int:
 def vision_items(
     grid_thw: npt.NDArray[np.int64], merge_size: int, alpha: int, split_frames: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The items to share, [J] costs, [J] feature rows, and [J, 3] grids: images, or the frames of each.
+    """The items to share: their costs [J], feature rows [J] and grids [J, 3].
 
-    Frames are items of their own where the tower attends within a frame; else a video is one item, and its cost counts
-    the attention among all its patches.
+    With split_frames (for towers that attend within a frame) each frame is an item. Otherwise a video is one item, and
+    its cost counts attention among all its patches.
 
         grid (2, 4, 6), merge 2  ->  rows [12], grid (2, 4, 6)     split: rows [6 6], grids (1, 4, 6) (1, 4, 6)
     """
@@ -144,7 +146,7 @@ def vision_items(
 
 
 def _as_integers(costs: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Whole numbers as they are; others in units of 2**-40 of the largest, so that sums are exact."""
+    """Integers as they are; others in units of 2**-40 of the largest, so that sums are exact."""
     numbers: npt.NDArray[Any] = np.asarray(costs if len(costs) else np.zeros(0, dtype=np.int64))
     if numbers.ndim != 1 or not np.isfinite(numbers).all() or (numbers < 0).any():
         raise ValueError(f"costs must be finite numbers >= 0, one for each item, got {costs}")

@@ -1,20 +1,21 @@
-"""What one rank encodes of a batch: which pixels, with which grid, and what must come out."""
+"""What one rank encodes of a batch: which pixels, with which grid, and the rows that must result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.comm import collectives
+from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.vision.share import VisionShare, share_images, vision_items
 
-Integers = npt.NDArray[np.int64]
+Integers: TypeAlias = npt.NDArray[np.int64]
+Grid: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 
 @dataclass(frozen=True)
@@ -29,56 +30,62 @@ class Work:
     is_shared: bool
 
     @property
-    def is_needed(self) -> bool:
+    def has_images(self) -> bool:
         return len(self.own_grid) > 0
 
     @property
-    def num_rows(self) -> int:
-        """Of the whole batch."""
+    def total_rows(self) -> int:
+        """The feature rows of the whole batch."""
         return sum(self.share.token_counts)
 
-    def encoded(self, encode: Callable[[Tensor, Any], Any], pixels: Tensor, grid_like: Any) -> tuple[list[Tensor], int]:
-        """This rank's features and levels, and the form they came in; of a blank image, cut away, if it has none."""
-        if self.is_needed:
-            own = [pixels[begin:end] for begin, end in self.runs]
-            result = encode(own[0] if len(own) == 1 else paddle.concat(own), _grid_as(self.own_grid, grid_like))
-            expected = int(self.own_grid.prod(axis=1).sum()) // self.merge_size**2
-        else:
+    def encode_own(
+        self, encode: Callable[[Tensor, Grid], object], pixels: Tensor, grid_like: Grid
+    ) -> tuple[list[Tensor], int]:
+        """This rank's features and levels, and their form (see `_split_result`).
+
+        Without images they are those of a blank image, cut to no rows, so that the tower is still in the graph.
+        """
+        if not self.has_images:
             side = self.merge_size
             blank = pixels.new_zeros([side * side, pixels.shape[1]])
-            result = encode(blank, _grid_as(np.array([[1, side, side]], dtype=np.int64), grid_like))
-            expected = 1
-        outs, form = _taken_apart(result)
-        _check_encoded(outs, expected)
-        return (outs if self.is_needed else [x[:0] for x in outs]), form
+            grid = np.array([[1, side, side]], dtype=np.int64)
+            outs, form = _split_result(encode(blank, _like(grid, grid_like)))
+            _check_encoded(outs, 1)
+            return [x[:0] for x in outs], form
+        own = [pixels[begin:end] for begin, end in self.runs]
+        outs, form = _split_result(
+            encode(own[0] if len(own) == 1 else paddle.concat(own), _like(self.own_grid, grid_like))
+        )
+        _check_encoded(outs, int(self.own_grid.prod(axis=1).sum()) // self.merge_size**2)
+        return outs, form
 
 
 def plan_work(
     pixels: Tensor,
-    grid_thw: Any,
-    group: Any,
+    grid_thw: Grid,
+    group: Group | None,
     merge_size: int,
     policy: str,
     split_frames: bool,
     alpha: int,
     replicate_below: int,
 ) -> Work:
-    """The work of this rank, from numbers that every rank has; the grid is read on the host, once."""
+    """This rank's work, from numbers that every rank has; a grid on a device is read once."""
     grid = np.asarray(grid_thw.numpy() if isinstance(grid_thw, Tensor) else grid_thw, dtype=np.int64)
     _check_batch(pixels, grid, merge_size)
-    num_ranks, rank = (1, 0) if not collectives.has_peers(group) else (group.nranks, group.rank)
+    num_ranks, rank = (group.nranks, group.rank) if has_peers(group) else (1, 0)
     costs, token_counts, items = vision_items(grid, merge_size, alpha, split_frames)
     share = share_images(costs.tolist(), token_counts.tolist(), num_ranks, policy)
-    spared = (sum(share.counts) - max(share.counts)) * merge_size**2
-    is_shared = num_ranks > 1 and spared >= replicate_below
+    saved = (sum(share.counts) - max(share.counts)) * merge_size**2  # patches that the busiest rank need not encode
+    is_shared = num_ranks > 1 and saved >= replicate_below
     own = list(share.items[rank]) if is_shared else list(range(len(items)))
     end = np.cumsum(items.prod(axis=1))
     runs = [(int(end[item] - items[item].prod()), int(end[item])) for item in own]
-    same_video = np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
-    return Work(grid, share, _joined(runs), _joined_frames(items, same_video, own), merge_size, is_shared)
+    video = np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
+    return Work(grid, share, _join_runs(runs), _join_frames(items, video, own), merge_size, is_shared)
 
 
-def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _join_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(0, 4) (4, 6) (9, 12)  ->  (0, 6) (9, 12)"""
     joined: list[tuple[int, int]] = []
     for begin, end in runs:
@@ -89,8 +96,11 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _joined_frames(items: Integers, video: Integers, own: list[int]) -> Integers:
-    """The grids of this rank's items, frames that follow each other in one video as one: [k, 3]."""
+def _join_frames(items: Integers, video: Integers, own: list[int]) -> Integers:
+    """The grids of this rank's items, with consecutive frames of one video as one grid: [k, 3].
+
+    items  [J, 3] the grid of each item; video  [J] the image or video that each belongs to
+    """
     grids: list[list[int]] = []
     for place, item in enumerate(own):
         if place and own[place - 1] == item - 1 and video[item - 1] == video[item]:
@@ -100,14 +110,14 @@ def _joined_frames(items: Integers, video: Integers, own: list[int]) -> Integers
     return np.array(grids, dtype=np.int64).reshape(-1, 3)
 
 
-def _grid_as(grid: Integers, like: Any) -> Any:
-    """The grid in the form and place that the caller's had."""
+def _like(grid: Integers, like: Grid) -> Grid:
+    """The grid with the type, dtype and place of the caller's."""
     if isinstance(like, Tensor):
         return paddle.to_tensor(grid, dtype=like.dtype, place=like.place)
     return grid.astype(np.asarray(like).dtype) if len(like) else grid
 
 
-def _taken_apart(result: Any) -> tuple[list[Tensor], int]:
+def _split_result(result: object) -> tuple[list[Tensor], int]:
     """All tensors of encode's result, and its form: -1 for features alone, else the number of levels."""
     if isinstance(result, Tensor):
         return [result], -1
@@ -138,7 +148,7 @@ def _check_encoded(outs: list[Tensor], expected: int) -> None:
     if any(len(shape) != 2 or shape != [expected, shapes[0][1]] for shape in shapes):
         raise ValueError(
             f"encode returned {shapes} for an input that makes {expected} rows: features and levels must be "
-            f"[{expected}, H], of one width; look at merge_size"
+            f"[{expected}, H], of one width; check merge_size"
         )
     if len({x.dtype for x in outs}) > 1:
         raise ValueError(f"features and levels must have one dtype, got {[str(x.dtype) for x in outs]}")

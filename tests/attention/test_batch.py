@@ -107,7 +107,7 @@ def test_what_has_no_sequence_is_whole_and_the_rest_must_be_named():
     )
     assert named["domain"].tolist() == [[0, 3]]
     assert named["table"] is pixels
-    with pytest.raises(ValueError, match=r"attention_mask \[1, 1, 4, 4\] says who sees whom"):
+    with pytest.raises(ValueError, match=r"attention_mask \[1, 1, 4, 4\] cannot be cut, only .B, S. can: leave it out"):
         shard_batch({"attention_mask": np.ones((1, 1, 4, 4))}, layout)
 
 
@@ -197,7 +197,9 @@ def test_refused_unshard():
     """Refused before anything is sent: FakeGroup cannot send."""
     layout = SeqLayout(8, cp_size=2, cp_rank=1)
     x = paddle.zeros([1, 4])
-    with pytest.raises(ValueError, match="all 2 x 1 ranks of the layout, this one being number 1; it says rank 0 of 2"):
+    with pytest.raises(
+        ValueError, match="all 2 x 1 ranks of the layout, and this rank as rank 1; the group says rank 0 of 2"
+    ):
         unshard(x, layout, FakeGroup(0, 2), axis=1)
     with pytest.raises(ValueError, match=r"axis 0 of x \[1, 4\] must be this rank's 4 positions"):
         unshard(x, layout, FakeGroup(1, 2), axis=0)

@@ -97,14 +97,16 @@ def test_ulysses_layouts():
     refused("pass attention=functools.partial.ring_attention", ulysses_attention, *qkv(), group=TWO,
             layout=SeqLayout(16, cp_size=2, sp_size=2, sp_rank=1))  # fmt: skip
     refused(
-        "Ulysses joins stretches that follow each other.*zigzag, rank 1 of 2",
+        "Ulysses joins consecutive stretches of the sequence.*zigzag, rank 1 of 2.*sp_size=2, sp_rank=1",
         ulysses_attention,
         *qkv(),
         group=TWO,
         layout=RING,
     )
     packed = SeqLayout(8, cp_size=2, cp_rank=1, cp_mode="contiguous", cu_seqlens=(0, 4, 8))
-    refused("takes every segment of cu_seqlens apart.*sp_size=2", ulysses_attention, *qkv(), group=TWO, layout=packed)
+    refused(
+        "cuts every segment of cu_seqlens by itself.*sp_size=2", ulysses_attention, *qkv(), group=TWO, layout=packed
+    )
     refused("q has 4 rows, the layout says 3 for rank 1 of .4, 3.", ulysses_attention, *qkv(), group=TWO,
             layout=SeqLayout(7, sp_size=2, sp_rank=1, remainder="front"))  # fmt: skip
 

@@ -4,19 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import paddle_vl_sp
+
+PACKAGE = Path(paddle_vl_sp.__file__).parent
+PATHS = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}  # from any folder this package is found
+
+
+def _run(command, **more):
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, **more)
+
+
+def python(code, **env):
+    return _run([sys.executable, "-c", code], env=ENV | env)
 
 
 def call(*arguments, cwd=None, **env):
     """In `cwd`, whose packages come first."""
-    return subprocess.run(
-        [sys.executable, "-m", "paddle_vl_sp", *arguments],
-        env=os.environ | env,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return _run([sys.executable, "-m", "paddle_vl_sp", *arguments], cwd=cwd, env=ENV | env)
 
 
 def call_json(*arguments, cwd=None, **env):
@@ -25,12 +32,9 @@ def call_json(*arguments, cwd=None, **env):
     return done.returncode, json.loads(done.stdout)
 
 
-def call_without(modules, *arguments, **env):
+def call_without(modules, *arguments):
     """As `call`, in a process where these modules cannot be imported."""
-    code = (
+    return python(
         f"import sys; sys.modules.update(dict.fromkeys({list(modules)!r})); "
         f"from paddle_vl_sp.cli import main; sys.exit(main({list(arguments)!r}))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=200, check=False
     )

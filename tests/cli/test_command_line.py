@@ -1,4 +1,4 @@
-"""What holds for every command: exit codes, JSON, colour, and no Paddle before it is needed."""
+"""What every command must do: exit codes, JSON, colour, and no Paddle before it is needed."""
 
 import json
 import os
@@ -10,92 +10,95 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import call, call_json
+from commands import ENV, call, call_json, python
 
 from paddle_vl_sp.cli import COMMANDS, _parser, main, terminal
+from paddle_vl_sp.cli.plugin_path import KEY, PLUGIN
 
 BATCH = ("--seq", "64", "--images", "64x64")
+PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
+SHOWN = re.findall(r"^(?:python -m paddle_vl_sp|paddle-vl-sp|python .*paddle-vl-sp\)) (.+)$", PAGE.read_text(), re.M)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_imports_no_paddle(arguments):
     """In a process of its own; exit code 0."""
-    code = (
+    done = python(
         "import sys, atexit; from paddle_vl_sp.cli import main\n"
         "atexit.register(lambda: print([n for n in sys.modules if n in ('paddle', 'paddleformers', 'matplotlib')]))\n"
         f"main({arguments!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
     assert done.stdout.endswith("[]\n")
 
 
 def test_inspect_needs_no_paddle():
-    """Numbers of a batch come from numpy alone."""
-    call = f"main({['inspect', *BATCH]!r}); assert 'paddle' not in sys.modules"
-    code = f"import sys; from paddle_vl_sp.cli import main; {call}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    """Numbers of a batch come from numpy alone; nothing on stderr."""
+    run = f"main({['inspect', *BATCH]!r}); assert 'paddle' not in sys.modules"
+    done = python(f"import sys; from paddle_vl_sp.cli import main; {run}")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["no-such"], ["inspect"], ["plot", *BATCH], ["inspect", *BATCH, "--sp", "5"], ["bench", "no-such"]],
-    ids=" ".join,
-)
-def test_wrong_use_is_exit_code_2_with_a_mend_on_stderr(arguments, capsys):
+@pytest.mark.parametrize("arguments", [[], ["no-such"], ["inspect"], ["inspect", *BATCH, "--sp", "5"]], ids=" ".join)
+def test_wrong_usage_is_exit_code_2_with_a_message_on_stderr(arguments, capsys):
     """stdout stays empty."""
     try:
         code = main(arguments)
     except SystemExit as left:
         code = left.code
-    told = capsys.readouterr()
-    assert (code, told.out) == (2, "")
-    assert told.err
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert printed.err
 
 
 def test_an_error_in_json_is_an_object(capsys):
-    """With the mend, on stdout; stderr stays empty."""
+    """With the fix, on stdout; stderr stays empty."""
     assert main(["inspect", *BATCH, "--sp", "5", "--json"]) == 2
-    told = capsys.readouterr()
-    assert "the next length that fits is 65" in json.loads(told.out)["error"]
-    assert told.err == ""
+    printed = capsys.readouterr()
+    assert "the next length that fits is 65" in json.loads(printed.out)["error"]
+    assert printed.err == ""
 
 
 def test_plugin_path_in_three_forms(capsys):
-    """The path, the YAML's line, JSON: one path."""
+    """The path, the YAML's line, JSON: one path, of a file that exists."""
     main(["plugin-path"])
     path = capsys.readouterr().out.strip()
+    assert Path(path).is_file()
     main(["plugin-path", "--yaml"])
     assert capsys.readouterr().out.strip() == f"custom_register_path: {path}"
     main(["plugin-path", "--json"])
     assert json.loads(capsys.readouterr().out) == {"custom_register_path": path}
 
 
+def test_paddleformers_launcher_applies_the_file(tmp_path):
+    """In one process, on a YAML without a model: it says what it did before the launcher stops at an unknown key."""
+    (tmp_path / "x.yaml").write_text(f"stage: VL-SFT\noutput_dir: {tmp_path}\nno_such_key: 1\n")
+    launcher = [
+        sys.executable,
+        "-m",
+        "paddleformers.cli.launcher",
+        "train",
+        str(tmp_path / "x.yaml"),
+        f"{KEY}={PLUGIN}",
+    ]
+    done = subprocess.run(launcher, env=ENV, capture_output=True, text=True, timeout=200, check=False)
+    assert "paddle_vl_sp: Qwen3-VL, plain: 4 replaced" in done.stderr
+    assert "no_such_key" in done.stderr
+
+
 def test_stdout_and_stderr_hold_nothing_of_other_packages():
     """Paddle and PaddleFormers write on both while they are imported."""
     done = call("doctor")
     assert done.stderr == ""
-    assert all(line.startswith(("PASS", "WARN", "FAIL", "      mend:")) for line in done.stdout.splitlines()[:-1])
-    code, found = call_json("selftest", "--quick")
+    assert all(line.startswith(("PASS", "WARN", "FAIL", "      fix:")) for line in done.stdout.splitlines()[:-1])
+    code, found = call_json("selftest")
     assert (code, found["ok"]) == (0, True)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
-SHOWN = re.findall(r"^(?:python -m paddle_vl_sp|paddle-vl-sp|python .*paddle-vl-sp\)) (.+)$", PAGE.read_text(), re.M)
-
-
-@pytest.mark.parametrize("line", SHOWN)
-def test_every_command_of_the_page_is_one(line):
-    """Its flags and choices are accepted; what the commands do is tested elsewhere."""
-    assert _parser().parse_args(shlex.split(line)).command in COMMANDS
-
-
-def test_the_page_has_every_command():
-    """By its shell lines, or in the table."""
-    shown = {shlex.split(line)[0] for line in SHOWN}
+def test_the_page_shows_every_command_and_no_other():
+    """By its shell lines, whose flags and choices are accepted, or in the table."""
+    shown = {_parser().parse_args(shlex.split(line)).command for line in SHOWN}
     assert shown | {"plugin-path"} == set(COMMANDS)
     assert "`plugin-path`" in PAGE.read_text()
 
@@ -103,25 +106,19 @@ def test_the_page_has_every_command():
 def on_terminal(*arguments, **env):
     """What a terminal gets on stdout."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "paddle_vl_sp", *arguments],
-        stdout=theirs,
-        stderr=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | env,
-    )
+    env = {name: value for name, value in ENV.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | env
+    command = [sys.executable, "-m", "paddle_vl_sp", *arguments]
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=env)
     os.close(theirs)
-    told = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        told += part
+    printed = b""
+    try:
+        while part := os.read(ours, 4096):
+            printed += part
+    except OSError:  # the other end is closed
+        pass
     process.wait()
     os.close(ours)
-    return told.decode()
+    return printed.decode()
 
 
 def test_colour_on_a_terminal_only():
@@ -132,46 +129,29 @@ def test_colour_on_a_terminal_only():
     assert "\033[" not in call("inspect", *BATCH).stdout
 
 
-@pytest.mark.parametrize("with_rich", [True, False])
-def test_a_bar_on_a_terminal_with_and_without_rich(with_rich, monkeypatch, capsys):
-    """Something moves on stderr; nothing where it is no terminal."""
-    if with_rich:
-        pytest.importorskip("rich")
-    else:
-        monkeypatch.setitem(sys.modules, "rich", None)
+def test_a_bar_on_a_terminal_only(monkeypatch, capsys):
+    """By letters: half filled after one of two steps, cut to the terminal, cleared at the end; else nothing."""
     with terminal.Progress(2) as bar:
         bar.advance("nothing")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(terminal, "has_colour", lambda stream=None: True)
+    monkeypatch.setenv("COLUMNS", "44")
     with terminal.Progress(2) as bar:
-        assert (bar.rich is not None) == with_rich
-        bar.starts("first")
-        bar.advance("first")
+        bar.advance("first, with a long name")
         bar.advance("second")
-    told = capsys.readouterr().err
-    if not with_rich:
-        assert "[#####     ] 1/2 first" in told
-        assert told.endswith(terminal.CLEARED)
-
-
-@pytest.mark.parametrize("device", ["cpu", "gpu:0"])
-def test_a_plain_bar_has_room_for_every_case(device):
-    """On 80 columns, with the numbers of both devices' cases."""
-    from paddle_vl_sp.cli.parity import local_cases
-
-    names = [case.name for case in local_cases(device)]
-    counts = f"{2 * len(names)}/{2 * len(names)}"
-    assert len(f"[{' ' * terminal.BAR_WIDTH}] {counts} {max(names, key=len)}") < 80
+    lines = capsys.readouterr().err.split(terminal.CLEARED)
+    assert lines[2] == f"[{'#' * 10}{' ' * 10}] 1/2   0 s  first, with a"[:43]
+    assert lines[3:] == [f"[{'#' * 20}] 2/2   0 s  second", ""]
 
 
 def test_what_a_terminal_cannot_write_is_escaped(tmp_path):
-    """A name with an umlaut on a terminal of ASCII, on stdout and in JSON; no traceback."""
-    done = call("plot", "--out", "f\u00fc.svg", *BATCH, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stdout) == (0, "owners: f\\xfc.svg\n"), done.stderr
+    """A name with an umlaut on a terminal of ASCII; no traceback."""
+    done = call("inspect", "--out", "f\u00fc.svg", *BATCH, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "picture: f\\xfc.svg"), done.stderr
     assert (tmp_path / "f\u00fc.svg").exists()
 
 
-def test_a_reader_may_leave():
+def test_the_reader_of_a_pipe_may_close_it():
     """As `head` does: no traceback."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -47,8 +47,8 @@ def messages():
                 called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 if called in errors or called == "warning":
                     found.append((name, text_of(node.args[0])))
-    sentences = [text_of(node) for node in ast.walk(trees["consensus.py"]) if _is_sentence(node)]
-    return [*found, *(("consensus.py", sentence) for sentence in sentences)]
+    sentences = [text_of(node) for node in ast.walk(trees["comm/agree.py"]) if _is_sentence(node)]
+    return [*found, *(("comm/agree.py", sentence) for sentence in sentences)]
 
 
 def _is_sentence(node):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fleet_package import drop_double, use_paddlefleet
+from stub_paddlefleet import drop_double, use_paddlefleet
 
 IS_DOUBLE = importlib.util.find_spec("paddlefleet") is None
 

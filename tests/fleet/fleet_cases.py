@@ -10,6 +10,7 @@ import pytest
 from paddle.distributed.fleet.meta_parallel import build_spec_layer
 
 import oracle
+from arrays import same_bits
 from paddle_vl_sp import SeqLayout
 
 IMAGE, VIDEO, PAD, VOCAB, WIDTH = 7, 8, 0, 32, 6
@@ -132,12 +133,6 @@ def expected_output(batch, kinds, size=1, rank=0, sequence_first=False, weights=
     part = oracle.full_then_cut(hidden, main, visual, positions, sequence_first, lambda _, feature: feature)
     update, gather = oracle.pairs(visual, positions, sequence_first)
     return {"hidden_states": part, MASK: visual, UPDATE: np.array(update), GATHER: np.array(gather)}
-
-
-def same_bits(got, expected):
-    got = np.ascontiguousarray(got.numpy() if hasattr(got, "numpy") else got)
-    expected = np.ascontiguousarray(expected)
-    return got.shape == expected.shape and got.astype(expected.dtype).tobytes() == expected.tobytes()
 
 
 def equal_indices(got, expected):

@@ -7,10 +7,12 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
-from fleet_cases import GATHER, LEVELS, MASK, UPDATE, WIDTH, same_bits
+from fleet_cases import GATHER, LEVELS, MASK, UPDATE, WIDTH
 from formers_layer import formers_layer
 
 import oracle
+from arrays import drawn, same_bits
+from groups import topology_of
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.testing import FakeGroup
 
@@ -33,10 +35,9 @@ def as_rank(rank, size):
     from paddlefleet import parallel_state
 
     group = FakeGroup(rank, size)
-    hybrid = SimpleNamespace(get_model_parallel_rank=lambda: rank, get_model_parallel_world_size=lambda: size)
     with (
         mock.patch.object(parallel_state, "get_tensor_model_parallel_group", return_value=group),
-        mock.patch("paddle.distributed.fleet.get_hybrid_communicate_group", return_value=hybrid),
+        mock.patch("paddle.distributed.fleet.get_hybrid_communicate_group", return_value=topology_of(group)),
         mock.patch("paddle.distributed.is_initialized", return_value=True),
     ):
         yield group
@@ -50,16 +51,6 @@ def made_layer(cls=None, layer_number=0, **given):
 
 def some_mask(batch, seq_len, density, seed):
     return np.random.default_rng(seed).random((batch, seq_len)) < density
-
-
-def drawn(shape, dtype="float32", seed=0, stop_gradient=True):
-    x = paddle.to_tensor(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
-    x.stop_gradient = stop_gradient
-    return x
-
-
-def bits(x):
-    return x.astype("float32").numpy().tobytes(), str(x.dtype), tuple(x.shape)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -80,7 +71,7 @@ def test_deepstack_process_has_formers_bits(size, batch):
             with as_rank(rank, size):
                 got = layer._deepstack_process(part, paddle.to_tensor(mask), levels)
                 expected = theirs._deepstack_process(part, paddle.to_tensor(mask), levels)
-            assert bits(got) == bits(expected)
+            assert same_bits(got, expected)
     assert seen_empty
 
 
@@ -93,7 +84,7 @@ def test_deepstack_process_without_sp_has_formers_bits(flat, dtype):
     levels = drawn([int(mask.sum()), WIDTH], dtype, seed=1)
     theirs = formers_layer()(layer_config(), layer_number=0)
     expected = theirs._deepstack_process(hidden, paddle.to_tensor(mask), levels)
-    assert bits(made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels)) == bits(expected)
+    assert same_bits(made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels), expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -107,7 +98,7 @@ def test_flattened_hidden_states_under_sp_have_formers_bits(size):
         with as_rank(rank, size):
             expected = theirs._deepstack_process(hidden, paddle.to_tensor(mask), levels)
             got = made_layer(sequence_parallel=True)._deepstack_process(hidden, paddle.to_tensor(mask), levels)
-        assert bits(got) == bits(expected)
+        assert same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -118,7 +109,7 @@ def test_sixteen_bit_sums_are_rounded_once(dtype):
     expected = hidden.astype("float32").numpy()
     expected[mask] += levels.astype("float32").numpy()
     got = made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels)
-    assert bits(got) == bits(paddle.to_tensor(expected).astype(dtype))
+    assert same_bits(got, paddle.to_tensor(expected).astype(dtype))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -131,7 +122,7 @@ def test_column_slices_as_formers(size):
     for rank in range(size):
         with as_rank(rank, size):
             expected = theirs._deepstack_process(hidden, paddle.to_tensor(mask), levels)
-            assert bits(made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels)) == bits(expected)
+            assert same_bits(made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels), expected)
     with pytest.raises(ValueError, match=r"8 wide and hidden states 4: not the columns .*\(no group\)"):
         made_layer()._deepstack_process(drawn([2, 6, 4]), paddle.to_tensor(mask), levels)
 
@@ -265,7 +256,7 @@ def test_a_stack_under_sp_has_formers_bits_and_every_gradient(monkeypatch, size,
             out = through([made_layer(None, i, sequence_parallel=True) for i in range(3)], dict(given))
             theirs = [formers_layer()(layer_config(sequence_parallel=True), layer_number=i) for i in range(3)]
             upstream = through(theirs, {key: value for key, value in given.items() if key not in (UPDATE, GATHER)})
-        assert bits(out["hidden_states"]) == bits(upstream["hidden_states"])
+        assert same_bits(out["hidden_states"], upstream["hidden_states"])
         (out["hidden_states"] * paddle.to_tensor(slope[part])).sum().backward()
         total = [so_far + level.grad.numpy() for so_far, level in zip(total, levels, strict=True)]
     for gradient in total:

@@ -25,11 +25,11 @@ from fleet_cases import (
     expected_output,
     ours,
     run,
-    same_bits,
     some_ids,
     table,
 )
 
+from arrays import same_bits
 from paddle_vl_sp.testing import FakeGroup
 
 pytestmark = pytest.mark.usefixtures("shape")

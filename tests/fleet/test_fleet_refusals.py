@@ -21,10 +21,10 @@ from fleet_cases import (
     layout_of,
     ours,
     run,
-    same_bits,
     some_ids,
 )
 
+from arrays import same_bits
 from paddle_vl_sp import plan_visual
 from paddle_vl_sp.testing import FakeGroup
 

@@ -10,27 +10,27 @@ from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, tiny
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import demo
-from demo_parts.counting import waits_and_builds
+from demo_parts.counting import syncs_and_searches
 
-COUNTS = {"waits": 20, "builds": 8}
+COUNTS = {"syncs": 20, "searches": 8}
 
 
 def made_up(error=1e-6, drift=0.0):
     """What one of two ranks might find in three steps."""
     upstream = {"loss": [7.0, 6.0, 5.1], "error": [0.8, 0.9, 1.0], "drift": [0.006, 0.01, 0.02]}
     patched = {"loss": [7.0, 6.0, 5.0], "error": [error] * 3, "drift": [drift] * 3}
-    counts = {"upstream": COUNTS, "patched": COUNTS, "patched, planned by the loader": {"waits": 0, "builds": 0}}
+    counts = {"upstream": COUNTS, "patched": COUNTS, "patched, planned by the loader": {"syncs": 0, "searches": 0}}
     return {"without SP": {"loss": [7.0, 6.0, 5.0]}, "upstream": upstream, "patched": patched, "counts": counts}
 
 
 def test_table_says_the_numbers():
     """Losses, errors, drift and counts of both."""
-    told = demo.table([True] * 3, [made_up(), made_up()])
+    text = demo.table([True] * 3, [made_up(), made_up()])
     for number in ("3 of 3 steps", "5.10000", "5.00000", "1.0e+00", "8.0e-01", "2.00%", "0.00%", "20", "20 (0)"):
-        assert number in told
-    assert "as it does without sequence parallelism" in told
+        assert number in text
+    assert "as it does without sequence parallelism" in text
     assert "please report it" in demo.table([True], [made_up(error=0.1)])
-    assert max(map(len, told.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_without_paddleformers(monkeypatch, capsys):
@@ -60,21 +60,21 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 
 def test_verdict():
     """What must hold: equal bits on one rank, right gradients, equal copies, and upstream's fault still there."""
-    assert demo.holds([True], [made_up()])
-    assert not demo.holds([True, False], [made_up()])
-    assert not demo.holds([True], [made_up(error=0.1)])
-    assert not demo.holds([True], [made_up(), made_up(drift=1e-9)])
+    assert demo.is_as_claimed([True], [made_up()])
+    assert not demo.is_as_claimed([True, False], [made_up()])
+    assert not demo.is_as_claimed([True], [made_up(error=0.1)])
+    assert not demo.is_as_claimed([True], [made_up(), made_up(drift=1e-9)])
 
 
 def test_counting():
-    """One plan and one wait here, none with the loader's; upstream looks for the rows again and again."""
+    """One plan and one host sync with paddle_vl_sp, none with the loader's plan; upstream searches again and again."""
     model, batch = tiny.tiny_qwen3_vl(), tiny.draw_batch(SAMPLES["several"], seed=1)
     positions = tiny.positions(model, batch)
-    upstream = waits_and_builds(model, batch, positions)
+    upstream = syncs_and_searches(model, batch, positions)
     planned = PlanningCollate(dict, (tiny.IMAGE, tiny.VIDEO), cut="flattened")(batch)
     with apply_to_qwen3_vl():
-        assert waits_and_builds(model, batch, positions) == {"waits": 1, "builds": 1}
-        assert waits_and_builds(model, planned, positions) == {"waits": 0, "builds": 0}
-    assert upstream["waits"] >= 8
-    assert upstream["builds"] >= 7
-    assert waits_and_builds(model, batch, positions) == upstream, "nothing is left behind"
+        assert syncs_and_searches(model, batch, positions) == {"syncs": 1, "searches": 1}
+        assert syncs_and_searches(model, planned, positions) == {"syncs": 0, "searches": 0}
+    assert upstream["syncs"] >= 8
+    assert upstream["searches"] >= 7
+    assert syncs_and_searches(model, batch, positions) == upstream, "nothing is left behind"

@@ -5,38 +5,32 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from training import modeling_fleet, same_bits
+from training import modeling_fleet
 
+from arrays import same_bits
+from groups import topology_of
 from paddle_vl_sp.backends import dispatch
-from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks
+from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks, revert
 from paddle_vl_sp.formers.families import qwen3_vl_fleet
 from paddle_vl_sp.testing import FakeGroup
+from stub_paddlefleet import stubbed_paddlefleet
 
 Layer = modeling_fleet.Qwen3VLTextTransformerLayer
 WIDTH, SEQ_LEN, LEVELS = 8, 16, 3
 IMAGE, VIDEO = 7, 8
 
 
-def topology(rank, nranks, stages=1):
-    """Of the second data-parallel copy: global ranks are not those within the group."""
-    return SimpleNamespace(
-        get_model_parallel_group=lambda: FakeGroup(rank, nranks, range(nranks, 2 * nranks)),
-        get_model_parallel_rank=lambda: rank,
-        get_model_parallel_world_size=lambda: nranks,
-        get_pipe_parallel_world_size=lambda: stages,
-    )
-
-
 @pytest.fixture
 def as_rank(monkeypatch):
-    """as_rank(rank, nranks): from now on we are that rank; gradients are left as they are on it."""
+    """as_rank(rank, nranks): from now on we are that rank of the second data-parallel copy, so that its global rank is
+    not that in the group; gradients are left as they are on it.
+    """
 
     def become(rank, nranks, stages=1):
-        monkeypatch.setattr(
-            "paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology(rank, nranks, stages)
-        )
-        monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
+        topology = topology_of(FakeGroup(rank, nranks, range(nranks, 2 * nranks)), stages)
+        monkeypatch.setattr("paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology)
         monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: nranks + rank)
+        monkeypatch.setattr(qwen3_vl_fleet, "complete_grad", lambda levels, plan, group: list(levels))
 
     return become
 
@@ -49,9 +43,11 @@ def built(monkeypatch):
     return plans
 
 
-def layer(number, sequence_parallel, **more):
-    config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False)
-    return Layer(config, number, **more)
+def layer(number, sequence_parallel, cls=Layer, full_recompute=False, **more):
+    config = SimpleNamespace(
+        sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=full_recompute, **more
+    )
+    return cls(config, layer_number=number)
 
 
 def masks(batch):
@@ -211,14 +207,13 @@ def test_subclasses_with_their_own_addition_get_the_mask(as_rank):
 
     mask, hidden, levels = some_case()
     as_rank(0, 1)
-    config = SimpleNamespace(sequence_parallel=False, apply_rope_fusion=False)
     given = {
         "hidden_states": paddle.to_tensor(hidden),
         "visual_pos_masks": paddle.to_tensor(mask),
         "deepstack_visual_emb": list(map(paddle.to_tensor, levels)),
     }
     with apply_to_qwen3_vl():
-        Own(config, 0)(given)
+        layer(0, False, Own)(given)
     assert isinstance(seen[0], paddle.Tensor)
 
 
@@ -249,7 +244,14 @@ def dist_model():
     model.add_encoder, model.rope_deltas = True, None
     model.config = SimpleNamespace(freeze_vision_model=False)
     model.sequence_parallel_lm = True
+    model.language_model.embedding = PlacesByPlan()
     return model
+
+
+class PlacesByPlan(paddle.nn.Layer):
+    """What says that an embedding is ours."""
+
+    places_by_plan = True
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -343,3 +345,57 @@ def test_a_batch_that_was_padded_after_planning_is_refused(as_rank, dist_model):
         pytest.raises(ValueError, match=r"planned for ids \[2, 8\], but the model sees \[2, 12\]"),
     ):
         dist_model(input_ids=longer, position_ids=longer, **given)
+
+
+def test_models_built_afterwards_are_made_of_the_subclasses():
+    """By the names under which builders look them up; revert puts the very same classes back."""
+    with stubbed_paddlefleet():
+        from paddlefleet.models.gpt import gpt_layer_specs
+
+        provider, embedding = modeling_fleet.Qwen3VLTextProvider, gpt_layer_specs.GPTEmbedding
+        report = apply_to_qwen3_vl()
+        assert gpt_layer_specs.GPTEmbedding.__mro__[2:3] == (embedding,)
+        assert provider.specific_layer.__mro__[2:3] == (Layer,)
+        assert {"gpt_layer_specs.GPTEmbedding", "Qwen3VLTextProvider.specific_layer"} <= set(report.replaced)
+        ours = gpt_layer_specs.GPTEmbedding
+        again = apply_to_qwen3_vl()
+        assert gpt_layer_specs.GPTEmbedding is ours
+        assert "was already" in {line.why for line in again.lines if line.name == "gpt_layer_specs.GPTEmbedding"}
+        revert()
+        assert gpt_layer_specs.GPTEmbedding is embedding
+        assert provider.specific_layer is Layer
+
+
+def test_a_subclass_that_a_user_put_there_stays():
+    """Ours already: nothing is replaced, and nothing is put back."""
+    with stubbed_paddlefleet():
+        from paddlefleet.models.gpt import gpt_layer_specs
+
+        own = qwen3_vl_fleet.visual_embedding(gpt_layer_specs.GPTEmbedding)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpt_layer_specs, "GPTEmbedding", own)
+            with apply_to_qwen3_vl():
+                assert gpt_layer_specs.GPTEmbedding is own
+            assert gpt_layer_specs.GPTEmbedding is own
+
+
+@pytest.mark.parametrize("given", ["images and videos", "plans"])
+def test_a_model_built_before_is_refused_where_only_the_embedding_is_right(as_rank, dist_model, given):
+    """By name and with what to do, before anything is encoded."""
+    as_rank(0, 2)
+    dist_model.language_model.embedding = paddle.nn.Layer()
+    ids = np.full((2, 8), IMAGE)
+    batch = {"input_ids": paddle.to_tensor(ids), "position_ids": paddle.to_tensor(ids)}
+    more = {key: paddle.to_tensor(x) for key, x in plans_of_all_ranks(ids, (IMAGE, VIDEO), sp_size=2).items()}
+    if given == "images and videos":
+        more = {"pixel_values": paddle.rand([16, 96]), "pixel_values_videos": paddle.rand([16, 96])}
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match="call apply_to_qwen3_vl before the model is built"):
+        dist_model(**batch, **more)
+
+
+def test_empty_layers_of_a_model_built_before_are_refused(as_rank):
+    """Upstream adds level i to the wrong layer, silently."""
+    mask, hidden, levels = some_case()
+    as_rank(0, 2)
+    with apply_to_qwen3_vl(), pytest.raises(ValueError, match="num_empty_layers_add_in_head=1 shifts the deepstack"):
+        run(mask, 0, 2, hidden, levels, True, num_empty_layers_add_in_head=1)

@@ -5,8 +5,9 @@ import pickle
 import numpy as np
 import paddle
 import pytest
-from training import SAMPLES, loss_of, same_bits
+from training import SAMPLES, loss_of
 
+from arrays import same_bits
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, plans_of_all_ranks, tiny

@@ -4,8 +4,9 @@ import numpy as np
 import paddle
 import pytest
 from paddleformers.transformers.qwen3_vl import modeling
-from training import BUILDERS, SAMPLES, batches, loss_of, same_bits, train, upstream_and_patched
+from training import BUILDERS, SAMPLES, batches, loss_of, train, upstream_and_patched
 
+from arrays import same_bits
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.families import qwen3_vl

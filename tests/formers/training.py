@@ -54,15 +54,5 @@ def upstream_and_patched(run):
         return upstream, run()
 
 
-def same_bits(a, b):
-    """Arrays, numbers, and containers of them: the same dtypes and bytes; NaN equals the same NaN."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
 def relative_error(got, wanted):
     return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))

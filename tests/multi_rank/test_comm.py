@@ -9,6 +9,8 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from arrays import leaf
+from groups import with_reduce_scatter, world
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.agree import agree, check_same, exchange, fingerprint
@@ -20,10 +22,6 @@ from paddle_vl_sp.testing.subgroup import SubGroup
 from rank_cases import hold, pairs, same_error_everywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def world():
-    return dist.get_group(0)
 
 
 def count_sets(num_ranks):
@@ -47,28 +45,9 @@ def bits(x):
     return x.numpy().tobytes()
 
 
-def leaf(x):
-    x.stop_gradient = False
-    return x
-
-
 def weights(rank, total, width):
     rng = np.random.default_rng([7, rank, total, width])
     return paddle.to_tensor(rng.integers(-8, 9, size=[total, width]).astype("float32"))
-
-
-def pretend_reduce_scatter(calls):
-    """Stands in for the one that gloo lacks, from an all-reduce and a cut."""
-
-    def reduce_scatter(out, x, group, sync_op):
-        assert sync_op
-        calls.append(tuple(x.shape))
-        whole = x.clone()
-        dist.all_reduce(whole, group=group)
-        rows = out.shape[0]
-        paddle.assign(whole[group.rank * rows : (group.rank + 1) * rows], output=out)
-
-    return reduce_scatter
 
 
 # cases, run on every rank
@@ -122,15 +101,10 @@ def partial_gradients_are_summed_and_cut():
 
 
 def partial_gradients_by_reduce_scatter():
-    group, calls = world(), []
-    real = collectives.has_reduce_scatter, dist.stream.reduce_scatter
-    collectives.has_reduce_scatter = lambda _: True
-    dist.stream.reduce_scatter = pretend_reduce_scatter(calls)
-    try:
+    with with_reduce_scatter() as calls:
         partial_gradients_are_summed_and_cut()
         gather_in_any_order()
-    finally:
-        collectives.has_reduce_scatter, dist.stream.reduce_scatter = real
+    group = world()
     assert {(size * group.nranks, 3) for size in (3, group.nranks, 2, 5)} == set(calls)  # padded to the longest
 
 

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,13 +14,15 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from groups import topology_of
 from paddle_vl_sp import RunReport
 from paddle_vl_sp.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
 from fleet_cases import BOTH, IMAGE, IMAGES, KIND_IDS, VIDEO, VOCAB, WIDTH, build, config
-from fleet_package import use_paddlefleet
 from formers_layer import formers_layer
+
+from stub_paddlefleet import use_paddlefleet
 
 NUM_LEVELS, INNER, PIXELS, BATCH, SEQ_LEN = 3, 8, 5, 2, 16
 SCALES = (0.9, 1.3, 0.7, 1.1)
@@ -208,12 +209,9 @@ def one_group():
     from paddlefleet import parallel_state
 
     group = dist.get_group(0)
-    hybrid = SimpleNamespace(
-        get_model_parallel_rank=lambda: group.rank, get_model_parallel_world_size=lambda: group.nranks
-    )
     with (
         mock.patch.object(parallel_state, "get_tensor_model_parallel_group", return_value=group),
-        mock.patch("paddle.distributed.fleet.get_hybrid_communicate_group", return_value=hybrid),
+        mock.patch("paddle.distributed.fleet.get_hybrid_communicate_group", return_value=topology_of(group)),
     ):
         yield
 

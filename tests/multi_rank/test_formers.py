@@ -156,7 +156,7 @@ def of_wrapped_shared_tower(ranks):
 def of_fleet_layer(ranks):
     """Three of the layers on PaddleFleet, fed by a small replicated tower: errors of its gradients against one process.
 
-    Their real methods run over stand-ins for PaddleFleet; attention is the identity and the MLP doubles.
+    Their real methods run over the double of PaddleFleet, whose attention and MLP mix nothing.
     """
     with stubbed_paddlefleet():
         from paddleformers.transformers.qwen3_vl.modeling_fleet import Qwen3VLTextTransformerLayer as Layer
@@ -174,8 +174,8 @@ def of_fleet_layer(ranks):
         start.stop_gradient = False
         out = {"hidden_states": start, "visual_pos_masks": paddle.to_tensor(mask), "deepstack_visual_emb": levels}
         for number in range(3):
-            config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False)
-            out = Layer(config, number)(out)
+            config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=False)
+            out = Layer(config, layer_number=number)(out)
         (out["hidden_states"] * weight).sum().backward()
         absent = tower.weight.grad is None  # upstream on a rank without visual tokens
         return np.zeros_like(tower.weight.numpy()) if absent else tower.weight.grad.numpy()

@@ -3,13 +3,13 @@
 Whoever made the plan completed the gradients: they are summed once however the two are combined.
 """
 
-from types import SimpleNamespace
 from unittest import mock
 
 import paddle.distributed as dist
 import pytest
 import test_fleet as fleet_cases
 
+from groups import topology_of
 from paddle_vl_sp.formers import deepstack
 from paddle_vl_sp.formers.changes import replace, revert
 from paddle_vl_sp.formers.families import qwen3_vl_fleet
@@ -23,16 +23,6 @@ def replaced_layer():
     return layer
 
 
-def topology(stages):
-    group = dist.get_group(0)
-    return SimpleNamespace(
-        get_model_parallel_group=lambda: group,
-        get_model_parallel_rank=lambda: group.rank,
-        get_model_parallel_world_size=lambda: group.nranks,
-        get_pipe_parallel_world_size=lambda: stages,
-    )
-
-
 def worst_errors():
     """Per case, embedding and wiring, the worst gradient error of this rank."""
     fleet_cases.use_paddlefleet()
@@ -44,7 +34,7 @@ def worst_errors():
             # PaddleFleet's own embedding raises on images and videos together
             for merge in ("embedding",) if case == "image and video" else ("embedding", "upstream alone"):
                 for wiring, given in fleet_cases.WIRINGS.items():
-                    groups = topology(given.get("stages", 1))
+                    groups = topology_of(dist.get_group(0), given.get("stages", 1))
                     with mock.patch("paddle.distributed.fleet.get_hybrid_communicate_group", return_value=groups):
                         got = fleet_cases.counted_gradients(case, merge=merge, **given)
                     found[case, merge, wiring] = fleet_cases.worst_error(got, truth)

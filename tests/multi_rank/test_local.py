@@ -8,16 +8,13 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from groups import world
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.comm.local_plan import plan_visual_local, wire_bytes
 from rank_cases import hold, pairs, same_error_everywhere
 
 IMAGE, VIDEO = 5, 6
 IDS = (IMAGE, VIDEO)
-
-
-def world():
-    return dist.get_group(0)
 
 
 def layouts(num_ranks):

@@ -5,6 +5,7 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from groups import world
 from paddle_vl_sp import SeqLayout, add_rows, joint_features, plan_visual, replace_rows
 from paddle_vl_sp.comm.gather import all_gather_rows
 from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
@@ -15,10 +16,6 @@ from rank_cases import hold, pairs, same_error_everywhere
 from tiny_tower import HIDDEN, MERGE, pixels, tower
 
 IMAGE, VIDEO = 5, 6
-
-
-def world():
-    return dist.get_group(0)
 
 
 def numbered(number, width=3):

@@ -51,7 +51,7 @@ def test_results_come_in_rank_order(nranks):
 
 def test_a_rank_that_ends_at_once_leaves_none_behind(monkeypatch):
     """The others join through the first rank: it stays until they have, and no launch is needed a third time."""
-    monkeypatch.setattr("paddle_vl_sp.testing.GROUP_ATTEMPTS", 2)
+    monkeypatch.setattr("paddle_vl_sp.testing.launch.GROUP_ATTEMPTS", 2)
     assert run_ranks(dist_rank, 4) == [0, 1, 2, 3]
 
 

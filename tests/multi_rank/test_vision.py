@@ -12,6 +12,7 @@ from paddle.autograd import PyLayer
 from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
+from groups import topology_of, with_reduce_scatter, world
 from paddle_vl_sp import SeqLayout, add_rows, plan_visual, replace_rows
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm import grads as comm_grads
@@ -31,10 +32,6 @@ BATCHES = {
     "videos": [[5, 4, 4], [1, 2, 6], [3, 2, 2]],
     "text only": [],
 }
-
-
-def world():
-    return dist.get_group(0)
 
 
 def grid_of(name):
@@ -115,22 +112,10 @@ def every_gather_mode():
 
 
 def gradients_by_reduce_scatter():
-    real = collectives.has_reduce_scatter, dist.stream.reduce_scatter
-    calls = []
-
-    def reduce_scatter(out, x, group, sync_op):
-        calls.append(sync_op)
-        whole = x.clone()
-        dist.all_reduce(whole, group=group)
-        paddle.assign(whole[group.rank * len(out) : (group.rank + 1) * len(out)], output=out)
-
-    collectives.has_reduce_scatter, dist.stream.reduce_scatter = (lambda _: True), reduce_scatter
-    try:
+    with with_reduce_scatter() as calls:
         hold_shared("uneven", mode="max")
         hold_shared("uneven", mode="max", policy="longest")
-    finally:
-        collectives.has_reduce_scatter, dist.stream.reduce_scatter = real
-    assert calls == [True, True]
+    assert len(calls) == 2
 
 
 def videos_are_split_by_frames():
@@ -342,7 +327,7 @@ def wrong_inputs_are_told():
     same_error_everywhere(lambda: encode_shared(model, short, grid, **options), group, "76 patches but .* 75 rows")
     flat = grid.ravel()
     same_error_everywhere(lambda: encode_shared(model, short, flat, **options), group, r"\[P, C\].*\[I, 3\].*\[15\]")
-    same_error_everywhere(lambda: shared(lambda x, g: x, grid), group, "look at merge_size")
+    same_error_everywhere(lambda: shared(lambda x, g: x, grid), group, "check merge_size")
     same_error_everywhere(lambda: shared(lambda x, g: (x, x, x), grid), group, "must return features, or")
 
 
@@ -511,9 +496,8 @@ def paddles_callback_sums_marked_parameters():
 
     group, grid, model = world(), grid_of("two images"), tower()
     rows = int(grid.prod(axis=1).sum()) // MERGE**2
-    topology = SimpleNamespace(get_model_parallel_group=lambda: group)
     real = utils.fleet.get_hybrid_communicate_group
-    utils.fleet.get_hybrid_communicate_group = lambda: topology
+    utils.fleet.get_hybrid_communicate_group = lambda: topology_of(group)
     try:
         mark_for_sum(model)
         utils.register_sequence_parallel_allreduce_hooks(model, 1, False)

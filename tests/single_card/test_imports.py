@@ -17,7 +17,7 @@ ORDER = [
     "comm",
     *("carried", "report", "sequence", "testing"),
     *("verify", "vision", "attention"),
-    *("formers", "fleet"),
+    *("fleet", "formers"),
     "cli",
 ]
 FRAMEWORKS = {"paddlefleet": "fleet", "paddleformers": "formers"}

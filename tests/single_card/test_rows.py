@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from paddle.autograd import PyLayer
 
 import oracle
+from arrays import drawn, same_bits
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_rows
 from paddle_vl_sp.backends import load, operators
 from strategies import IMAGE, VIDEO, batches, cuts
@@ -17,18 +18,6 @@ from strategies import IMAGE, VIDEO, batches, cuts
 KINDS = (IMAGE, VIDEO)
 DTYPES = ["float32", "float16", "bfloat16"]
 ROWS = {"replace": replace_rows, "add": add_rows}
-
-
-def drawn(shape, dtype, seed=0, stop_gradient=True):
-    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    tensor = paddle.to_tensor(x).astype(dtype)
-    tensor.stop_gradient = stop_gradient
-    return tensor
-
-
-def bits(x):
-    """The exact content, as comparable integers."""
-    return x.astype("float32").numpy().view(np.uint32) if x.element_size() == 2 else x.numpy().view(np.uint8)
 
 
 def a_plan(sequence_first=False, padded=False, seed=0, batch=2, seq_len=12, sp_size=2, sp_rank=1):
@@ -83,16 +72,16 @@ def test_values_and_gradients_in_every_pair_of_types(name, dtype, feature_dtype,
     rows[update] = picked if name == "replace" else rows[update] + picked
     expected = paddle.to_tensor(rows.reshape(hidden.shape)).astype(dtype)
     assert out.dtype == hidden.dtype
-    assert np.array_equal(bits(out), bits(expected))
+    assert same_bits(out, expected)
 
     flat_grad = out_grad.astype("float32").numpy().reshape(-1, 7)
     feature_grad = np.zeros([int(mask.sum()), 7], np.float32)
     feature_grad[gather] = flat_grad[update]
     assert features.grad.dtype == features.dtype
-    assert np.array_equal(bits(features.grad), bits(paddle.to_tensor(feature_grad).astype(feature_dtype)))
+    assert same_bits(features.grad, paddle.to_tensor(feature_grad).astype(feature_dtype))
     if name == "replace":
         flat_grad[update] = 0
-    assert np.array_equal(bits(hidden.grad), bits(paddle.to_tensor(flat_grad.reshape(hidden.shape)).astype(dtype)))
+    assert same_bits(hidden.grad, paddle.to_tensor(flat_grad.reshape(hidden.shape)).astype(dtype))
 
 
 @pytest.mark.usefixtures("implementation")

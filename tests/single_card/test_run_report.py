@@ -101,7 +101,7 @@ def test_a_report_is_of_one_group(caplog):
         forward(some_mask())
         forward(some_mask(), SeqLayout(12, sp_size=2, sp_rank=1), group=FakeGroup(1, 2))
     assert report.num_forwards == 1
-    assert "those of ranks [0, 1] are left out, beside no group" in caplog.text
+    assert "that of the first (no group); those of ranks [0, 1] are left out" in caplog.text
 
 
 def test_two_reports_at_once():

@@ -82,7 +82,7 @@ def test_unpacking_indices_undo_each_other(counts, seed, permuted):
     padded = np.append(whole, -1)[rows.to_padded()].reshape(len(counts), rows.longest)
     np.testing.assert_array_equal(padded.ravel()[rows.from_padded()], whole)
     for rank, count in enumerate(counts):
-        np.testing.assert_array_equal(padded[rank, :count], whole[rows.mine(rank)])
+        np.testing.assert_array_equal(padded[rank, :count], whole[rows.rows_of(rank)])
         assert (padded[rank, count:] == -1).all()
 
 

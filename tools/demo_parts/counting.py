@@ -1,7 +1,7 @@
-"""How often one forward waits for the device on the way of the visual rows, and how often it works out which they are.
+"""How often one forward synchronises with the host to place the visual rows, and how often it searches for them.
 
 The towers' features are computed beforehand, so that only the way from them to the last deepstack layer counts. A
-boolean mask as an index makes Paddle look for its true places: an index build and, on a device, a wait.
+boolean mask as an index makes Paddle search for its true places, which on a device is a host sync too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ENCODERS = (
 )
 
 
-def waits_and_builds(model: Any, batch: dict[str, Any], positions: Any) -> dict[str, int]:
+def syncs_and_searches(model: Any, batch: dict[str, Any], positions: Any) -> dict[str, int]:
     """Of one forward of the model on the batch."""
-    counts = {"waits": 0, "builds": 0}
+    counts = {"syncs": 0, "searches": 0}
     given = {key: value for key, value in batch.items() if key != "labels"}
     with _features_made(model.model, batch), _counted(counts), paddle.no_grad():
         model.model(**given, position_ids=positions)
@@ -60,11 +60,11 @@ def _counted(counts: dict[str, int]) -> Iterator[None]:
         setattr(owner, name, call)
 
     for name in READS:
-        wrap(paddle.Tensor, name, lambda *_: ("waits",))
+        wrap(paddle.Tensor, name, lambda *_: ("syncs",))
     for name in ("__getitem__", "__setitem__"):
-        wrap(paddle.Tensor, name, lambda _self, index, *_: ("waits", "builds") if _has_mask(index) else ())
-    wrap(paddle.Tensor, "masked_scatter", lambda *_: ("waits", "builds"))
-    wrap(dispatch, "build_plan", lambda *_: ("builds",))
+        wrap(paddle.Tensor, name, lambda _self, index, *_: ("syncs", "searches") if _has_mask(index) else ())
+    wrap(paddle.Tensor, "masked_scatter", lambda *_: ("syncs", "searches"))
+    wrap(dispatch, "build_plan", lambda *_: ("searches",))
     try:
         yield
     finally:

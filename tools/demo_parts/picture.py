@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.cli.batch import Batch
-from paddle_vl_sp.cli.draw_batch import owners_of, picture_of
-from paddle_vl_sp.cli.drawing import BLUE, GREY, RED, rank_colours
+from paddle_vl_sp.cli.picture import BLUE, owners_image, owners_of, rank_colours, show_owners
 
+GREY, RED = "#888888", "#c8401e"
 HEIGHT, OWNERS_HEIGHT = 7.2, 2.6
 FLOOR = 1e-8
 
@@ -32,23 +31,19 @@ def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
     samples, seq_len = mask.shape
     flat = mask.reshape(1, -1)
     layouts = [SeqLayout(flat.shape[1], sp_size=nranks, sp_rank=rank) for rank in range(nranks)]
-    owners = owners_of(Batch(flat, (), layouts))
+    owners = owners_of(layouts)
     panel = figure.subplots()
-    panel.imshow(
-        picture_of(flat, owners, nranks), aspect="auto", interpolation="nearest", extent=(0, flat.shape[1], 1, 0)
-    )
+    show_owners(panel, owners_image(flat, owners, nranks), flat.shape[1], 1)
     for sample in range(1, samples):
         panel.axvline(sample * seq_len, color="white", linewidth=3)
-    panel.set_xticks([(sample + 0.5) * seq_len for sample in range(samples)])
-    panel.set_xticklabels([f"sample {sample + 1}" for sample in range(samples)])
+    middles = [(sample + 0.5) * seq_len for sample in range(samples)]
+    panel.set_xticks(middles, [f"sample {sample + 1}" for sample in range(samples)])
     panel.set_yticks([])
     panel.tick_params(bottom=False)
-    for side in ("left", "bottom"):
-        panel.spines[side].set_visible(False)
     for rank, colour in enumerate(rank_colours(nranks) * 0.8):
-        told = f"rank {rank}: {int(flat[0, owners == rank].sum())} of {int(mask.sum())} visual tokens"
+        text = f"rank {rank}: {int(flat[0, owners == rank].sum())} of {int(mask.sum())} visual tokens"
         where = (float(np.flatnonzero(owners == rank).mean()), 0)
-        panel.annotate(told, where, (0, 4), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
+        panel.annotate(text, where, (0, 4), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
     figure.suptitle(
         "Why: sequence parallelism gives each rank a part of every batch (full colour: visual tokens, pale: text),\n"
         "and its tower learns from that part alone, unless the gradients are summed over the ranks",
@@ -68,11 +63,11 @@ def _loss(panel: Any, found: list[dict[str, Any]]) -> None:
 
 
 def _error(panel: Any, found: list[dict[str, Any]]) -> None:
-    told = {
+    lines = {
         "upstream": (RED, 1e-1, "upstream: off by about 100 %"),
         "patched": (BLUE, 3e-4, "with paddle_vl_sp: rounding"),
     }
-    for run, (color, height, words) in told.items():
+    for run, (color, height, words) in lines.items():
         worst = [max(max(values), FLOOR) for values in zip(*(rank[run]["error"] for rank in found), strict=True)]
         panel.plot(range(1, len(worst) + 1), worst, color=color, marker="o", markersize=3, linewidth=1.5)
         panel.text(len(worst), height, words, color=color, ha="right", va="top")
@@ -87,8 +82,8 @@ def _drift(panel: Any, found: list[dict[str, Any]]) -> None:
         panel.plot(range(1, len(drift) + 1), drift, color=color, linewidth=2.2)
         apart = "equal to the last bit" if max(drift) == 0 else f"{drift[-1]:.1f} % apart"
         name = "upstream" if run == "upstream" else "with paddle_vl_sp"
-        told = {"textcoords": "offset points", "ha": "right", "color": color}
-        panel.annotate(f"{name}: {apart}", (len(drift), drift[-1]), (0, below), **told)
+        look = {"textcoords": "offset points", "ha": "right", "color": color}
+        panel.annotate(f"{name}: {apart}", (len(drift), drift[-1]), (0, below), **look)
     panel.set(title="And the ranks' copies of the tower,\nwhich should be equal, drift apart", xlabel="step")
     panel.set(ylabel="distance between copies, %", ylim=(-0.3, None))
 
@@ -97,12 +92,12 @@ def _costs(panel: Any, found: list[dict[str, Any]]) -> None:
     counts = found[-1]["counts"]
     runs = ("upstream", "patched", "patched, planned by the loader")
     for key, offset, shade, label in (
-        ("waits", -0.19, 1.0, "waits for the device"),
-        ("builds", 0.19, 0.45, "searches for the visual rows"),
+        ("syncs", -0.19, 1.0, "host syncs"),
+        ("searches", 0.19, 0.45, "searches for the visual rows"),
     ):
         values, places = [counts[run][key] for run in runs], [row + offset for row in range(len(runs))]
         bars = panel.barh(places, values, 0.36, color=(RED, BLUE, BLUE), alpha=shade)
-        panel.bar_label(bars, [f"{value} {label}" for value in values], padding=3, fontsize=8)
+        panel.bar_label(bars, [f"{label}: {value}" for value in values], padding=3, fontsize=8)
     panel.set_yticks(range(len(runs)), ("upstream", "with\npaddle_vl_sp", "+ plan made\nby the loader"))
     panel.invert_yaxis()
     panel.set_title("What placing the features costs\nin one forward with three deepstack layers")

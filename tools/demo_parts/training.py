@@ -12,7 +12,7 @@ import numpy.typing as npt
 import paddle
 import paddle.distributed as dist
 
-from demo_parts.counting import waits_and_builds
+from demo_parts.counting import syncs_and_searches
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
@@ -63,7 +63,7 @@ def on_one_rank(steps: int) -> Iterator[bool]:
         yield wanted[0] == got[0] and all(_same_bits(wanted[1][name], got[1][name]) for name in wanted[1])
 
 
-def on_ranks(nranks: int, steps: int, told: str) -> dict[str, Any]:
+def on_ranks(nranks: int, steps: int, progress: str) -> dict[str, Any]:
     """On each rank: losses, worst gradient error of the tower and drift of its replicas, per run and step; counts."""
     enable_tensor_parallel_on_cpu()
     group = init_tensor_parallel(nranks)
@@ -72,11 +72,11 @@ def on_ranks(nranks: int, steps: int, told: str) -> dict[str, Any]:
     right = []
     for loss, gradients in train(truth, steps):
         right.append((loss, gradients))
-        _tell(told, group, "the truth: without sequence parallelism")
+        _report(progress, group, "the truth: without sequence parallelism")
     found: dict[str, Any] = {"without SP": {"loss": [loss for loss, _ in right]}}
-    found["upstream"] = _against(right, nranks, group, weights, told, "upstream")
+    found["upstream"] = _against(right, nranks, group, weights, progress, "upstream")
     with apply_to_qwen3_vl():
-        found["patched"] = _against(right, nranks, group, weights, told, "patched")
+        found["patched"] = _against(right, nranks, group, weights, progress, "patched")
     found["counts"] = _counts(nranks, group, weights)
     return found
 
@@ -89,7 +89,7 @@ def _model(nranks: int, group: Any, weights: dict[str, Any]) -> Any:
 
 
 def _against(
-    right: list[tuple[float, dict[str, Any]]], nranks: int, group: Any, weights: dict[str, Any], told: str, run: str
+    right: list[tuple[float, dict[str, Any]]], nranks: int, group: Any, weights: dict[str, Any], progress: str, run: str
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"loss": [], "error": [], "drift": []}
     model = _model(nranks, group, weights)
@@ -98,7 +98,7 @@ def _against(
         found["loss"].append(loss)
         found["error"].append(max(_error(got.get(name, 0 * wanted[name]), wanted[name]) for name in tower))
         found["drift"].append(_drift(model, group))
-        _tell(told, group, f"{nranks} sequence-parallel ranks, {run}")
+        _report(progress, group, f"{nranks} sequence-parallel ranks, {run}")
     return found
 
 
@@ -114,17 +114,18 @@ def _counts(nranks: int, group: Any, weights: dict[str, Any]) -> dict[str, dict[
     """Per way of running, what one forward of a batch with several images a sample costs on this rank."""
     model, batch = _model(nranks, group, weights), batches()[1]
     positions = tiny.positions(model, batch)
-    counts = {"upstream": waits_and_builds(model, batch, positions)}
+    counts = {"upstream": syncs_and_searches(model, batch, positions)}
     planned = PlanningCollate(dict, (tiny.IMAGE, tiny.VIDEO), nranks, "flattened", tiny.MERGE)(batch)
     with apply_to_qwen3_vl():
-        counts["patched"] = waits_and_builds(model, batch, positions)
-        counts["patched, planned by the loader"] = waits_and_builds(model, planned, positions)
+        counts["patched"] = syncs_and_searches(model, batch, positions)
+        counts["patched, planned by the loader"] = syncs_and_searches(model, planned, positions)
     return counts
 
 
-def _tell(told: str, group: Any, doing: str) -> None:
+def _report(progress: str, group: Any, doing: str) -> None:
+    """A line a step, into a file."""
     if group.rank == 0:
-        with Path(told).open("a") as lines:
+        with Path(progress).open("a") as lines:
             lines.write(f"{doing}\n")
 
 

@@ -13,11 +13,13 @@ from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlan
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
-from paddle_vl_sp.formers.known import MODELS, Family, Replaced
+from paddle_vl_sp.formers.known import MODELS, Family, Replaced, Swapped
 from paddle_vl_sp.formers.model_view import ModelView
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
+
+PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +31,7 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, dict_args: dict[str, Any]) -> Any:
+        _refuse_empty_layers(self, dict_args)
         if not _adds_here(self, dict_args):
             return original(self, dict_args)
         plan, levels = _planned(self, dict_args)
@@ -48,11 +51,13 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         loaded = LoadedPlans.pop_from(kwargs, "sequence")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if loaded is not None and ids is not None:
+            loaded.check_shape(ids)
+        if loaded is not None or all(kwargs.get(pixels) is not None for pixels in PIXELS):
+            _require_our_embedding(self)
         if loaded is None:
             return original(self, *args, **kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None:
-            loaded.check_shape(ids)
         own = {UPDATE: _own(self, loaded.update), GATHER: _own(self, loaded.gather)}
         if loaded.order is not None:
             own[ORDER] = loaded.order
@@ -60,6 +65,43 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(view, *args, **kwargs)
 
     return forward
+
+
+def visual_embedding(base: type) -> type:
+    """One plan for merge, deepstack layers and gradients, images with videos, plans of the data loader."""
+    from paddle_vl_sp.fleet.embedding import VisualEmbedding
+    from paddle_vl_sp.fleet.topology import visual_subclass
+
+    if VisualEmbedding in base.__mro__:
+        return base
+    return visual_subclass(VisualEmbedding, base)
+
+
+def visual_layer(base: type) -> type:
+    """Adds deepstack features by the plan, each level in its layer, also behind empty layers."""
+    from paddle_vl_sp.fleet.deepstack import VisualDeepstack, deepstack_layer
+
+    return base if VisualDeepstack in base.__mro__ else deepstack_layer(base)
+
+
+def _require_our_embedding(model: Layer) -> None:
+    """PaddleFleet's own embedding drops plans, and raises on images with videos."""
+    if any(getattr(type(layer), "places_by_plan", False) for layer in model.language_model.sublayers()):
+        return
+    raise ValueError(
+        "images with videos in one batch, and plans from the data loader, need the embedding of paddle_vl_sp.fleet, "
+        "and this model was built with PaddleFleet's own: call apply_to_qwen3_vl before the model is built"
+    )
+
+
+def _refuse_empty_layers(layer: Layer, dict_args: dict[str, Any]) -> None:
+    """PaddleFormers' layer takes its number for its level, and empty layers in front shift the numbers."""
+    num_empty = getattr(layer.config, "num_empty_layers_add_in_head", None) or 0
+    if num_empty and dict_args.get(LEVELS):
+        raise ValueError(
+            f"num_empty_layers_add_in_head={num_empty} shifts the deepstack levels of PaddleFormers' layers, and this "
+            "model was built of them: call apply_to_qwen3_vl before the model is built"
+        )
 
 
 def _adds_here(layer: Layer, dict_args: dict[str, Any]) -> bool:
@@ -107,5 +149,9 @@ FAMILY = Family(
         Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("e38f015741320629",)),
         Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("ce230972aa9e41c6",)),
         Replaced("Qwen3VLModelDist.forward", model_forward, ("dd7ce8eb1e4b0f1e",)),
+    ),
+    swapped=(
+        Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTEmbedding", visual_embedding),
+        Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
 )
