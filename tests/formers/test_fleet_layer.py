@@ -256,7 +256,7 @@ class PlacesByPlan(paddle.nn.Layer):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_loaders_plan_passes_the_fixed_dict(as_rank, dist_model, rank):
-    """Two keys more in the language model's dict: this rank's row. Nothing else changes, no hook is left."""
+    """Two keys more in the language model's dict: the plans of all ranks. Nothing else changes, no hook is left."""
     as_rank(rank, 2)
     ids = np.full((2, 8), 1)
     ids[0, 2:5], ids[1, 3] = IMAGE, IMAGE
@@ -273,8 +273,8 @@ def test_the_loaders_plan_passes_the_fixed_dict(as_rank, dist_model, rank):
         dist_model(**batch, **{key: paddle.to_tensor(value) for key, value in plans.items()})
     after = dist_model.language_model.given
     assert set(after) - set(before) == {"visual_update_indices", "visual_gather_indices"}
-    assert same_bits(after["visual_update_indices"], plans["visual_update_indices"][rank])
-    assert same_bits(after["visual_gather_indices"], plans["visual_gather_indices"][rank])
+    assert same_bits(after["visual_update_indices"], plans["visual_update_indices"])
+    assert same_bits(after["visual_gather_indices"], plans["visual_gather_indices"])
     assert same_bits(after["image_embeds"], before["image_embeds"])
     assert not dist_model.language_model._forward_pre_hooks
 
@@ -330,7 +330,7 @@ def test_without_sequence_parallelism_the_one_plan_is_everybodys(as_rank, dist_m
     given = {key: paddle.to_tensor(value) for key, value in plans_of_all_ranks(ids, (IMAGE, VIDEO)).items()}
     with apply_to_qwen3_vl():
         dist_model(input_ids=paddle.to_tensor(ids), position_ids=paddle.to_tensor(ids), **given)
-    assert dist_model.language_model.given["visual_update_indices"].tolist() == [1]
+    assert dist_model.language_model.given["visual_update_indices"].tolist() == [[1]]
 
 
 def test_a_batch_that_was_padded_after_planning_is_refused(as_rank, dist_model):

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlans, indices_to_carry, own_row
@@ -46,7 +45,7 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets this rank's row of the data loader's plans past the fixed dict that the original makes."""
+    """Adds the data loader's plans, of all ranks, to the fixed dict that the original makes."""
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -58,10 +57,11 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             _require_our_embedding(self)
         if loaded is None:
             return original(self, *args, **kwargs)
-        own = {UPDATE: _own(self, loaded.update), GATHER: _own(self, loaded.gather)}
+        _check_degree(self, loaded)
+        plans = {UPDATE: loaded.update, GATHER: loaded.gather}
         if loaded.order is not None:
-            own[ORDER] = loaded.order
-        view = ModelView(self, lambda inputs, named: (({**inputs[0], **own}, *inputs[1:]), named))
+            plans[ORDER] = loaded.order
+        view = ModelView(self, lambda inputs, named: (({**inputs[0], **plans}, *inputs[1:]), named))
         return original(view, *args, **kwargs)
 
     return forward
@@ -133,13 +133,12 @@ def _num_stages() -> int:
     return 1 if groups is None else int(groups.get_pipe_parallel_world_size())
 
 
-def _own(model: Layer, rows: Tensor) -> Tensor:
-    """This rank's row; the first where nothing is cut."""
+def _check_degree(model: Layer, loaded: LoadedPlans) -> None:
+    """Whether the plans are for the tensor-parallel degree that the model is cut by."""
     is_cut = topology() is not None and getattr(model, "sequence_parallel_lm", False)
-    if not is_cut and rows.shape[0] == 1:
-        return rows[0]
-    group = require_tensor_parallel_group()
-    return own_row(rows, group.rank, group.nranks)
+    if is_cut or loaded.update.shape[0] > 1:
+        group = require_tensor_parallel_group()
+        own_row(loaded.update, group.rank, group.nranks)
 
 
 FAMILY = Family(
