@@ -1,3 +1,4 @@
+// Building the indices of a plan on the CPU.
 #include <algorithm>
 #include <type_traits>
 

@@ -1,3 +1,4 @@
+// The row operations on the CPU: copy, add, take or zero rows by pairs of indices.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
