@@ -73,7 +73,7 @@ def all_gather_rows(
 
 @dataclass(frozen=True)
 class RowKind:
-    """What every rank of a gather sends; a rank without rows sends none of this kind."""
+    """What every rank of a gather sends, if only zero rows of it."""
 
     form: int  # -1: one tensor; else the length of a list
     width: int  # of all tensors together
