@@ -40,30 +40,19 @@ int64_t element_size(vlsp::ElementType type) {
   return type == vlsp::ElementType::kFloat64 ? 8 : type == vlsp::ElementType::kFloat32 ? 4 : 2;
 }
 
-void spoil(const vlsp::RowArrays& arrays, const vlsp::RowShape& shape) {
-  uint8_t* hidden = static_cast<uint8_t*>(arrays.hidden);
-  const int64_t size = element_size(arrays.hidden_type);
-  const int64_t bytes = shape.num_rows * shape.width * size;
-  if (fault("first") && bytes > 0) hidden[0] ^= 1;
-  if (fault("stray")) hidden[bytes] ^= 1;
+void spoil(const vlsp::Rows& written, int64_t num_rows, int64_t width) {
+  uint8_t* data = static_cast<uint8_t*>(written.data);
+  const int64_t size = element_size(written.type);
+  const int64_t bytes = num_rows * width * size;
+  if (fault("first") && bytes > 0) data[0] ^= 1;
+  if (fault("stray")) data[bytes] ^= 1;
   for (int64_t i = 0; fault("sign") && i < bytes; i += size) {
-    if (std::all_of(hidden + i, hidden + i + size, [](uint8_t byte) { return byte == 0; }))
-      hidden[i + size - 1] = 0x80;
+    if (std::all_of(data + i, data + i + size, [](uint8_t byte) { return byte == 0; }))
+      data[i + size - 1] = 0x80;
   }
-  for (int64_t i = 0; fault("nan") && arrays.hidden_type == vlsp::ElementType::kBFloat16 && i < bytes;
-       i += 2) {
-    if ((hidden[i + 1] & 0x7f) == 0x7f && hidden[i] > 0x81) hidden[i] ^= 1;  // another NaN
+  for (int64_t i = 0; fault("nan") && written.type == vlsp::ElementType::kBFloat16 && i < bytes; i += 2) {
+    if ((data[i + 1] & 0x7f) == 0x7f && data[i] > 0x81) data[i] ^= 1;  // another NaN
   }
-}
-
-using RowsFunction = void (*)(const vlsp::RowArrays&, const vlsp::Pairs&, const vlsp::RowShape&);
-
-int launch_rows(RowsFunction rows, const vlsp::RowArrays& arrays, const vlsp::Pairs& pairs,
-                const vlsp::RowShape& shape, void* stream) {
-  return launch(stream, [=] {
-    rows(arrays, pairs, shape);
-    spoil(arrays, shape);
-  });
 }
 
 }  // namespace
@@ -93,20 +82,35 @@ int write_plan_cuda(const Tokens& tokens, const Placeholders& visual, const Owne
   });
 }
 
-int replace_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
-  return launch_rows(replace_rows_cpu, arrays, pairs, shape, stream);
+int replace_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, void* stream) {
+  return launch(stream, [=] {
+    replace_rows_cpu(hidden, features, pairs, shape);
+    spoil(hidden, shape.num_rows, shape.width);
+  });
 }
 
-int add_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
-  return launch_rows(fault("sum") ? replace_rows_cpu : add_rows_cpu, arrays, pairs, shape, stream);
+int add_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape,
+                  void* stream) {
+  return launch(stream, [=] {
+    (fault("sum") ? replace_rows_cpu : add_rows_cpu)(hidden, features, pairs, shape);
+    spoil(hidden, shape.num_rows, shape.width);
+  });
 }
 
-int take_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
-  return launch_rows(take_rows_cpu, arrays, pairs, shape, stream);
+int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   void* stream) {
+  return launch(stream, [=] {
+    take_rows_cpu(features, hidden, pairs, shape);
+    spoil(features, shape.num_features, shape.width);
+  });
 }
 
-int zero_rows_cuda(const RowArrays& arrays, const Pairs& pairs, const RowShape& shape, void* stream) {
-  return launch_rows(zero_rows_cpu, arrays, pairs, shape, stream);
+int zero_rows_cuda(const Rows& hidden, const Pairs& pairs, const RowShape& shape, void* stream) {
+  return launch(stream, [=] {
+    zero_rows_cpu(hidden, pairs, shape);
+    spoil(hidden, shape.num_rows, shape.width);
+  });
 }
 
 }  // namespace vlsp
