@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import VisionShare, share_images
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "PatchReport",
