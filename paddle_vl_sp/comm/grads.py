@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakSet
 
 import numpy as np
 import paddle
@@ -18,6 +20,8 @@ from paddle_vl_sp.comm.gather import DTYPES, name_of, view_of
 from paddle_vl_sp.plan import VisualPlan
 
 BUCKET = 2**24  # elements in one all-reduce
+
+_SUMMED: WeakSet[Layer] = WeakSet()  # layers whose gradients are summed in the backward
 
 
 def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Group | None) -> list[Tensor]:
@@ -107,6 +111,25 @@ def sum_parameter_grads(module: Layer, group: Group | None) -> None:
                 paddle.assign(part.reshape(grad.shape), output=grad)
                 if _grad(parameter) is None:
                     setattr(parameter, "main_grad" if hasattr(parameter, "main_grad") else "grad", grad)
+
+
+def sum_in_backward(layer: Layer, group: Callable[[], Group | None]) -> None:
+    """Has the gradients of the layer's own parameters summed over the group as soon as they are computed, once a layer.
+
+    For replicated parameters of which every rank sees a part, where no trainer sums marked ones. The group is looked up
+    in the backward. Parameters that are frozen now are left out.
+    """
+    if layer in _SUMMED:
+        return
+    _SUMMED.add(layer)
+    for parameter in layer.parameters(include_sublayers=False):
+        if not parameter.stop_gradient:
+            parameter.register_hook(functools.partial(_summed_over, group))
+
+
+def _summed_over(group: Callable[[], Group | None], grad: Tensor) -> Tensor:
+    ranks = group()
+    return collectives.all_reduce_sum(grad.clone(), ranks) if collectives.has_peers(ranks) else grad
 
 
 def mark_for_sum(module: Layer) -> None:

@@ -8,7 +8,7 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
-from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.comm.grads import complete_grad, sum_in_backward
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
@@ -16,6 +16,7 @@ from paddle_vl_sp.rows import add_rows
 from paddle_vl_sp.verify import check_result, checking
 
 CARRIED = (UPDATE, GATHER, LEVELS, MASK)
+HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class VisualDeepstack:
@@ -32,6 +33,14 @@ class VisualDeepstack:
     inplace = False
     config: Any
     layer_number: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.config, "sequence_parallel", False) or not isinstance(self, paddle.nn.Layer):
+            return  # PaddleFleet marks them
+        for name, layer in self.named_sublayers():
+            if name.rpartition(".")[2] in HEAD_NORMS:  # replicated; each rank's gradient covers its own heads
+                sum_in_backward(layer, tensor_parallel_group)
 
     def forward(self, dict_args: dict[str, Any]) -> dict[str, Any]:
         carried = {key: dict_args[key] for key in CARRIED if dict_args.get(key) is not None}

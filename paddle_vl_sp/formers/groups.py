@@ -17,13 +17,19 @@ def topology() -> Any:
         return None
 
 
-def require_tensor_parallel_group() -> Group:
-    """The group that sequence parallelism cuts over."""
+def tensor_parallel_group() -> Group | None:
+    """The group that tensor and sequence parallelism cut over; None before fleet.init."""
     groups = topology()
-    if groups is None:
+    group: Group | None = None if groups is None else groups.get_model_parallel_group()
+    return group
+
+
+def require_tensor_parallel_group() -> Group:
+    """The same, where there must be one."""
+    group = tensor_parallel_group()
+    if group is None:
         raise ValueError(
             "there is no tensor-parallel group: call paddle.distributed.fleet.init with mp_degree before the first "
             "forward, or turn sequence_parallel off"
         )
-    group: Group = groups.get_model_parallel_group()
     return group

@@ -249,13 +249,14 @@ def measure(nranks):
     enable_tensor_parallel_on_cpu()
     ranks = Ranks(nranks)
     told = {"upstream": ranks.errors(ranks.model(), UPSTREAM_CAN)}
-    told["upstream without SP"] = ranks.errors(ranks.model(sequence_parallel=False), ["several"])
+    told["upstream without SP"] = ranks.errors(ranks.model(sequence_parallel=False, mark=False), ["several"])
     told["unmarked norms"] = ranks.errors(ranks.model(mark=False), ["text"])
     on_one = list(train(ranks, tiny.tiny_qwen3_vl()))
     told["drift upstream"] = replicas(ranks, on_one)
     with apply_to_qwen3_vl():
         told["patched"] = ranks.errors(ranks.model())
         told["patched, built after"] = ranks.errors(ranks.model(mark=False), ["text", "several"])
+        told["patched without SP"] = ranks.errors(ranks.model(sequence_parallel=False), ["text", "several"])
         told["full recompute"] = ranks.errors(recomputed(ranks.model()), SOME)
         told["frozen language model"] = of_frozen(ranks, "language_model")
         told["frozen tower"] = of_frozen(ranks, "visual")
@@ -368,9 +369,11 @@ def test_one_sum_for_all_levels(told):
 def test_unmarked_head_norms_are_wrong(told):
     """The other finding: q_norm and k_norm, on text too, unless they are marked."""
     assert worst(told, "unmarked norms", "text", "language") > WRONG
+    assert worst(told, "upstream without SP", "several", "language") > WRONG
     assert worst(told, "upstream", "text", "language") < RIGHT
-    for kind in ("text", "several"):  # a model that is built with its class changed marks them itself
+    for kind in ("text", "several"):  # a model that is built with its class changed marks them itself, or sums them
         assert worst(told, "patched, built after", kind, "language") < RIGHT
+        assert worst(told, "patched without SP", kind, "language") < RIGHT
 
 
 def test_revert_makes_it_upstream_again(told):
