@@ -31,3 +31,11 @@ def via_float32(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.place.is_cpu_place() and x.dtype == paddle.float16:
         return move(x.astype("float32")).astype("float16")
     return move(x)
+
+
+def keep_gradient_contiguous(parameter: Tensor) -> None:
+    """For a parameter that is multiplied transposed, whose gradient Paddle leaves strided, [1, V] for [V, H].
+
+    Paddle 3.3.1's fused_allreduce_gradients sums memory, not elements: it permutes such a gradient.
+    """
+    parameter.register_hook(lambda grad: grad.contiguous())

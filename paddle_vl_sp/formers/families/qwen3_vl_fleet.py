@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from paddle import Tensor
 from paddle.nn import Layer
 
+from paddle_vl_sp.autograd import keep_gradient_contiguous
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlans, indices_to_carry, own_row
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
@@ -84,6 +86,22 @@ def visual_layer(base: type) -> type:
     return base if VisualDeepstack in base.__mro__ else deepstack_layer(base)
 
 
+class _ContiguousHead:
+    weight: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.weight is not None and not self.weight.stop_gradient:
+            keep_gradient_contiguous(self.weight)
+
+
+def contiguous_head(base: type) -> type:
+    """Keeps the LM head's gradient contiguous: Paddle's fused all-reduce over data parallel permutes strided ones."""
+    if _ContiguousHead in base.__mro__:
+        return base
+    return type(base.__name__, (_ContiguousHead, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
 def _require_our_embedding(model: Layer) -> None:
     """PaddleFleet's own embedding drops plans, and raises on images with videos."""
     if any(getattr(type(layer), "places_by_plan", False) for layer in model.language_model.sublayers()):
@@ -151,6 +169,7 @@ FAMILY = Family(
     ),
     swapped=(
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTEmbedding", visual_embedding),
+        Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTLMHead", contiguous_head),
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
 )
