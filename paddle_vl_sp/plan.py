@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -36,7 +35,6 @@ class VisualPlan:
     gather_indices: Array
     row_shape: tuple[int, int]
     num_features: int | None
-    _counted: Array | None = field(default=None, repr=False)  # counts [2], where the tokens were counted already
 
     @classmethod
     def from_indices(
@@ -81,14 +79,12 @@ class VisualPlan:
         """Whether the indices are numpy arrays."""
         return isinstance(self.update_indices, np.ndarray)
 
-    @cached_property
+    @property
     def counts(self) -> Array:
         """n of this rank and N of the batch; reading it from a device synchronises.
 
         A plan from index arrays knows no tokens: its N is num_features, -1 for None.
         """
-        if self._counted is not None:
-            return self._counted
         used = (self.update_indices >= 0).sum()
         num_features = -1 if self.num_features is None else self.num_features
         if self.on_host:
@@ -112,8 +108,24 @@ class VisualPlan:
         from paddle_vl_sp.backends.dispatch import on_place
 
         update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
-        counted = None if self._counted is None else on_place(self._counted, place)
-        return VisualPlan(update, gather, self.row_shape, self.num_features, counted)
+        return VisualPlan(update, gather, self.row_shape, self.num_features)
+
+
+@dataclass(frozen=True, eq=False)
+class _PaddedPlan(VisualPlan):
+    """A plan of fixed size; n and N were counted where the tokens are."""
+
+    counted: Array  # [2]
+
+    @property
+    def counts(self) -> Array:
+        return self.counted
+
+    def to(self, place: str | Place) -> VisualPlan:
+        from paddle_vl_sp.backends.dispatch import on_place
+
+        update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
+        return _PaddedPlan(update, gather, self.row_shape, self.num_features, on_place(self.counted, place))
 
 
 def plan_visual(
@@ -157,7 +169,7 @@ def plan_visual(
     batch = int(tokens.shape[0])
     row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
     if padded:
-        return VisualPlan(update, gather, row_shape, num_features, counts)
+        return _PaddedPlan(update, gather, row_shape, num_features, counts)
     visual = int(counts[1])
     if num_features is not None:
         check_feature_count(visual, num_features)
