@@ -125,17 +125,22 @@ def check_upstream() -> Iterator[Check]:
         return  # the line of the switches says so
     try:
         with apply_to_qwen3_vl(strict=False) as report:
-            absent = {line.family: line.why for line in report.lines if line.state == ABSENT}
+            absent = {line.name: line.why for line in report.lines if line.state == ABSENT}
     except ImportError as error:
         yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
         return
     for family in QWEN3_VL:
-        if family.name in absent:
-            yield _absent(family, absent[family.name])
-        else:
-            module = sys.modules[family.module]
-            methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
-            yield from (_method(family, method, module) for method in methods)
+        if family.module in absent:
+            yield _absent(family, absent[family.module])
+            continue
+        module = sys.modules[family.module]
+        methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
+        yield from (_method(family, method, module) for method in methods)
+        for swapped in family.swapped:
+            if swapped.label in absent:
+                yield Check(WARN, swapped.label, f"is not there: {absent[swapped.label]}", FLEET)
+            else:
+                yield Check(PASS, swapped.label, "models built afterwards would be made of a subclass")
 
 
 def _absent(family: Family, why: str) -> Check:

@@ -57,6 +57,12 @@ class Swapped:
     name: str
     make: Callable[[type], type]  # ours, from what is there
 
+    @property
+    def label(self) -> str:
+        """gpt_layer_specs.GPTEmbedding, Qwen3VLTextProvider.specific_layer"""
+        module, _, owner = self.where.partition(":")
+        return f"{owner or module.rpartition('.')[2]}.{self.name}"
+
 
 @dataclass(frozen=True)
 class Family:

@@ -125,7 +125,7 @@ def _swap_all(family: Family, changes: list[str], made: list[Change]) -> list[Li
     lines = []
     for swapped in family.swapped:
         module, _, owner_name = swapped.where.partition(":")
-        name = f"{owner_name or module.rpartition('.')[2]}.{swapped.name}"
+        name = swapped.label
         if changes:
             lines.append(Line(family.name, name, LEFT_ALONE, "; ".join(changes)))
             continue
