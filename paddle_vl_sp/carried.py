@@ -151,8 +151,8 @@ def own_row(rows: Any, rank: int, size: int) -> Any:
         return rows
     if len(rows.shape) != 2 or (rows.shape[1] == 1 and rows.shape[0] != size):
         raise ValueError(
-            f"index arrays must be 1-D and of one length, or [ranks, n], got {list(rows.shape)}; squeeze [n, 1] arrays "
-            "before handing them over"
+            f"index arrays must be 1-D and of one length, or [ranks, n] with {size} ranks, got {list(rows.shape)}: "
+            "plan for the degree that the model runs with, or, if these are indices of one rank [n, 1], squeeze them"
         )
     if rows.shape[0] != size:
         raise ValueError(
@@ -209,11 +209,25 @@ class Handover(Generic[T]):
         return self._value.get()
 
 
-def is_same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether one tensor is the other, or its detached form, as recompute hands it on. Both must be alive."""
-    if a is b:
-        return True
-    return bool(a.shape == b.shape and a.dtype == b.dtype and a.data_ptr() == b.data_ptr())
+@dataclass(frozen=True, eq=False)
+class OfMask:
+    """What is known of a mask as it was when this was made."""
+
+    mask: Tensor  # bool [B, S]; kept, so that its memory is not given to another
+
+    def __post_init__(self) -> None:
+        self.__dict__["_identity"] = _identity(self.mask)
+
+    def is_for(self, mask: Tensor) -> bool:
+        """Whether it is that mask, or its detached form as recompute hands it on, and not written to since."""
+        return bool(_identity(mask) == self.__dict__["_identity"])
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """Memory, form and version of a tensor; in a traced graph the variable."""
+    if not hasattr(x, "data_ptr"):
+        return (id(x),)
+    return x.data_ptr(), tuple(x.shape), tuple(x.strides), x.dtype, x._inplace_version()
 
 
 def _stack_rows(arrays: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import numpy as np
 import paddle
@@ -21,7 +21,7 @@ from paddle_vl_sp.plan import VisualPlan
 
 BUCKET = 2**24  # elements in one all-reduce
 
-_SUMMED: WeakSet[Layer] = WeakSet()  # layers whose gradients are summed in the backward
+_SUMMED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # whose gradients are summed in the backward
 
 
 def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Group | None) -> list[Tensor]:
@@ -114,17 +114,18 @@ def sum_parameter_grads(module: Layer, group: Group | None) -> None:
 
 
 def sum_in_backward(layer: Layer, group: Callable[[], Group | None]) -> None:
-    """Has the gradients of the layer's own parameters summed over the group as soon as they are computed, once a layer.
+    """Has the gradients of the layer's own parameters summed over the group as soon as they are computed, once each.
 
     For replicated parameters of which every rank sees a part, where no trainer sums marked ones. The group is looked up
-    in the backward. Parameters that are frozen now are left out.
+    in the backward; `paddle.grad` does not run it, and a copy of the layer needs a call of its own.
     """
-    if layer in _SUMMED:
-        return
-    _SUMMED.add(layer)
     for parameter in layer.parameters(include_sublayers=False):
-        if not parameter.stop_gradient:
-            parameter.register_hook(functools.partial(_summed_over, group))
+        if _SUMMED.get(id(parameter)) is parameter:
+            continue
+        _SUMMED[id(parameter)] = parameter
+        frozen, parameter.stop_gradient = parameter.stop_gradient, False  # Paddle hooks no frozen one
+        parameter.register_hook(functools.partial(_summed_over, group))
+        parameter.stop_gradient = frozen
 
 
 def _summed_over(group: Callable[[], Group | None], grad: Tensor) -> Tensor:

@@ -11,17 +11,16 @@ import paddle
 from paddle import Tensor
 from paddle.nn import Layer
 
-from paddle_vl_sp.carried import Handover, is_same_memory
+from paddle_vl_sp.carried import Handover, OfMask
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.rows import add_rows
 from paddle_vl_sp.verify import check_result, checking
 
 
 @dataclass(frozen=True, eq=False)
-class OwnRows:
+class OwnRows(OfMask):
     """What a text model's or a layer's forward knows of the mask that it hands to `_deepstack_process`."""
 
-    mask: Tensor  # bool [B, S]
     plan: VisualPlan  # of this rank's hidden states
 
 
@@ -34,7 +33,7 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _deepstack_process(self: Layer, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Any:
         own = OWN_ROWS.get()
-        is_planned = own is not None and is_same_memory(own.mask, visual_pos_masks)
+        is_planned = own is not None and own.is_for(visual_pos_masks)
         if own is None or not is_planned or hidden_states.shape[-1] != visual_embeds.shape[-1]:
             return original(self, hidden_states, visual_pos_masks, visual_embeds)  # which takes this rank's columns
         out = add_rows(hidden_states, visual_embeds, own.plan)  # a copy, as upstream: hooks may keep the layer's output

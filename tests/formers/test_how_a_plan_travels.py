@@ -9,6 +9,7 @@ import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of
 
+from paddle_vl_sp.carried import OfMask
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
 from text_wrappers import Recomputed, RecomputedOtherwise, Twice, Wrapped, wrap
 
@@ -104,5 +105,61 @@ def test_a_placeholder_mask_of_the_instance():
     )
     wanted = float(loss_of(model, batch))
     assert wanted != elsewhere
+    with apply_to_qwen3_vl():
+        assert float(loss_of(model, batch)) == wanted
+
+
+def hooked(change):
+    """A model whose text model's pre-hook changes what it is handed."""
+    model = tiny.tiny_qwen3_vl()
+    model.model.language_model.register_forward_pre_hook(
+        lambda layer, args, named: (args, change(dict(named))), with_kwargs=True
+    )
+    return model
+
+
+def flipped_in_place(named):
+    mask = named["visual_pos_masks"]
+    paddle.assign(mask.flip(1), output=mask)
+    return named
+
+
+def cleared_in_place(named):
+    """The first sample loses its visual tokens, and the levels their rows."""
+    mask = named["visual_pos_masks"]
+    gone = int(mask[0].sum())
+    mask[0] = False
+    return named | {"deepstack_visual_embeds": [level[gone:] for level in named["deepstack_visual_embeds"]]}
+
+
+def another_mask(named):
+    return named | {"visual_pos_masks": named["visual_pos_masks"].flip(1)}
+
+
+@pytest.mark.parametrize("change", [flipped_in_place, cleared_in_place, another_mask])
+def test_a_mask_that_was_changed_on_the_way(change):
+    """Bit-exact: the text model follows the mask that it gets, and not the plan of what it was."""
+    batch = tiny.draw_batch(SAMPLES["several"], seed=3)
+    wanted = float(loss_of(hooked(change), batch))
+    with apply_to_qwen3_vl():
+        assert float(loss_of(hooked(change), batch)) == wanted
+
+
+def test_a_transposed_view_is_another_mask():
+    """The same memory and shape, other strides."""
+    mask = paddle.to_tensor(np.eye(4, k=1) > 0)
+    known = OfMask(mask)
+    assert known.is_for(mask)
+    assert known.is_for(mask.detach())
+    assert not known.is_for(mask.t())
+    assert not known.is_for(mask.clone())
+
+
+def test_a_tower_without_deepstack():
+    """None for the levels, as an override may return: upstream runs it, bit for bit."""
+    model, batch = tiny.tiny_qwen3_vl(), tiny.draw_batch(SAMPLES["image"], seed=3)
+    original = model.model.get_image_features
+    model.model.get_image_features = lambda *args: (original(*args)[0], None)
+    wanted = float(loss_of(model, batch))
     with apply_to_qwen3_vl():
         assert float(loss_of(model, batch)) == wanted

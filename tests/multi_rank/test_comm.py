@@ -15,7 +15,7 @@ from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual, replace_r
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.agree import agree, check_same, exchange, fingerprint
 from paddle_vl_sp.comm.gather import all_gather_rows, gather_rows
-from paddle_vl_sp.comm.grads import complete_grad, sum_parameter_grads
+from paddle_vl_sp.comm.grads import complete_grad, sum_in_backward, sum_parameter_grads
 from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
 from paddle_vl_sp.comm.uneven import UnevenRows
 from paddle_vl_sp.testing.subgroup import SubGroup
@@ -544,7 +544,25 @@ def infinite_replicas():
         assert drift.relative == infinity
 
 
+def sums_in_the_backward_once_a_parameter():
+    """Exact: called twice, of a shared weight, of one that was frozen at the call, and of one that came later."""
+    group = world()
+    first, second = paddle.nn.LayerNorm(3), paddle.nn.LayerNorm(3)
+    second.weight = first.weight
+    first.weight.stop_gradient = True
+    for layer in (first, second, first):
+        sum_in_backward(layer, world)
+    first.weight.stop_gradient = False
+    later = paddle.nn.LayerNorm(3)
+    later.weight = paddle.create_parameter([3], "float32")
+    sum_in_backward(later, world)
+    (first.weight.sum() + later.weight.sum()).backward()
+    for layer in (first, later):
+        assert (layer.weight.grad.numpy() == group.nranks).all()
+
+
 CASES = [
+    sums_in_the_backward_once_a_parameter,
     gather_moves_every_bit,
     gather_keeps_nan,
     several_tensors_travel_together,

@@ -14,7 +14,7 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.dispatch import joint_rows
-from paddle_vl_sp.carried import Handover, LoadedPlans, is_same_memory
+from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers import shared_tower
@@ -38,10 +38,9 @@ LOADER_ADVICE = "plan in the last collate function, with the ids that the model 
 
 
 @dataclass(frozen=True, eq=False)
-class Visual:
+class Visual(OfMask):
     """What the model's forward knows of the mask that it hands to the text model."""
 
-    mask: Tensor  # bool [B, S]
     plan: VisualPlan  # of the uncut sequence
     loaded: LoadedPlans | None
     syncs: int  # host synchronisations so far
@@ -118,7 +117,7 @@ def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
 
     def encode(pixels: Tensor, grid: Tensor) -> tuple[Tensor, list[Tensor]]:
         per_item, levels = getattr(model, method)(pixels, grid)
-        return paddle.concat(list(per_item)), levels
+        return paddle.concat(list(per_item)), [] if levels is None else levels  # None: deepstack is off
 
     main, levels = shared_tower.encoded(model, encode, given[pixels], given.get(grid))
     return [main, *levels]
@@ -182,7 +181,7 @@ def _joined(
 def _of_this_rank(mask: Tensor, levels: list[Tensor], sequence_parallel: bool) -> tuple[VisualPlan, list[Tensor]]:
     """The plan of the text model's hidden states; under sequence parallelism, a cut of the flattened batch [B * S]."""
     visual = VISUAL.get()
-    if visual is not None and is_same_memory(visual.mask, mask):
+    if visual is not None and visual.is_for(mask):
         visual.reached.append(True)
     else:  # another caller's mask, or a replay in the backward
         visual = None
