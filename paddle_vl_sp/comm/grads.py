@@ -20,6 +20,7 @@ from paddle_vl_sp.comm.gather import DTYPES, name_of, view_of
 from paddle_vl_sp.plan import VisualPlan
 
 BUCKET = 2**24  # elements in one all-reduce
+HEAD_NORMS = ("q_norm", "k_norm")  # replicated; a rank's gradient covers its own heads only
 
 _SUMMED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # whose gradients are summed in the backward
 
@@ -126,6 +127,11 @@ def sum_in_backward(layer: Layer, group: Callable[[], Group | None]) -> None:
         frozen, parameter.stop_gradient = parameter.stop_gradient, False  # Paddle hooks no frozen one
         parameter.register_hook(functools.partial(_summed_over, group))
         parameter.stop_gradient = frozen
+
+
+def head_norms(model: Layer) -> list[Layer]:
+    """The model's q_norm and k_norm layers."""
+    return [layer for name, layer in model.named_sublayers() if name.rpartition(".")[2] in HEAD_NORMS]
 
 
 def _summed_over(group: Callable[[], Group | None], grad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
-from paddle_vl_sp.comm.grads import complete_grad, sum_in_backward
+from paddle_vl_sp.comm.grads import complete_grad, head_norms, sum_in_backward
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
@@ -16,7 +16,6 @@ from paddle_vl_sp.rows import add_rows
 from paddle_vl_sp.verify import check_result, checking
 
 CARRIED = (UPDATE, GATHER, LEVELS, MASK)
-HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class VisualDeepstack:
@@ -38,9 +37,8 @@ class VisualDeepstack:
         super().__init__(*args, **kwargs)
         if getattr(self.config, "sequence_parallel", False) or not isinstance(self, paddle.nn.Layer):
             return  # PaddleFleet marks them
-        for name, layer in self.named_sublayers():
-            if name.rpartition(".")[2] in HEAD_NORMS:  # replicated; each rank's gradient covers its own heads
-                sum_in_backward(layer, tensor_parallel_group)
+        for norm in head_norms(self):
+            sum_in_backward(norm, tensor_parallel_group)
 
     def forward(self, dict_args: dict[str, Any]) -> dict[str, Any]:
         carried = {key: dict_args[key] for key in CARRIED if dict_args.get(key) is not None}

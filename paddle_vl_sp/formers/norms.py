@@ -8,11 +8,9 @@ from typing import Any
 
 from paddle.nn import Layer
 
-from paddle_vl_sp.comm.grads import sum_in_backward
+from paddle_vl_sp.comm.grads import head_norms, sum_in_backward
 from paddle_vl_sp.formers.groups import tensor_parallel_group
 from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, Line
-
-NAMES = ("q_norm", "k_norm")
 
 
 def text_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,8 +50,4 @@ def _have_summed(norms: list[Any], config: Any) -> tuple[str, str]:
 
 
 def _head_norms(model: Layer) -> list[Any]:
-    return [
-        layer
-        for name, layer in model.named_sublayers()
-        if name.rpartition(".")[2] in NAMES and hasattr(layer, "enable_sequence_parallel")
-    ]
+    return [norm for norm in head_norms(model) if hasattr(norm, "enable_sequence_parallel")]

@@ -312,7 +312,7 @@ def test_the_order_of_images_and_videos_passes_too(as_rank, dist_model):
 
 @pytest.mark.parametrize(("planned", "is_cut"), [(1, True), (2, True), (2, False)])
 def test_a_plan_for_another_degree_is_refused(as_rank, dist_model, planned, is_cut):
-    """Both numbers and the mend; also where the degree was left out, and where a plan for several is not needed."""
+    """Both numbers and the fix; also where the degree was left out, and where a plan for several is not needed."""
     as_rank(0, 4)
     dist_model.sequence_parallel_lm = is_cut
     ids = np.full((2, 8), IMAGE)

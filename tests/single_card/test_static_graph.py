@@ -183,11 +183,11 @@ class PublicRows(paddle.nn.Layer):
         return add_rows(replace_rows(hidden, features, plan), features, plan, inplace=True)
 
 
-@pytest.mark.parametrize("serves", ["op", "python"])
+@pytest.mark.parametrize("backend_name", ["op", "python"])
 @pytest.mark.parametrize("full_graph", [True, False])
-def test_the_public_functions_inside_a_traced_model(full_graph, serves, monkeypatch):
+def test_the_public_functions_inside_a_traced_model(full_graph, backend_name, monkeypatch):
     """Bit-exact with eager mode, with operators and without."""
-    if serves == "python":
+    if backend_name == "python":
         monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
     graph = paddle.jit.to_static(PublicRows(), input_spec=DYNAMIC if full_graph else None, full_graph=full_graph)
     for batch, seq_len in SHAPES:
@@ -204,11 +204,11 @@ def added_beside(hidden, features, update, gather):
     return before.sum() + (out * out).sum()
 
 
-@pytest.mark.parametrize("serves", ["op", "python"])
-def test_in_place_in_a_graph_leaves_earlier_values_alone(serves, monkeypatch):
+@pytest.mark.parametrize("backend_name", ["op", "python"])
+def test_in_place_in_a_graph_leaves_earlier_values_alone(backend_name, monkeypatch):
     """Bit-exact with a copy in eager mode, loss and gradients: inplace=True is a wish that a graph does not follow."""
     graph = paddle.jit.to_static(added_beside, input_spec=DYNAMIC, full_graph=True)
-    if serves == "python":
+    if backend_name == "python":
         monkeypatch.setattr(load, "backend", lambda: load.Backend("python", (), "as on a device without operators"))
     found = []
     for function in (added_beside, graph):

@@ -14,6 +14,7 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.dispatch import joint_rows
+from paddle_vl_sp.backends.plain import is_any_of
 from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.grads import complete_grad
@@ -128,7 +129,7 @@ def _inserted(
 ) -> tuple[Tensor, Visual, list[Tensor]]:
     """The embeddings [B, S, H] with the main features in their places, what was planned, and the levels [N, H]."""
     wanted = {kind: getattr(model.config, f"{kind}_token_id") for kind in features}
-    mask = functools.reduce(lambda a, b: a | b, (ids == wanted_id for wanted_id in wanted.values()))
+    mask = is_any_of(ids, tuple(wanted.values()))
     num_features = sum(rows[0].shape[0] for rows in features.values())
     if loaded:
         loaded.check_shape(ids)
