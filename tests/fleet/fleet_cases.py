@@ -1,7 +1,6 @@
 """Embeddings, layers and batches of a tiny model, and what its embedding must return, token by token in numpy."""
 
 import contextlib
-import types
 from unittest import mock
 
 import numpy as np
@@ -11,9 +10,10 @@ from paddle.distributed.fleet.meta_parallel import build_spec_layer
 
 import oracle
 from arrays import same_bits
+from fleet_parts import WIDTH, fleet_config
 from paddle_vl_sp import SeqLayout
 
-IMAGE, VIDEO, PAD, VOCAB, WIDTH = 7, 8, 0, 32, 6
+IMAGE, VIDEO, PAD, VOCAB = 7, 8, 0, 32
 IMAGES, VIDEOS, BOTH = ("image",), ("video",), ("image", "video")
 KIND_IDS = {"image": IMAGE, "video": VIDEO}
 UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
@@ -21,39 +21,7 @@ LEVELS, MASK = "deepstack_visual_emb", "visual_pos_masks"
 
 
 def config(**given):
-    """Exactly the fields that PaddleFleet reads; another one raises."""
-    fields = {
-        "sequence_parallel": False,
-        "multimodal_embedding": True,
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "pad_token_id": PAD,
-        "num_nextn_predict_layers": None,
-        "mtp_load_weight_only": False,
-        "enable_mtp_magic_send": False,
-        "clone_scatter_output_in_embedding": True,
-        "apply_rope_fusion": False,
-        "hidden_size": WIDTH,
-        "params_dtype": "float32",
-        "deterministic_mode": False,
-        "perform_initialization": True,
-        "embedding_init_method": paddle.nn.initializer.Normal(0.0, 1.0),
-        "hidden_dropout_prob": 0.0,
-        "fp32_residual_connection": False,
-        "sliding_window": None,
-        "experimental_dataflow": False,
-        "expert_model_parallel_size": 1,
-        "tensor_model_parallel_size": 1,
-        "multi_latent_attention": False,
-        "gpt_model_use_experimental_version": False,
-        "cp_balance_mode": "dualchunk_allgather",
-        "max_sequence_length": 64,
-        "use_accuracy_compatible": False,
-        "layer_types": None,
-        "num_empty_layers_add_in_head": 0,
-        "full_recompute": False,
-    }
-    return types.SimpleNamespace(**fields | given)
+    return fleet_config(image_token_id=IMAGE, video_token_id=VIDEO, **given)
 
 
 def build(cfg, cls=None, seed=3):

@@ -1,32 +1,22 @@
 """The deepstack layers against PaddleFormers' own: the same bits where it is right, and right where it is not."""
 
 import contextlib
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
-from fleet_cases import GATHER, LEVELS, MASK, UPDATE, WIDTH
+from fleet_cases import GATHER, LEVELS, MASK, UPDATE
 from formers_layer import formers_layer
 
 import oracle
 from arrays import drawn, same_bits
+from fleet_parts import FULL_RECOMPUTE, WIDTH, build_layer, fleet_config
 from groups import topology_of
 from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.testing import FakeGroup
 
 DTYPES = ["float32", "float16", "bfloat16"]
-
-
-def layer_config(**given):
-    fields = {
-        "sequence_parallel": False,
-        "apply_rope_fusion": False,
-        "full_recompute": False,
-        "num_empty_layers_add_in_head": 0,
-    }
-    return SimpleNamespace(**fields | given)
 
 
 @contextlib.contextmanager
@@ -46,7 +36,7 @@ def as_rank(rank, size):
 def made_layer(cls=None, layer_number=0, **given):
     from paddle_vl_sp.fleet import deepstack_layer
 
-    return (cls or deepstack_layer(formers_layer()))(layer_config(**given), layer_number=layer_number)
+    return build_layer(cls or deepstack_layer(formers_layer()), fleet_config(**given), layer_number)
 
 
 def some_mask(batch, seq_len, density, seed):
@@ -58,7 +48,7 @@ def some_mask(batch, seq_len, density, seed):
 def test_deepstack_process_has_formers_bits(size, batch):
     """Equal bits on every rank, all text, all visual, few and many: PaddleFormers' method against ours, fp32."""
     upstream, layer = formers_layer(), made_layer(sequence_parallel=True)
-    theirs = upstream(layer_config(sequence_parallel=True), layer_number=0)
+    theirs = build_layer(upstream, fleet_config(sequence_parallel=True))
     seen_empty = False
     for density in (0.0, 0.1, 0.5, 1.0):
         mask = some_mask(batch, 16, density, seed=batch)
@@ -82,7 +72,7 @@ def test_deepstack_process_without_sp_has_formers_bits(flat, dtype):
     mask = some_mask(3, 8, 0.4, seed=5)
     hidden = drawn([24, WIDTH] if flat else [3, 8, WIDTH])
     levels = drawn([int(mask.sum()), WIDTH], dtype, seed=1)
-    theirs = formers_layer()(layer_config(), layer_number=0)
+    theirs = build_layer(formers_layer(), fleet_config(), 0)
     expected = theirs._deepstack_process(hidden, paddle.to_tensor(mask), levels)
     assert same_bits(made_layer()._deepstack_process(hidden, paddle.to_tensor(mask), levels), expected)
 
@@ -92,7 +82,7 @@ def test_flattened_hidden_states_under_sp_have_formers_bits(size):
     """Equal bits: flattened hidden states of a rank go sample by sample."""
     mask = some_mask(3, 8, 0.4, seed=5)
     levels = drawn([int(mask.sum()), WIDTH], seed=1)
-    theirs = formers_layer()(layer_config(sequence_parallel=True), layer_number=0)
+    theirs = build_layer(formers_layer(), fleet_config(sequence_parallel=True), 0)
     for rank in range(size):
         hidden = drawn([24 // size, WIDTH], seed=rank)
         with as_rank(rank, size):
@@ -118,7 +108,7 @@ def test_column_slices_as_formers(size):
     mask = some_mask(2, 6, 0.5, seed=2)
     levels = drawn([int(mask.sum()), 8], seed=1)
     hidden = drawn([2, 6, 8 // size])
-    theirs = formers_layer()(layer_config(), layer_number=0)
+    theirs = build_layer(formers_layer(), fleet_config(), 0)
     for rank in range(size):
         with as_rank(rank, size):
             expected = theirs._deepstack_process(hidden, paddle.to_tensor(mask), levels)
@@ -154,14 +144,15 @@ def test_a_stack_of_layers_adds_every_level_once(num_empty, with_indices, full_r
     """Sums of three levels on their own layers; bit-exact against PaddleFormers' layers where no empty layer shifts."""
     mask = some_mask(2, 8, 0.5, seed=3)
     given, levels, hidden = a_dict(mask, 3, with_indices=with_indices)
-    more = {"num_empty_layers_add_in_head": num_empty, "full_recompute": full_recompute}
+    given["hidden_states"] = given["hidden_states"] * 1.0  # recompute of a layer that does nothing takes no leaf
+    more = {"num_empty_layers_add_in_head": num_empty, **(FULL_RECOMPUTE if full_recompute else {})}
     layers = [made_layer(None, i + num_empty, **more) for i in range(5)]
     out = through(layers, dict(given))
     expected = hidden.copy()
     for level in levels:
         expected[mask] += level.numpy()
     assert same_bits(out["hidden_states"], expected)
-    theirs = [formers_layer()(layer_config(**more), layer_number=i + num_empty) for i in range(5)]
+    theirs = [build_layer(formers_layer(), fleet_config(**more), i + num_empty) for i in range(5)]
     upstream = through(theirs, {key: value for key, value in given.items() if key not in (UPDATE, GATHER)})
     assert same_bits(upstream["hidden_states"], expected) == (num_empty == 0)
     out["hidden_states"].sum().backward()
@@ -171,7 +162,7 @@ def test_a_stack_of_layers_adds_every_level_once(num_empty, with_indices, full_r
 class Keeping(paddle.nn.Layer):
     """A layer that remembers its output: the hidden states themselves, or their double."""
 
-    def __init__(self, config, layer_number):
+    def __init__(self, config, sublayers_spec, layer_number):
         super().__init__()
         self.config, self.layer_number = config, layer_number
 
@@ -254,7 +245,7 @@ def test_a_stack_under_sp_has_formers_bits_and_every_gradient(monkeypatch, size,
         part = slice(rank * 16 // size, (rank + 1) * 16 // size)
         with as_rank(rank, size):
             out = through([made_layer(None, i, sequence_parallel=True) for i in range(3)], dict(given))
-            theirs = [formers_layer()(layer_config(sequence_parallel=True), layer_number=i) for i in range(3)]
+            theirs = [build_layer(formers_layer(), fleet_config(sequence_parallel=True), i) for i in range(3)]
             upstream = through(theirs, {key: value for key, value in given.items() if key not in (UPDATE, GATHER)})
         assert same_bits(out["hidden_states"], upstream["hidden_states"])
         (out["hidden_states"] * paddle.to_tensor(slope[part])).sum().backward()

@@ -8,6 +8,7 @@ import pytest
 from training import modeling_fleet
 
 from arrays import same_bits
+from fleet_parts import FULL_RECOMPUTE, build_layer, fleet_config
 from groups import topology_of
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks, revert
@@ -44,10 +45,10 @@ def built(monkeypatch):
 
 
 def layer(number, sequence_parallel, cls=Layer, full_recompute=False, **more):
-    config = SimpleNamespace(
-        sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=full_recompute, **more
-    )
-    return cls(config, layer_number=number)
+    if full_recompute:
+        more |= FULL_RECOMPUTE
+    with stubbed_paddlefleet():
+        return build_layer(cls, fleet_config(sequence_parallel=sequence_parallel, **more), number)
 
 
 def masks(batch):

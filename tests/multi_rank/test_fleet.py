@@ -14,12 +14,13 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from fleet_parts import WIDTH, build_layer, scaled
 from groups import topology_of
 from paddle_vl_sp import RunReport
 from paddle_vl_sp.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
-from fleet_cases import BOTH, IMAGE, IMAGES, KIND_IDS, VIDEO, VOCAB, WIDTH, build, config
+from fleet_cases import BOTH, IMAGE, IMAGES, KIND_IDS, VIDEO, VOCAB, build, config
 from formers_layer import formers_layer
 
 from stub_paddlefleet import use_paddlefleet
@@ -118,7 +119,7 @@ def gradients(case, *, sequence_parallel, merge="rows", parallel_tower=False, st
     embedding = build(cfg, None if merge in ("layers", "upstream alone") else fleet.VisualGPTEmbedding)
     embedding.merge = "upstream" if merge == "upstream" else "rows"
     layer_class = formers_layer() if merge in ("embedding", "upstream alone") else fleet.VisualTransformerLayer
-    layers = [layer_class(cfg, layer_number=i) for i in range(len(SCALES))]
+    layers = [build_layer(scaled(layer_class), cfg, i) for i in range(len(SCALES))]
     tower = Tower(parallel_tower)
     for layer, scale in zip(layers, SCALES, strict=True):  # so that every level's gradient is another one
         layer.scale.set_value(np.array([scale], np.float32))

@@ -3,14 +3,17 @@ from paddle.distributed.fleet.utils import recompute
 from paddlefleet.transformer.layer import FleetLayer
 
 
-class TransformerLayer(FleetLayer):
-    """Attention that mixes nothing and an MLP that scales: enough to carry a dict and to be recomputed."""
+class TransformerLayerSublayersSpec:
+    """The double's layer has no sub-layers; those of PaddleFleet are the identity where none is named."""
 
-    def __init__(self, config, sublayers_spec=None, layer_number=1, hidden_dropout_prob=None, pg_collection=None):
+
+class TransformerLayer(FleetLayer):
+    """Attention and MLP of nothing: enough to carry a dict and to be recomputed."""
+
+    def __init__(self, config, sublayers_spec, layer_number=1, hidden_dropout_prob=None, pg_collection=None):
         super().__init__(config)
         self.layer_number = layer_number
-        self.full_recompute = config.full_recompute
-        self.scale = self.create_parameter([1], default_initializer=paddle.nn.initializer.Constant(1.0))
+        self.full_recompute = config.recompute_granularity == "full"
 
     def forward(self, dict_args):
         if self.full_recompute:
@@ -24,7 +27,7 @@ class TransformerLayer(FleetLayer):
         return self._forward_mlp(hidden)
 
     def _forward_attention(self, hidden_states, **kwargs):
-        return hidden_states * self.scale, None
+        return paddle.assign(hidden_states), None
 
     def _forward_mlp(self, hidden_states):
         return hidden_states
