@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 ENABLED, BACKEND, CHECK = "PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK"
 LOG, REPORT = "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT"
+STRICT, VISION_DP, LOADER_PLANS = "PADDLE_VL_SP_STRICT", "PADDLE_VL_SP_VISION_DP", "PADDLE_VL_SP_LOADER_PLANS"
+FAMILIES = "PADDLE_VL_SP_FAMILIES"  # names with commas between; unset or empty: all
 
 SWITCHES = {  # the first word is the default
     ENABLED: ("1", "0"),
@@ -14,6 +16,9 @@ SWITCHES = {  # the first word is the default
     CHECK: ("0", "1"),
     LOG: ("info", "debug", "warning", "error"),
     REPORT: ("0", "1"),
+    STRICT: ("1", "0"),
+    VISION_DP: ("0", "1"),
+    LOADER_PLANS: ("0", "1"),
 }
 
 
@@ -29,6 +34,11 @@ def setting(switch: str) -> str:
 
 def is_on(switch: str) -> bool:
     return setting(switch) == "1"
+
+
+def names_in(switch: str) -> tuple[str, ...] | None:
+    """The names in a switch that is a list; None where it is unset or empty."""
+    return tuple(name.strip() for name in os.environ.get(switch, "").split(",") if name.strip()) or None
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -92,8 +92,9 @@ def undo_changes(changes: Iterable[Change]) -> None:
     for change in reversed([change for change in _in_place if change in changes]):
         if change.undo():
             _in_place.remove(change)
+    shared_tower.stop_where_upstreams()
 
 
 def revert() -> None:
-    """Puts everything back that `apply_to_qwen3_vl` replaced: the same function objects."""
+    """Puts everything back that `apply_to_paddleformers` replaced: the same function objects."""
     undo_changes(tuple(_in_place))

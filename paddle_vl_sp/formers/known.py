@@ -73,10 +73,11 @@ class Family:
     replaced: tuple[Replaced, ...]
     called: tuple[Called, ...] = ()
     swapped: tuple[Swapped, ...] = ()
+    shared: tuple[Replaced, ...] = ()  # replaced too, where the vision tower's work is to be shared
 
     def changes(self, module: Any) -> Iterator[str]:
         """What is not as known in the module's classes."""
-        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called)
+        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called, *self.shared)
         for method in methods:
             owner_name, _, name = method.name.partition(".")
             owner = getattr(module, owner_name, None)

@@ -1,19 +1,19 @@
-"""apply_to_qwen3_vl: PaddleFormers' Qwen3-VL classes, method by method, with what this package does better."""
+"""apply_to_paddleformers: the classes of its models, method by method, with what this package does better."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.load import backend as backend_in_use
 from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
-from paddle_vl_sp.formers.families import QWEN3_VL
-from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, formers_version
+from paddle_vl_sp.formers.families import FAMILIES
+from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, Replaced, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
 from paddle_vl_sp.log import logger
@@ -26,59 +26,81 @@ class UpstreamChanged(RuntimeError):
     """A method that would be replaced, or that ours calls, is not the one that is known."""
 
 
-def apply_to_qwen3_vl(
-    model: Layer | None = None, *, backend: str = "auto", strict: bool = True, vision_dp: bool = False
+def apply_to_paddleformers(
+    model: Layer | None = None,
+    *,
+    families: str | Sequence[str] | None = None,
+    strict: bool = True,
+    vision_dp: bool = False,
 ) -> PatchReport:
-    """Replaces the methods of PaddleFormers' Qwen3-VL classes that place visual features; `revert()` puts them back.
+    """Replaces the methods of PaddleFormers' classes that place visual features; `revert()` puts them back.
 
     Classes are changed, so it applies to models built before and after. Calling it again changes nothing. What it did
-    is in the report, which is also a context manager: ``with apply_to_qwen3_vl(): ...``.
+    is in the report, which is also a context manager: ``with apply_to_paddleformers(): ...``.
 
     model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
                under sequence parallelism, as those of models built from now on are; before the trainer is made
-    backend    "op" or "python" where it must be the implementation in use; "auto" takes what there is
+    families   the families of models, by name; None: all that are known. "qwen3_vl" is plain, MoE and fleet
     strict     code of PaddleFormers that is not known is an UpstreamChanged error, else it is left alone with a warning
-    vision_dp  the tensor-parallel ranks share the vision tower's work
+    vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
+               model that is built from now on
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
     """
     if importlib.util.find_spec("paddleformers") is None:
         raise ImportError(
-            "apply_to_qwen3_vl changes PaddleFormers' classes, and paddleformers is not installed: "
+            "this changes PaddleFormers' classes, and paddleformers is not installed: "
             'pip install "paddleformers==1.2.0" "pyarrow<26"'
         )
-    _check_backend(backend)
-    if vision_dp and model is None:
-        raise ValueError("vision_dp=True needs the built model, whose tower it marks: apply_to_qwen3_vl(model, ...)")
+    wanted = _named(families)
     if switched_off():
-        logger.info("Qwen3-VL is left as it is: %s=0", ENABLED)
-        return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in QWEN3_VL))
+        logger.info("PaddleFormers is left as it is: %s=0", ENABLED)
+        return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted))
     lines: list[Line] = []
-    found = _loaded(lines, strict)
+    found = _loaded(wanted, lines, strict)
     changed = {family.name: list(family.changes(module)) for family, module in found}
     if strict and any(changed.values()):
         raise UpstreamChanged(_describe(changed) + "; with strict=False these classes are left alone")
     made: list[Change] = []
     for family, module in found:
-        lines += _replace_all(family, module, changed[family.name], made)
+        methods = family.replaced + (family.shared if vision_dp and model is None else ())
+        lines += _replace_all(family, methods, module, changed[family.name], made)
         lines += _swap_all(family, changed[family.name], made)
     if any(changed.values()):
         logger.warning("%s; these classes are left alone", _describe(changed))
-    if vision_dp:
+    if vision_dp and model is not None:
         lines.append(_share(model, made))
     if model is not None:
         lines += mark_head_norms(model)
     report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
     if not report.replaced:
-        logger.warning("nothing of Qwen3-VL is replaced: %s", report.in_a_line())
+        logger.warning("nothing of PaddleFormers is replaced: %s", report.in_a_line())
     if made:
         _announce(report)
     return report
 
 
+def apply_to_qwen3_vl(
+    model: Layer | None = None, *, backend: str = "auto", strict: bool = True, vision_dp: bool = False
+) -> PatchReport:
+    """`apply_to_paddleformers` for Qwen3-VL alone: dense and MoE, the plain classes and those on PaddleFleet.
+
+    backend    "op" or "python" where it must be the implementation in use; "auto" takes what there is
+    """
+    _check_backend(backend)
+    return apply_to_paddleformers(model, families="qwen3_vl", strict=strict, vision_dp=vision_dp)
+
+
+def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:
+    names = (families,) if isinstance(families, str) else tuple(FAMILIES if families is None else families)
+    for name in names:
+        check_choice("families", name, tuple(FAMILIES))
+    return tuple(family for name in dict.fromkeys(names) for family in FAMILIES[name])
+
+
 def _announce(report: PatchReport) -> None:
     """Once a process: a context may be entered again and again."""
-    line = f"Qwen3-VL, {report.in_a_line()}; rows by {backend_in_use()}"
+    line = f"PaddleFormers, {report.in_a_line()}; rows by {backend_in_use()}"
     if line not in _announced:
         _announced.add(line)
         logger.info("%s", line)
@@ -89,10 +111,10 @@ def switched_off() -> bool:
     return not is_on(ENABLED)
 
 
-def _loaded(lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
+def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
     """The families with their modules; those that cannot be imported, for want of paddlefleet, get a line."""
     found = []
-    for family in QWEN3_VL:
+    for family in wanted:
         try:
             found.append((family, importlib.import_module(family.module)))
         except ImportError as error:
@@ -105,9 +127,11 @@ def _loaded(lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
     return found
 
 
-def _replace_all(family: Family, module: Any, changes: list[str], made: list[Change]) -> list[Line]:
+def _replace_all(
+    family: Family, methods: Sequence[Replaced], module: Any, changes: list[str], made: list[Change]
+) -> list[Line]:
     lines = []
-    for method in family.replaced:
+    for method in methods:
         if changes:
             lines.append(Line(family.name, method.name, LEFT_ALONE, "; ".join(changes)))
             continue

@@ -1,11 +1,21 @@
 """For PaddleFormers' `custom_register_path`: executed in every process of a run, before the model is built.
 
-`python -m paddle_vl_sp plugin-path` prints where this file is. PADDLE_VL_SP=0 makes it do nothing, and
-PADDLE_VL_SP_REPORT=1 puts a VisualReport into every trainer.
+`python -m paddle_vl_sp plugin-path` prints where this file is. The switches are environment variables, since a YAML
+takes no keys but PaddleFormers' own:
+
+PADDLE_VL_SP=0                  nothing is changed
+PADDLE_VL_SP_FAMILIES=a,b       only these families of models
+PADDLE_VL_SP_STRICT=0           code of PaddleFormers that is not known is left alone instead of an error
+PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replicated vision tower
+PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
+PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
 """
 
 from paddle_vl_sp.formers.callback import report_if_asked
-from paddle_vl_sp.formers.patch import apply_to_qwen3_vl
+from paddle_vl_sp.formers.patch import apply_to_paddleformers
+from paddle_vl_sp.formers.workflow import plan_if_asked
+from paddle_vl_sp.settings import FAMILIES, STRICT, VISION_DP, is_on, names_in
 
-apply_to_qwen3_vl()
+apply_to_paddleformers(families=names_in(FAMILIES), strict=is_on(STRICT), vision_dp=is_on(VISION_DP))
+plan_if_asked()
 report_if_asked()

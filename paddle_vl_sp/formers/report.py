@@ -22,7 +22,7 @@ class Line:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `apply_to_qwen3_vl` did. As a context manager it undoes, on leaving, what that call had replaced."""
+    """What `apply_to_paddleformers` did. As a context manager it undoes, on leaving, what that call had replaced."""
 
     lines: tuple[Line, ...]
     take_back: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
@@ -59,7 +59,7 @@ class PatchReport:
         table = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
         states = {state: len(self.names(state)) for state in STATES}
         table.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
-        return "\n".join(["paddle_vl_sp and Qwen3-VL", *table])
+        return "\n".join(["paddle_vl_sp and PaddleFormers", *table])
 
     def __enter__(self) -> PatchReport:
         return self

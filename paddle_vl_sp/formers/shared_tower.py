@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +13,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import OURS
+from paddle_vl_sp.settings import VISION_DP
 
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
 
@@ -35,6 +37,37 @@ def share_tower(model: Layer) -> Any:
     _sharing.add(inner)
     mark_for_sum(inner.visual)
     return inner
+
+
+def model_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Has the tensor-parallel ranks share the work of the tower, in every model that is built from now on."""
+
+    @functools.wraps(original)
+    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        share_tower(self)
+
+    return __init__
+
+
+def refusing_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses to share the work of a tower that is tensor-parallel."""
+
+    @functools.wraps(original)
+    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        raise ValueError(
+            f"vision_dp=True, or {VISION_DP}=1, with {type(self).__name__}: the vision tower of the model on "
+            "PaddleFleet is cut over the tensor-parallel ranks, so they share its work already; leave it out"
+        )
+
+    return __init__
+
+
+def stop_where_upstreams() -> None:
+    """Stops sharing in models whose class has PaddleFormers' own methods again: each rank encodes every image."""
+    for inner in list(_sharing):
+        if not hasattr(type(inner).forward, OURS):
+            stop_sharing(inner)
 
 
 def stop_sharing(inner: Layer) -> None:

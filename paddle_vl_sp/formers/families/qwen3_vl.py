@@ -217,6 +217,7 @@ def _family(name: str, module: str, model: str, text_model: str, known: dict[str
             Replaced(f"{text_model}._deepstack_process", deepstack, ("5d2f3c34ae40ba01",)),
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
+        shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
     )
 
 
@@ -225,12 +226,12 @@ PLAIN = _family(
     "qwen3_vl.modeling",
     "Qwen3VLModelDeprecated",
     "Qwen3VLTextModel",
-    {"model": "745af1ed87fe646b", "init": "fb4a505451b444d2", "text": "6eebd96dd42e01e6"},
+    {"model": "745af1ed87fe646b", "init": "fb4a505451b444d2", "text": "6eebd96dd42e01e6", "build": "827af19258f33ace"},
 )
 PLAIN_MOE = _family(
     "plain MoE",
     "qwen3_vl_moe.modeling",
     "Qwen3VLMoeModelDeprecated",
     "Qwen3VLMoeTextModel",
-    {"model": "84de824353cee7f6", "init": "f2b1b38e665bb7f3", "text": "8f1ed8c9f0439b4a"},
+    {"model": "84de824353cee7f6", "init": "f2b1b38e665bb7f3", "text": "8f1ed8c9f0439b4a", "build": "8c93e5e20ff03175"},
 )

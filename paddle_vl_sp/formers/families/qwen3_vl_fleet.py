@@ -16,6 +16,7 @@ from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced, Swapped
 from paddle_vl_sp.formers.model_view import ModelView
+from paddle_vl_sp.formers.shared_tower import refusing_init
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
@@ -172,4 +173,5 @@ FAMILY = Family(
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTLMHead", contiguous_head),
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
+    shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("e6889b71333e6614",)),),
 )

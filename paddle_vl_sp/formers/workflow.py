@@ -1,0 +1,70 @@
+"""Plans in the batches of PaddleFormers' command line, whose collate function no setting can change."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from paddle.nn import Layer
+
+from paddle_vl_sp.formers.changes import Replacement, replace
+from paddle_vl_sp.formers.loader import PlanningCollate
+from paddle_vl_sp.formers.patch import UpstreamChanged, switched_off
+from paddle_vl_sp.log import logger
+from paddle_vl_sp.settings import LOADER_PLANS, is_on
+
+WORKFLOW, COLLATE = "paddleformers.cli.train.sft.workflow", "mm_collate_fn"
+
+
+def plan_if_asked() -> None:
+    """With PADDLE_VL_SP_LOADER_PLANS=1, batches of VL-SFT and VL-PT runs carry the plans of all ranks."""
+    if is_on(LOADER_PLANS) and not switched_off():
+        plan_in_workflow()
+        logger.info("the data loader plans: %s=1", LOADER_PLANS)
+
+
+def plan_in_workflow() -> Replacement | None:
+    """Replaces the collate function of PaddleFormers' VL runs, until `revert()`; None where it is ours already."""
+    workflow = importlib.import_module(WORKFLOW)
+    if COLLATE not in vars(workflow):
+        raise UpstreamChanged(f"{WORKFLOW} has no {COLLATE}, to which {LOADER_PLANS}=1 adds the plans: leave it out")
+    return replace(workflow, COLLATE, planning)
+
+
+def planning(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the plans of all ranks to each batch for the model on PaddleFleet."""
+
+    @functools.wraps(original)
+    def collate(batch: Any, *args: Any, **named: Any) -> Any:
+        own = functools.partial(original, **named)
+        model, arguments = named.get("model"), named.get("training_args")
+        if args or arguments is None:
+            raise UpstreamChanged(
+                f"{COLLATE} is called in an unknown way, without training_args by name, so {LOADER_PLANS}=1 cannot "
+                "know how the sequence is cut: leave it out"
+            )
+        fleet_model = _fleet_model(model)
+        if fleet_model is None:
+            raise ValueError(
+                f"{LOADER_PLANS}=1 with {type(model).__name__}: only the Qwen3-VL on PaddleFleet takes plans from "
+                "PaddleFormers' command line; leave it out"
+            )
+        return PlanningCollate(
+            own,
+            (fleet_model.image_token_index, fleet_model.video_token_index),
+            sp_size=arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1,
+            cut="sequence",
+            merge_size=fleet_model.config.vision_config.spatial_merge_size,
+            sequence_parallel=arguments.sequence_parallel,
+        )(batch)
+
+    return collate
+
+
+def _fleet_model(model: Layer | None) -> Any:
+    """The layer on PaddleFleet that encodes and hands on, which may be wrapped, as LoRA does."""
+    layers = [] if model is None else model.sublayers(include_self=True)
+    names = ("image_token_index", "video_token_index", "vision_model", "language_model")
+    return next((layer for layer in layers if all(hasattr(layer, name) for name in names)), None)
