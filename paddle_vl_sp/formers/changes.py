@@ -92,7 +92,7 @@ def undo_changes(changes: Iterable[Change]) -> None:
     for change in reversed([change for change in _in_place if change in changes]):
         if change.undo():
             _in_place.remove(change)
-    shared_tower.stop_where_upstreams()
+    shared_tower.stop_where_not_asked_for()
 
 
 def revert() -> None:

@@ -18,6 +18,7 @@ from paddle_vl_sp.settings import VISION_DP
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
 
 _sharing: WeakSet[Any] = WeakSet()
+_shared_as_built: WeakSet[Any] = WeakSet()  # of them, those that model_init shared
 
 
 def share_tower(model: Layer) -> Any:
@@ -45,7 +46,7 @@ def model_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
-        share_tower(self)
+        _shared_as_built.add(share_tower(self))
 
     return __init__
 
@@ -63,10 +64,11 @@ def refusing_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def stop_where_upstreams() -> None:
-    """Stops sharing in models whose class has PaddleFormers' own methods again: each rank encodes every image."""
-    for inner in list(_sharing):
-        if not hasattr(type(inner).forward, OURS):
+def stop_where_not_asked_for() -> None:
+    """Stops sharing the towers that were shared as they were built, where their class builds as upstream again."""
+    for inner in list(_shared_as_built):
+        if not hasattr(type(inner).__init__, OURS):
+            _shared_as_built.discard(inner)
             stop_sharing(inner)
 
 

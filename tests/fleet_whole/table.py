@@ -82,7 +82,7 @@ def table(file):
 
 
 def short(value):
-    return "0" if value == 0 else f"{value:.2f}" if value >= 0.01 else f"{value:.1e}".replace("e-0", "e-")
+    return "0" if value == 0 else f"{value:.2f}" if value >= 0.1 else f"{value:.1e}".replace("e-0", "e-")
 
 
 if __name__ == "__main__":

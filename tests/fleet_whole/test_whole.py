@@ -53,7 +53,7 @@ def worst(ranks, *case):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("nranks", [2, 4])
 def test_one_line_makes_everything_right(found, nranks, name, mode, planned):
-    """Loss and every gradient within 1e-5, the ranks' copies equal bit for bit; no host sync with the loader's plans."""
+    """Loss and every gradient within 1e-5, the ranks' copies equal bit for bit; no host sync with loaded plans."""
     if planned and name not in PLANNED:
         pytest.skip("the loader's plans of this setting are those of another")
     got = worst(found(nranks), name, MODES[mode], "one line", planned)
@@ -156,7 +156,7 @@ def refusal_of(function, *args):
 
 
 def refusals(nranks, given):
-    """What this rank says of plans of another degree, of spoiled ones under CHECK, and with the package switched off."""
+    """What this rank says of plans of another degree, of spoiled ones under CHECK, and with PADDLE_VL_SP=0."""
     setting, weights, batches, (loss, _) = given
     said = {}
     with enable_tensor_parallel_on_cpu():

@@ -6,13 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import paddle
 import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
 
-from paddle_vl_sp.formers import PatchReport, UpstreamChanged, apply_to_qwen3_vl, norms, revert, shared_tower, tiny
+from paddle_vl_sp.formers import (
+    PatchReport,
+    UpstreamChanged,
+    apply_to_paddleformers,
+    apply_to_qwen3_vl,
+    norms,
+    revert,
+    shared_tower,
+    tiny,
+)
 from paddle_vl_sp.formers.families import QWEN3_VL
 from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
 
@@ -60,6 +70,20 @@ def test_context_manager_takes_back():
     with pytest.raises(ZeroDivisionError), apply_to_qwen3_vl():
         raise ZeroDivisionError
     assert all(a is b for a, b in zip(before, functions(), strict=True))
+
+
+def test_families_by_name():
+    """One or several, each once; an unknown one is an error that names those that are known."""
+    report = apply_to_paddleformers(families="qwen3_vl")
+    assert len(report.replaced) == len(set(report.replaced)) >= 11
+    revert()
+    assert apply_to_paddleformers(families=["qwen3_vl", "qwen3_vl"]) == report
+    revert()
+    assert apply_to_paddleformers() == report
+    revert()
+    assert not apply_to_paddleformers(families=()).replaced
+    with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', got 'qwen4_vl'"):
+        apply_to_paddleformers(families=["qwen3_vl", "qwen4_vl"])
 
 
 def test_report_is_a_value_that_reads():
@@ -152,7 +176,7 @@ def test_a_module_that_has_moved_is_a_change(monkeypatch, caplog):
         apply_to_qwen3_vl()
     with caplog.at_level(logging.WARNING, "paddle_vl_sp"):
         assert not apply_to_qwen3_vl(strict=False).replaced
-    assert "nothing of Qwen3-VL is replaced" in caplog.text
+    assert "nothing of PaddleFormers is replaced" in caplog.text
 
 
 def test_changed_parameters_of_what_is_called(monkeypatch):
@@ -247,10 +271,8 @@ def test_head_norms_of_a_given_model():
 
 
 def test_vision_dp_wants_a_plain_model():
-    """Errors with the mend, and nothing is left replaced."""
+    """An error with the fix, and nothing is left replaced."""
     before = functions()
-    with pytest.raises(ValueError, match="needs the built model"):
-        apply_to_qwen3_vl(vision_dp=True)
     with pytest.raises(ValueError, match=r"needs a plain Qwen3-VL model .* got Linear"):
         apply_to_qwen3_vl(paddle.nn.Linear(2, 2), vision_dp=True)
     assert all(a is b for a, b in zip(before, functions(), strict=True))
@@ -270,6 +292,29 @@ def test_vision_dp_marks_and_unmarks():
         shared_tower.encoded(model.model, None, None, None)
     revert()
     assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+
+
+def test_vision_dp_of_models_built_afterwards(monkeypatch):
+    """Each is shared as it is built, or refused as it is built; with the classes its marks go too."""
+    monkeypatch.setattr(shared_tower, "text_config", lambda inner: SimpleNamespace(sequence_parallel=True))
+    report = apply_to_paddleformers(vision_dp=True)
+    assert {"Qwen3VLModelDeprecated.__init__", "Qwen3VLModelDist.__init__"} <= set(report.replaced)
+    models = [tiny.tiny_qwen3_vl(), tiny.tiny_qwen3_vl_moe()]
+    for model in models:
+        assert shared_tower.is_shared(model.model)
+        assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
+    with pytest.raises(
+        ValueError, match=r"PADDLE_VL_SP_VISION_DP=1, with Qwen3VLModelDist: .* cut over the tensor-par"
+    ):
+        modeling_fleet.Qwen3VLModelDist(None)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="sequence_parallel off: no trainer would sum"):
+        tiny.tiny_qwen3_vl()
+    revert()
+    for model in models:
+        assert not shared_tower.is_shared(model.model)
+        assert not any(parameter.sequence_parallel for parameter in model.visual.parameters())
+    assert not shared_tower.is_shared(tiny.tiny_qwen3_vl().model)
 
 
 def test_vision_dp_again_after_a_revert():
@@ -348,13 +393,41 @@ def test_plugin_as_paddleformers_loads_it(switch, replaced):
     assert f"OURS {replaced}" in done.stdout
     absent = "1 absent (No module named 'paddlefleet')"
     told = f"plain: 4 replaced; plain MoE: {absent}; fleet: {absent}" if replaced else "left as it is: PADDLE_VL_SP=0"
-    assert done.stderr.count("paddle_vl_sp: Qwen3-VL") == 1
+    assert done.stderr.count("paddle_vl_sp: PaddleFormers") == 1
     assert told in done.stderr
+
+
+SWITCHED = (
+    PLUGIN
+    + """
+from paddleformers.cli.train.sft import workflow
+from paddleformers.transformers.qwen3_vl.modeling import Qwen3VLModelDeprecated
+for function in (workflow.mm_collate_fn, Qwen3VLModelDeprecated.__init__):
+    print("OURS", hasattr(function, "_paddle_vl_sp_original"))
+"""
+)
+
+
+@pytest.mark.parametrize(("switch", "replaced"), [("1", True), ("0", False)])
+def test_the_plugins_switches(switch, replaced):
+    """Plans of the loader, and a shared tower, in what the plugin replaces; else neither."""
+    done = ran(
+        SWITCHED, PADDLE_VL_SP_LOADER_PLANS=switch, PADDLE_VL_SP_VISION_DP=switch, PADDLE_VL_SP_FAMILIES="qwen3_vl"
+    )
+    assert done.stdout.split() == ["OURS", "True", *["OURS", str(replaced)] * 2]
+    assert ("the data loader plans" in done.stderr) == replaced
+
+
+def test_families_that_the_plugin_does_not_know_end_the_run():
+    """By PaddleFormers, with our message."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        ran(PLUGIN, PADDLE_VL_SP_FAMILIES="qwen3_vl, qwen4_vl")
+    assert "families must be one of 'qwen3_vl', got 'qwen4_vl'" in failed.value.stderr
 
 
 def test_only_the_first_rank_says_what_was_done():
     """Nothing on another rank's stderr."""
-    assert "paddle_vl_sp: Qwen3-VL" not in ran(PLUGIN, PADDLE_TRAINER_ID="1").stderr
+    assert "paddle_vl_sp: PaddleFormers" not in ran(PLUGIN, PADDLE_TRAINER_ID="1").stderr
 
 
 def test_at_level_debug_every_method_is_told():

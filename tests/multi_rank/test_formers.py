@@ -4,15 +4,15 @@ Errors are |g - g*| / |g*| of the worst parameter of its kind. Upstream's stand 
 """
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import pytest
 
+from fleet_parts import build_layer, fleet_config
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl, tiny
+from paddle_vl_sp.formers import PlanningCollate, apply_to_paddleformers, apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.families import qwen3_vl, qwen3_vl_fleet
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.testing import run_ranks
@@ -141,6 +141,16 @@ def of_shared_tower(ranks):
     return errors | {"images": sum(seen), "marked": marked, "still marked": still}
 
 
+def of_shared_tower_built_after(ranks):
+    """As under PADDLE_VL_SP_VISION_DP=1: the errors, and whether the marks are there, and gone after."""
+    with apply_to_paddleformers(vision_dp=True):
+        model = ranks.model(mark=False)
+        errors = ranks.errors(model, MORE)
+        marked = all(p.sequence_parallel for p in model.visual.parameters())
+    still = any(p.sequence_parallel for p in model.visual.parameters())
+    return errors | {"marked": marked, "still marked": still}
+
+
 def of_wrapped_shared_tower(ranks):
     """Vision DP with somebody's wrapper over the text model's forward, which knows nothing of us."""
     model = ranks.model()
@@ -174,8 +184,9 @@ def of_fleet_layer(ranks):
         start.stop_gradient = False
         out = {"hidden_states": start, "visual_pos_masks": paddle.to_tensor(mask), "deepstack_visual_emb": levels}
         for number in range(3):
-            config = SimpleNamespace(sequence_parallel=sequence_parallel, apply_rope_fusion=False, full_recompute=False)
-            out = Layer(config, layer_number=number)(out)
+            with stubbed_paddlefleet():
+                layer = build_layer(Layer, fleet_config(sequence_parallel=sequence_parallel), number)
+            out = layer(out)
         (out["hidden_states"] * weight).sum().backward()
         absent = tower.weight.grad is None  # upstream on a rank without visual tokens
         return np.zeros_like(tower.weight.numpy()) if absent else tower.weight.grad.numpy()
@@ -264,6 +275,7 @@ def measure(nranks):
         told["loaded"] = of_loaded_plans(ranks)
         told["by the trainer"] = by_the_trainer(ranks)
         told["vision dp"] = of_shared_tower(ranks)
+        told["vision dp, built after"] = of_shared_tower_built_after(ranks)
         told["vision dp, wrapped"] = of_wrapped_shared_tower(ranks)
         told["collectives"] = collectives_in_backward(ranks)
         told["drift patched"] = replicas(ranks, on_one)
@@ -288,7 +300,7 @@ def worst(told, case, kind, what="tower"):
 WITH_SOME = ("full recompute", "checked", "by the trainer", "vision dp, wrapped")
 CASES = [("patched", kind) for kind in SAMPLES]
 CASES += [(case, kind) for case in WITH_SOME for kind in SOME]
-CASES += [("vision dp", kind) for kind in MORE]
+CASES += [(case, kind) for case in ("vision dp", "vision dp, built after") for kind in MORE]
 CASES += [(case, "several") for case in ("frozen language model", "frozen tower")]
 
 
@@ -348,8 +360,9 @@ def test_vision_dp_shares_the_images(told):
     """Six images: none is encoded twice; the marks are there while it is on, and gone after."""
     assert sum(rank["vision dp"]["images"] for rank in told) == 6
     for rank in told:
-        assert rank["vision dp"]["marked"]
-        assert not rank["vision dp"]["still marked"]
+        for case in ("vision dp", "vision dp, built after"):
+            assert rank[case]["marked"]
+            assert not rank[case]["still marked"]
 
 
 def test_layers_on_paddlefleet(told):

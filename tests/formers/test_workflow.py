@@ -1,0 +1,85 @@
+"""PADDLE_VL_SP_LOADER_PLANS=1: what it adds to the batches of PaddleFormers' command line."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from paddleformers.cli.train.sft import workflow
+
+from paddle_vl_sp.formers import UpstreamChanged, plans_of_all_ranks, revert
+from paddle_vl_sp.formers.workflow import plan_if_asked, plan_in_workflow, planning
+
+IMAGE, VIDEO = 7, 8
+
+
+class FleetModel(paddle.nn.Layer):
+    """The attributes by which the model on PaddleFleet is found, in a wrapper as LoRA's."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_token_index, self.video_token_index = IMAGE, VIDEO
+        self.vision_model, self.language_model = paddle.nn.Linear(1, 1), paddle.nn.Linear(1, 1)
+        self.config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+
+
+def arguments(degree=2, sequence_parallel=True):
+    return SimpleNamespace(tensor_model_parallel_size=degree, sequence_parallel=sequence_parallel)
+
+
+def collated(batch, **named):
+    return planning(lambda batch, **named: dict(batch))(batch, **named)
+
+
+def a_batch():
+    ids = np.full((2, 8), 1)
+    ids[0, 2:4], ids[1, 5] = IMAGE, VIDEO
+    grids = {"image_grid_thw": np.array([[1, 2, 4]]), "video_grid_thw": np.array([[1, 2, 2]])}
+    return {"input_ids": ids, **grids}
+
+
+@pytest.mark.parametrize(("degree", "is_cut"), [(1, False), (1, True), (2, True), (4, True), (4, False)])
+def test_the_plans_are_those_of_the_cut(degree, is_cut):
+    """Exact, for the tensor-parallel degree where the sequence is cut, else for one; the model may be wrapped."""
+    model = paddle.nn.Sequential(FleetModel())
+    batch = collated(a_batch(), model=model, training_args=arguments(degree, is_cut))
+    sp_size = degree if is_cut else 1
+    wanted = plans_of_all_ranks(a_batch()["input_ids"], (IMAGE, VIDEO), sp_size, "sequence", is_cut)
+    assert batch.keys() == a_batch().keys() | wanted.keys()
+    for key, value in wanted.items():
+        assert np.array_equal(batch[key], value)
+
+
+def test_grids_that_do_not_match_are_refused():
+    """The merge size is the model's: both numbers."""
+    batch = a_batch() | {"image_grid_thw": np.array([[1, 4, 4]])}
+    with pytest.raises(ValueError, match="has 2 image tokens but 4 feature rows"):
+        collated(batch, model=FleetModel(), training_args=arguments())
+
+
+def test_models_and_calls_that_it_cannot_be_right_for_are_refused():
+    """By name."""
+    with pytest.raises(ValueError, match=r"LOADER_PLANS=1 with Linear: only .* leave it out"):
+        collated(a_batch(), model=paddle.nn.Linear(2, 2), training_args=arguments())
+    with pytest.raises(UpstreamChanged, match="mm_collate_fn is called in an unknown way"):
+        collated(a_batch(), model=FleetModel())
+
+
+def test_it_is_put_in_once_and_taken_back(monkeypatch):
+    """Identity; only where it is asked for; a release without the function is an error that names it."""
+    before = workflow.mm_collate_fn
+    plan_if_asked()
+    assert workflow.mm_collate_fn is before
+    monkeypatch.setenv("PADDLE_VL_SP_LOADER_PLANS", "1")
+    plan_if_asked()
+    ours = workflow.mm_collate_fn
+    assert ours is not before
+    assert plan_in_workflow() is None
+    revert()
+    assert workflow.mm_collate_fn is before
+    monkeypatch.setenv("PADDLE_VL_SP", "0")
+    plan_if_asked()
+    assert workflow.mm_collate_fn is before
+    monkeypatch.delattr(workflow, "mm_collate_fn")
+    with pytest.raises(UpstreamChanged, match=r"workflow has no mm_collate_fn, to which PADDLE_VL_SP_LOADER_PLANS=1"):
+        plan_in_workflow()
