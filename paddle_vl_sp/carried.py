@@ -44,6 +44,7 @@ UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
 POSITIONS, PLANNED_MASK, ORDER = "visual_positions", "visual_mask", "visual_feature_order"
 BATCH_KEYS = (UPDATE, GATHER, POSITIONS, PLANNED_MASK, ORDER)
 MASK, LEVELS = "visual_pos_masks", "deepstack_visual_emb"  # PaddleFleet's own names in the model's dict
+CARRIED = (UPDATE, GATHER, LEVELS, MASK)  # everything visual in it
 CUTS = ("sequence", "flattened")
 
 T = TypeVar("T")
@@ -185,6 +186,14 @@ def indices_to_carry(plan: VisualPlan, num_stages: int) -> dict[str, Tensor]:
     if num_stages == 1:
         return arrays
     return {key: _fill_up(array, plan.num_rows) for key, array in arrays.items()}
+
+
+def levels_to_carry(levels: Sequence[Tensor], level: int) -> list[Tensor]:
+    """The levels after `level` was added: those that are done go on without gradient.
+
+    Across pipeline stages a tensor that wants one is owed one by the stage that receives it.
+    """
+    return [x.detach() if i <= level else x for i, x in enumerate(levels)]
 
 
 class Handover(Generic[T]):

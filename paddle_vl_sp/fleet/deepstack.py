@@ -7,15 +7,13 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry
+from paddle_vl_sp.carried import CARRIED, GATHER, LEVELS, MASK, UPDATE, indices_to_carry, levels_to_carry
 from paddle_vl_sp.comm.grads import complete_grad, head_norms, sum_in_backward
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import add_rows
 from paddle_vl_sp.verify import check_result, checking
-
-CARRIED = (UPDATE, GATHER, LEVELS, MASK)
 
 
 class VisualDeepstack:
@@ -55,7 +53,7 @@ class VisualDeepstack:
             if checking() and not inplace and MASK in carried:
                 self._check_addition(hidden, carried[MASK], carried[LEVELS][level], out["hidden_states"])
         if level + 1 < num_levels:
-            out.update(carried)
+            out |= carried | {LEVELS: levels_to_carry(carried[LEVELS], level)}
         return out
 
     def _deepstack_process(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:

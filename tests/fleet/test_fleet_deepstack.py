@@ -203,6 +203,7 @@ def test_everything_visual_leaves_with_the_last_level_and_nothing_before():
     assert given == before
     assert set(first) == set(given)
     assert first[UPDATE] is given[UPDATE]
+    assert [level.stop_gradient for level in first[LEVELS]] == [True, False]  # what is added owes no gradient any more
     last = made_layer(None, 1)(first)
     assert set(last) == {"hidden_states", "attention_mask"}
     without_levels = {key: value for key, value in given.items() if key != LEVELS}

@@ -17,6 +17,12 @@ from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, 
 SEQ_LEN, STEPS = 64, 5
 IMAGES = ([["image"] * 7, ["image"] * 6], 2)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "rope_parameters": tiny.TEXT["rope_scaling"],
+}
 SIDES = ("upstream", "one line")
 
 
@@ -31,6 +37,7 @@ class Setting:
     tied: bool = False
     frozen: str = ""  # the part that is
     packed: bool = False
+    experts: bool = False  # the MoE model, whose experts must be whole on every rank
 
     @property
     def reference(self):
@@ -52,17 +59,16 @@ SETTINGS = (
     Setting("frozen tower", frozen="vision_model"),
     Setting("frozen text", frozen="language_model"),
     Setting("tied embeddings", tied=True),
+    Setting("MoE", experts=True),
 )
 
 
 def build(setting, nranks=1, sequence_parallel=True):
     """With random weights that are nowhere zero or one, the same in every process."""
-    from paddleformers.transformers.qwen3_vl import modeling_fleet
-    from paddleformers.transformers.qwen3_vl.configuration import Qwen3VLConfig
-
+    make, config_class = classes(setting)
     text = tiny.tensor_parallel(nranks, SEQ_LEN, sequence_parallel) if nranks > 1 else {"max_sequence_length": SEQ_LEN}
-    text |= {"tie_word_embeddings": setting.tied}
-    config = Qwen3VLConfig(
+    text |= {"tie_word_embeddings": setting.tied} | (EXPERTS if setting.experts else {})
+    config = config_class(
         text_config=tiny.TEXT | text | setting.text,
         vision_config=tiny.VISION | {"num_heads": 4, "tensor_model_parallel_size": nranks} | setting.vision,
         tie_word_embeddings=setting.tied,
@@ -70,12 +76,25 @@ def build(setting, nranks=1, sequence_parallel=True):
     )
     config.tensor_model_parallel_size = nranks
     config.sequence_parallel = sequence_parallel and nranks > 1
-    model = modeling_fleet.Qwen3VLForConditionalGeneration(config)
+    model = make(config)
     model.train()
     for name, parameter in model.named_parameters():
         if setting.frozen and f".{setting.frozen}." in name:
             parameter.stop_gradient = True
     return model
+
+
+def classes(setting):
+    """The model's and its configuration's."""
+    if setting.experts:
+        from paddleformers.transformers.qwen3_vl_moe.configuration import Qwen3VLMoeConfig
+        from paddleformers.transformers.qwen3_vl_moe.modeling import Qwen3VLMoeForConditionalGeneration
+
+        return Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig
+    from paddleformers.transformers.qwen3_vl.configuration import Qwen3VLConfig
+    from paddleformers.transformers.qwen3_vl.modeling_fleet import Qwen3VLForConditionalGeneration
+
+    return Qwen3VLForConditionalGeneration, Qwen3VLConfig
 
 
 def draw_weights(model):
@@ -171,15 +190,11 @@ def references():
     """{setting's name: (setting, whole weights, batches, (loss, gradients))}, all on one rank."""
     plain, found, weights = tiny.tiny_qwen3_vl(), {}, {}
     for setting in SETTINGS:
-        if setting.tied not in weights:
-            weights[setting.tied] = draw_weights(build(setting.reference))
+        kind = setting.tied, setting.experts
+        if kind not in weights:
+            weights[kind] = draw_weights(build(setting.reference))
         batches = draw(setting, plain)
-        found[setting.name] = (
-            setting,
-            weights[setting.tied],
-            batches,
-            reference(setting, weights[setting.tied], batches),
-        )
+        found[setting.name] = setting, weights[kind], batches, reference(setting, weights[kind], batches)
     return found
 
 

@@ -124,14 +124,31 @@ def test_flattened_hidden_states_are_upstreams_affair(as_rank):
 
 
 def test_one_plan_for_all_layers(as_rank, built):
-    """Three levels, one plan; the indices and the stand-in for the mask are gone after the last one."""
+    """Three levels, one plan; everything visual is gone after the last one, as a next pipeline stage wants it."""
     mask, hidden, levels = some_case()
     as_rank(1, 2)
     with apply_to_qwen3_vl():
         out, _ = run(mask, 1, 2, hidden, levels, True)
     assert len(built) == 1
-    assert set(out) == {"hidden_states", "visual_pos_masks", "deepstack_visual_emb"}
-    assert same_bits(out["visual_pos_masks"], mask)
+    assert set(out) == {"hidden_states"}
+
+
+def test_a_level_that_is_added_goes_on_without_gradient(as_rank):
+    """Whoever receives it in another pipeline stage owes it none; the gradients of all levels are those of upstream."""
+    mask, hidden, levels = some_case()
+    as_rank(0, 1)
+    given = {
+        "hidden_states": paddle.to_tensor(hidden),
+        "visual_pos_masks": paddle.to_tensor(mask),
+        "deepstack_visual_emb": [paddle.to_tensor(level, stop_gradient=False) for level in levels],
+    }
+    with apply_to_qwen3_vl():
+        for number in range(LEVELS - 1):
+            given = layer(number, False)(given)
+            assert [level.stop_gradient for level in given["deepstack_visual_emb"]] == [
+                i <= number for i in range(LEVELS)
+            ]
+            assert same_bits(given["visual_pos_masks"], mask)
 
 
 def test_across_pipeline_stages_indices_have_one_length(as_rank, built):

@@ -10,7 +10,18 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.autograd import keep_gradient_contiguous
-from paddle_vl_sp.carried import GATHER, LEVELS, MASK, ORDER, UPDATE, LoadedPlans, indices_to_carry, own_row
+from paddle_vl_sp.carried import (
+    CARRIED,
+    GATHER,
+    LEVELS,
+    MASK,
+    ORDER,
+    UPDATE,
+    LoadedPlans,
+    indices_to_carry,
+    levels_to_carry,
+    own_row,
+)
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
@@ -28,7 +39,7 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Gives the layer's `_deepstack_process` a plan: the one in the dict, or one made from the mask.
 
     Indices in the dict say that gradients are complete: who made the plan, an embedding of paddle_vl_sp.fleet or the
-    first deepstack layer, completed the levels. The last deepstack layer drops them.
+    first deepstack layer, completed the levels. The last deepstack layer drops everything visual.
     """
 
     @functools.wraps(original)
@@ -39,9 +50,10 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         plan, levels = _planned(self, dict_args)
         with OWN_ROWS.given(OwnRows(dict_args[MASK], plan)):
             out = original(self, {**dict_args, LEVELS: levels})
-        out = {key: value for key, value in out.items() if key not in (UPDATE, GATHER)}
+        out = {key: value for key, value in out.items() if key not in CARRIED}
         if self.layer_number + 1 < len(levels):
             out |= indices_to_carry(plan, _num_stages())
+            out |= {MASK: dict_args[MASK], LEVELS: levels_to_carry(levels, self.layer_number)}
         return out
 
     return forward
