@@ -34,7 +34,8 @@ def build(cfg, cls=None, seed=3):
         embedding_spec.layer = cls
     embedding = build_spec_layer(embedding_spec)
     weight = embedding.embedding.embed_tokens.weight
-    first = getattr(embedding.embedding.embed_tokens, "vocab_start_index", 0)  # this rank's part of the table
+    is_cut = weight.shape[0] < VOCAB
+    first = embedding.embedding.embed_tokens.vocab_start_index if is_cut else 0  # this rank's part of the table
     weight.set_value(table(seed)[first : first + weight.shape[0]])
     return embedding
 
