@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from paddle_vl_sp.comm.grads import complete_grad, mark_for_sum, sum_parameter_grads
     from paddle_vl_sp.comm.local_plan import plan_visual_local
     from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
-    from paddle_vl_sp.formers import PatchReport, apply_to_paddleformers, apply_to_qwen3_vl, revert
+    from paddle_vl_sp.formers import (
+        PatchReport,
+        apply_to_paddleformers,
+        apply_to_qwen2_5_vl,
+        apply_to_qwen3_vl,
+        revert,
+    )
     from paddle_vl_sp.interleave import joint_features
     from paddle_vl_sp.layout import SeqLayout
     from paddle_vl_sp.plan import VisualPlan, plan_visual
@@ -33,6 +39,7 @@ __all__ = [
     "agree",
     "all_gather_rows",
     "apply_to_paddleformers",
+    "apply_to_qwen2_5_vl",
     "apply_to_qwen3_vl",
     "backend",
     "check_replicas",
@@ -62,6 +69,7 @@ __getattr__, __dir__ = lazy_exports(
         "agree": "comm.agree",
         "all_gather_rows": "comm.gather",
         "apply_to_paddleformers": "formers",
+        "apply_to_qwen2_5_vl": "formers",
         "apply_to_qwen3_vl": "formers",
         "backend": "backends.load",
         "check_replicas": "comm.replicas",

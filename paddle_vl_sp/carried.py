@@ -101,10 +101,10 @@ class LoadedPlans:
     order: Tensor | None  # [N], with images and videos
 
     @classmethod
-    def pop_from(cls, arguments: dict[str, Any], cut: str) -> LoadedPlans | None:
+    def pop_from(cls, arguments: dict[str, Any], cut: str | None = None) -> LoadedPlans | None:
         """Takes the keys out of the arguments, whose forward does not know them; None where there are none.
 
-        cut  how the model cuts: "sequence" or "flattened"
+        cut  how the model cuts: "sequence" or "flattened"; None: it uses the plan of the uncut sequence only
         """
         popped = {key: arguments.pop(key, None) for key in BATCH_KEYS}
         missing = [key for key in (UPDATE, GATHER, POSITIONS, PLANNED_MASK) if popped[key] is None]
@@ -115,7 +115,7 @@ class LoadedPlans:
                 f"the batch has part of a plan but no {', '.join(missing)}: hand on all that the loader adds"
             )
         planned = "flattened" if popped[POSITIONS].ndim == 2 else "sequence"
-        if planned != cut and popped[UPDATE].shape[0] > 1:
+        if cut and planned != cut and popped[UPDATE].shape[0] > 1:
             raise ValueError(
                 f"the batch was planned with cut={planned!r}, but this model cuts by {cut!r}: PlanningCollate(..., "
                 f"cut={cut!r})"

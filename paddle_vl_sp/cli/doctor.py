@@ -117,19 +117,19 @@ def _backend(operators: Check) -> Check:
 
 def check_upstream() -> Iterator[Check]:
     """A line for every method that would be replaced or is called; applies for a moment, to import the classes."""
-    from paddle_vl_sp.formers import apply_to_qwen3_vl
-    from paddle_vl_sp.formers.families import QWEN3_VL
+    from paddle_vl_sp.formers import apply_to_paddleformers
+    from paddle_vl_sp.formers.families import FAMILIES
     from paddle_vl_sp.formers.report import ABSENT
 
     if setting(ENABLED) == "0":
         return  # the line of the switches says so
     try:
-        with apply_to_qwen3_vl(strict=False) as report:
+        with apply_to_paddleformers(strict=False) as report:
             absent = {line.name: line.why for line in report.lines if line.state == ABSENT}
     except ImportError as error:
         yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
         return
-    for family in QWEN3_VL:
+    for family in (family for families in FAMILIES.values() for family in families):
         if family.module in absent:
             yield _absent(family, absent[family.module])
             continue
@@ -156,7 +156,7 @@ def _method(family: Family, method: Replaced | Called, module: Any) -> Check:
 
     fix = (
         f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
-        "apply_to_qwen3_vl(strict=False) leaves these classes as they are"
+        "apply_to_paddleformers(strict=False) leaves these classes as they are"
     )
     owner_name, _, name = method.name.partition(".")
     owner: Any = getattr(module, owner_name, None)

@@ -40,7 +40,7 @@ def apply_to_paddleformers(
 
     model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
                under sequence parallelism, as those of models built from now on are; before the trainer is made
-    families   the families of models, by name; None: all that are known. "qwen3_vl" is plain, MoE and fleet
+    families   the families of models, by name, "qwen3_vl" (plain, MoE and fleet) or "qwen2_5_vl"; None: all of them
     strict     code of PaddleFormers that is not known is an UpstreamChanged error, else it is left alone with a warning
     vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
                model that is built from now on
@@ -89,6 +89,11 @@ def apply_to_qwen3_vl(
     """
     _check_backend(backend)
     return apply_to_paddleformers(model, families="qwen3_vl", strict=strict, vision_dp=vision_dp)
+
+
+def apply_to_qwen2_5_vl(model: Layer | None = None, *, strict: bool = True, vision_dp: bool = False) -> PatchReport:
+    """`apply_to_paddleformers` for Qwen2.5-VL alone."""
+    return apply_to_paddleformers(model, families="qwen2_5_vl", strict=strict, vision_dp=vision_dp)
 
 
 def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:

@@ -14,7 +14,7 @@ STATES = (REPLACED, LEFT_ALONE, ABSENT)
 class Line:
     """One method, class or module: what became of it and why."""
 
-    family: str  # "plain", "plain MoE", "fleet" or "model"
+    family: str  # "Qwen3-VL", "Qwen3-VL MoE", "Qwen3-VL fleet", "Qwen2.5-VL" or "model"
     name: str
     state: str
     why: str
@@ -36,7 +36,7 @@ class PatchReport:
         return self.names(REPLACED)
 
     def in_a_line(self) -> str:
-        """plain: 4 replaced; plain MoE: 4 replaced; fleet: 1 absent (No module named 'paddlefleet')"""
+        """Qwen3-VL: 4 replaced; Qwen2.5-VL: 1 replaced; Qwen3-VL fleet: 1 absent (No module named 'paddlefleet')"""
         families: dict[str, list[Line]] = {}
         for line in sorted(self.lines, key=lambda line: STATES.index(line.state)):
             families.setdefault(line.family, []).append(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import paddle
@@ -15,14 +15,15 @@ from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.settings import VISION_DP
 
-Encode = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+Encoded: TypeAlias = "Tensor | tuple[Tensor, list[Tensor]]"
+Encode = Callable[[Tensor, Tensor], Encoded]
 
 _sharing: WeakSet[Any] = WeakSet()
 _shared_as_built: WeakSet[Any] = WeakSet()  # of them, those that model_init shared
 
 
 def share_tower(model: Layer) -> Any:
-    """Turns it on for the plain Qwen3-VL inside `model`, and marks the tower's parameters: returns what has them.
+    """Turns it on for the plain model inside `model`, and marks the tower's parameters: returns what has them.
 
     Each rank's parameter gradients then cover its own images. PaddleFormers' trainer sums marked parameters over the
     tensor-parallel group under sequence parallelism; in your own loop, sum_parameter_grads does.
@@ -85,7 +86,7 @@ def plain_model_of(model: Layer) -> Any:
             refuse_own_mask(layer, is_to_be_shared=True)
             return layer
     raise ValueError(
-        f"vision_dp needs a plain Qwen3-VL model whose methods are replaced, got {type(model).__name__}: the tower of "
+        f"vision_dp needs a plain model whose methods are replaced, got {type(model).__name__}: the tower of "
         "the model on PaddleFleet is tensor-parallel over the same ranks, so its images cannot be shared among them"
     )
 
@@ -136,8 +137,8 @@ def is_shared(inner: Layer) -> bool:
     return inner in _sharing
 
 
-def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H] and levels."""
+def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> Encoded:
+    """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H], maybe with levels."""
     if not is_shared(inner):
         return encode(pixels, grid)
     from paddle_vl_sp.vision.parallel import encode_shared
@@ -145,7 +146,7 @@ def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> tuple
 
     tower = inner.visual
     _check_marks(tower)
-    features, levels = encode_shared(
+    shared: Encoded = encode_shared(
         encode,
         pixels,
         grid,
@@ -155,4 +156,4 @@ def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> tuple
         split_frames=True,  # the tower attends within a frame
         alpha=tower_alpha(tower.config.hidden_size, tower.config.intermediate_size),
     )
-    return features, levels
+    return shared

@@ -47,6 +47,21 @@ VISION = {
     "deepstack_visual_indexes": [1, 2, 3],
     "_attn_implementation": "eager",
 }
+WINDOWS = {  # Qwen2.5-VL's: attention within windows of 2 x 2 merged patches, and over a frame in the last block
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "in_channels": CHANNELS,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": FRAMES,
+    "window_size": 2 * MERGE * PATCH,
+    "fullatt_block_indexes": [2],
+    "out_hidden_size": 64,
+    "fuse_rms_norm": False,
+    "_attn_implementation": "eager",
+}
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -91,6 +106,20 @@ def tiny_qwen3_vl_moe(seed: int = 0, **text: Any) -> Any:
     return model
 
 
+def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
+    """Qwen2.5-VL in training mode; its batches are drawn with frames_apart=False."""
+    from paddleformers.transformers.qwen2_5_vl import modeling
+    from paddleformers.transformers.qwen2_5_vl.configuration import Qwen2_5_VLConfig
+
+    known = {key: value for key, value in TEXT.items() if key not in ("rope_scaling", "head_dim")}
+    known["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(text_config=known | text, vision_config=WINDOWS, tie_word_embeddings=False, **TOKENS)
+    paddle.seed(seed)
+    model = modeling.Qwen2_5_VLForConditionalGeneration(config)
+    model.train()
+    return model
+
+
 def tensor_parallel(nranks: int, seq_len: int, sequence_parallel: bool = True) -> dict[str, Any]:
     """The text settings of a model on `nranks` CPU ranks, for batches of `seq_len`."""
     return {
@@ -101,11 +130,16 @@ def tensor_parallel(nranks: int, seq_len: int, sequence_parallel: bool = True) -
     }
 
 
-def draw_batch(samples: Sequence[Sequence[str]], seq_len: int = 64, seed: int = 0) -> dict[str, Any]:
-    """input_ids and labels [B, S], pixels [patches, 96], grids [items, 3]; keys only where there is something."""
+def draw_batch(
+    samples: Sequence[Sequence[str]], seq_len: int = 64, seed: int = 0, frames_apart: bool = True
+) -> dict[str, Any]:
+    """input_ids and labels [B, S], pixels [patches, 96], grids [items, 3]; keys only where there is something.
+
+    frames_apart  every frame of a video is between its own start and end, as for Qwen3-VL; else the whole video is
+    """
     rng = np.random.default_rng(seed)
     grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
-    ids = np.stack([_draw_row(rng, kinds, seq_len, grids) for kinds in samples])
+    ids = np.stack([_draw_row(rng, kinds, seq_len, grids, frames_apart) for kinds in samples])
     batch = {"input_ids": paddle.to_tensor(ids), "labels": paddle.to_tensor(shifted_labels(ids))}
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
@@ -116,16 +150,21 @@ def draw_batch(samples: Sequence[Sequence[str]], seq_len: int = 64, seed: int = 
 
 
 def _draw_row(
-    rng: np.random.Generator, kinds: Sequence[str], seq_len: int, grids: dict[str, list[tuple[int, int, int]]]
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    seq_len: int,
+    grids: dict[str, list[tuple[int, int, int]]],
+    frames_apart: bool,
 ) -> npt.NDArray[np.int64]:
-    """One sample [S]; every frame of a video is between its own start and end."""
+    """One sample [S]."""
     row = list(rng.integers(1, WORDS, rng.integers(2, 6)))
     for kind in kinds:
         height, width = GRIDS[rng.integers(len(GRIDS))]
         frames = 1 if kind == "image" else int(rng.integers(1, 3))
         grids[kind].append((frames, height, width))
-        for _ in range(frames):
-            row += [START, *[IMAGE if kind == "image" else VIDEO] * (height * width // MERGE**2), END]
+        times, together = (frames, 1) if frames_apart else (1, frames)
+        for _ in range(times):
+            row += [START, *[IMAGE if kind == "image" else VIDEO] * (together * height * width // MERGE**2), END]
             row += list(rng.integers(1, WORDS, rng.integers(1, 4)))
     if len(row) > seq_len:
         raise ValueError(f"a sample of {len(row)} tokens does not fit into seq_len {seq_len}: draw fewer items")
@@ -167,8 +206,8 @@ def cut(name: str, weight: npt.NDArray[Any], rank: int, nranks: int) -> npt.NDAr
     """The part of a weight that rank `rank` holds; the tower and the norms are whole everywhere."""
     if name.startswith("model.visual."):
         return weight
-    if name.endswith("qkv_proj.weight"):
-        return np.split(weight, nranks, axis=1)[rank]
+    if name.endswith(("qkv_proj.weight", "qkv_proj.bias")):
+        return np.split(weight, nranks, axis=-1)[rank]
     if name.endswith("up_gate_proj.weight"):
         halves = np.split(weight, 2, axis=1)
         return np.concatenate([np.split(half, nranks, axis=1)[rank] for half in halves], axis=1)

@@ -83,7 +83,7 @@ def test_paddleformers_launcher_applies_the_file(tmp_path):
         f"{KEY}={PLUGIN}",
     ]
     done = subprocess.run(launcher, env=ENV, capture_output=True, text=True, timeout=200, check=False)
-    assert "paddle_vl_sp: PaddleFormers, plain: 4 replaced" in done.stderr
+    assert "paddle_vl_sp: PaddleFormers, Qwen3-VL: 4 replaced" in done.stderr
     assert "no_such_key" in done.stderr
 
 

@@ -14,7 +14,7 @@ from paddle_vl_sp.backends import load
 from paddle_vl_sp.cli import doctor, installation, main
 from paddle_vl_sp.cli.doctor import check_operators, check_paddle, check_upstream
 from paddle_vl_sp.cli.installation import FAIL, PASS, WARN, check_compilers, check_conflicts, check_versions
-from paddle_vl_sp.formers.families import QWEN3_VL
+from paddle_vl_sp.formers.families import FAMILIES
 
 REPLACED = ("Qwen3VLModelDeprecated.forward", "Qwen3VLTextModel.forward", "Qwen3VLTextModel._deepstack_process")
 
@@ -95,7 +95,9 @@ def test_methods_on_paddlefleet_are_judged_too():
 
     with stubbed_paddlefleet() as is_double:
         checks = by_subject(check_upstream())
-    names = [method.name for family in QWEN3_VL for method in (*family.replaced, *family.called)]
+    names = [
+        method.name for group in FAMILIES.values() for family in group for method in (*family.replaced, *family.called)
+    ]
     assert len(names) > 11
     assert {name: checks[name].state for name in names} == dict.fromkeys(names, PASS)
     assert checks["gpt_layer_specs.GPTEmbedding"].state == PASS

@@ -3,7 +3,6 @@
 Errors are |g - g*| / |g*| of the worst parameter. Upstream's stand in the same tests: they are the reason.
 """
 
-import functools
 import itertools
 import os
 
@@ -33,12 +32,12 @@ def wanted():
     return whole.references()
 
 
-@pytest.fixture(scope="module")
-def found(wanted):
-    """found(nranks): what every rank has of every setting, in one launch."""
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def found(request, wanted):
+    """What every rank has of every setting, in one launch."""
     todo = [(name, mode, side, False) for name, mode, side in itertools.product(NAMES, MODES.values(), whole.SIDES)]
     todo += [(name, mode, "one line", True) for name, mode in itertools.product(PLANNED, MODES.values())]
-    return functools.cache(lambda nranks: run_ranks(whole.on_ranks, nranks, nranks, todo, wanted, timeout=1200))
+    return run_ranks(whole.on_ranks, request.param, request.param, todo, wanted, timeout=1200)
 
 
 def worst(ranks, *case):
@@ -51,12 +50,11 @@ def worst(ranks, *case):
 @pytest.mark.parametrize("planned", [False, True], ids=["", "plans of the loader"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("nranks", [2, 4])
-def test_one_line_makes_everything_right(found, nranks, name, mode, planned):
+def test_one_line_makes_everything_right(found, name, mode, planned):
     """Loss and every gradient within 1e-5, the ranks' copies equal bit for bit; no host sync with loaded plans."""
     if planned and name not in PLANNED:
         pytest.skip("the loader's plans of this setting are those of another")
-    got = worst(found(nranks), name, MODES[mode], "one line", planned)
+    got = worst(found, name, MODES[mode], "one line", planned)
     assert max(got["loss"], got["vision"], got["text"], got["qk norms"]) < RIGHT, got
     assert (got["replicas"], got["unexpected"]) == (0, 0)
     has_visual = name != "text only"
@@ -65,14 +63,13 @@ def test_one_line_makes_everything_right(found, nranks, name, mode, planned):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("nranks", [2, 4])
-def test_upstream_is_wrong_under_sequence_parallelism(found, nranks, name):
+def test_upstream_is_wrong_under_sequence_parallelism(found, name):
     """The reason. If this fails, the installed release has no such fault any more."""
     case = (name, True, "upstream", False)
     if name == "images and videos":
-        assert all("ReshapeOp" in rank[case]["raised"] for rank in found(nranks))
+        assert all("ReshapeOp" in rank[case]["raised"] for rank in found)
         return
-    got = worst(found(nranks), *case)
+    got = worst(found, *case)
     trains_the_tower = name not in ("text only", "frozen tower")
     assert (got["vision"] > WRONG) == trains_the_tower
     assert (got["replicas"] > 1e-4) == trains_the_tower
@@ -80,11 +77,10 @@ def test_upstream_is_wrong_under_sequence_parallelism(found, nranks, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("nranks", [2, 4])
-def test_upstreams_head_norms_are_wrong_under_tensor_parallelism_alone(found, nranks, name):
+def test_upstreams_head_norms_are_wrong_under_tensor_parallelism_alone(found, name):
     """The reason. If this fails, the installed release has no such fault any more."""
     if name != "images and videos":  # which raises
-        got = worst(found(nranks), name, False, "upstream", False)
+        got = worst(found, name, False, "upstream", False)
         assert (got["qk norms"] > WRONG) == (name != "frozen text")
 
 

@@ -27,7 +27,7 @@ from paddle_vl_sp.formers.families import QWEN3_VL
 from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"plain": modeling, "plain MoE": moe_modeling, "fleet": modeling_fleet}
+MODULES = {"Qwen3-VL": modeling, "Qwen3-VL MoE": moe_modeling, "Qwen3-VL fleet": modeling_fleet}
 
 
 def methods():
@@ -82,7 +82,7 @@ def test_families_by_name():
     assert apply_to_paddleformers() == report
     revert()
     assert not apply_to_paddleformers(families=()).replaced
-    with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', got 'qwen4_vl'"):
+    with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'"):
         apply_to_paddleformers(families=["qwen3_vl", "qwen4_vl"])
 
 
@@ -158,7 +158,8 @@ def test_changed_code_is_left_alone_when_not_strict(caplog):
     assert modeling.Qwen3VLModelDeprecated.__dict__["forward"] is before
     assert modeling.Qwen3VLTextModel.__dict__["_deepstack_process"] is changed_deepstack
     plain, others = (
-        {m.name for f in QWEN3_VL for m in f.replaced if (f.name == "plain") == is_plain} for is_plain in (True, False)
+        {m.name for f in QWEN3_VL for m in f.replaced if (f.name == "Qwen3-VL") == is_plain}
+        for is_plain in (True, False)
     )
     assert set(report.names("left alone")) == plain
     assert (len(plain), len(others)) == (4, 7)
@@ -392,7 +393,8 @@ def test_plugin_as_paddleformers_loads_it(switch, replaced):
     done = ran(PLUGIN, PADDLE_VL_SP=switch)
     assert f"OURS {replaced}" in done.stdout
     absent = "1 absent (No module named 'paddlefleet')"
-    told = f"plain: 4 replaced; plain MoE: {absent}; fleet: {absent}" if replaced else "left as it is: PADDLE_VL_SP=0"
+    told = f"Qwen3-VL: 4 replaced; Qwen2.5-VL: 1 replaced; Qwen3-VL MoE: {absent}; Qwen3-VL fleet: {absent}"
+    told = told if replaced else "left as it is: PADDLE_VL_SP=0"
     assert done.stderr.count("paddle_vl_sp: PaddleFormers") == 1
     assert told in done.stderr
 
@@ -422,7 +424,7 @@ def test_families_that_the_plugin_does_not_know_end_the_run():
     """By PaddleFormers, with our message."""
     with pytest.raises(subprocess.CalledProcessError) as failed:
         ran(PLUGIN, PADDLE_VL_SP_FAMILIES="qwen3_vl, qwen4_vl")
-    assert "families must be one of 'qwen3_vl', got 'qwen4_vl'" in failed.value.stderr
+    assert "families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'" in failed.value.stderr
 
 
 def test_only_the_first_rank_says_what_was_done():

@@ -173,7 +173,7 @@ def _check_degree(model: Layer, loaded: LoadedPlans) -> None:
 
 
 FAMILY = Family(
-    "fleet",  # dense and MoE: both are made of this layer and this model
+    "Qwen3-VL fleet",  # dense and MoE: both are made of this layer and this model
     f"{MODELS}.qwen3_vl.modeling_fleet",
     replaced=(
         Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("e38f015741320629",)),

@@ -1,0 +1,20 @@
+"""Qwen2.5-VL: all features enter at the embedding, before the cut, so one plan is all that it needs.
+
+Its tower is replicated. It attends within windows, and in some blocks within a frame: never across frames.
+"""
+
+from __future__ import annotations
+
+from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
+from paddle_vl_sp.formers.merge import KINDS, merging_forward
+
+FAMILY = Family(
+    "Qwen2.5-VL",
+    f"{MODELS}.qwen2_5_vl.modeling",
+    replaced=(Replaced("Qwen2_5_VLModel.forward", merging_forward, ("251c850b1dd07977",)),),
+    called=tuple(
+        Called(f"Qwen2_5_VLModel.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()
+    ),
+    shared=(Replaced("Qwen2_5_VLModel.__init__", shared_tower.model_init, ("07289638d0aef206",)),),
+)
