@@ -10,6 +10,7 @@ from typing import Any
 from paddle.nn import Layer
 
 from paddle_vl_sp.formers.changes import Replacement, replace
+from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.loader import PlanningCollate
 from paddle_vl_sp.formers.patch import UpstreamChanged, switched_off
 from paddle_vl_sp.log import logger
@@ -34,37 +35,45 @@ def plan_in_workflow() -> Replacement | None:
 
 
 def planning(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the plans of all ranks to each batch for the model on PaddleFleet."""
+    """Adds the plans of all ranks to each batch."""
 
     @functools.wraps(original)
     def collate(batch: Any, *args: Any, **named: Any) -> Any:
         own = functools.partial(original, **named)
         model, arguments = named.get("model"), named.get("training_args")
-        if args or arguments is None:
+        if args or model is None or arguments is None:
             raise UpstreamChanged(
-                f"{COLLATE} is called in an unknown way, without training_args by name, so {LOADER_PLANS}=1 cannot "
+                f"{COLLATE} is called in an unknown way, without model and training_args by name: {LOADER_PLANS}=1 cannot "
                 "know how the sequence is cut: leave it out"
             )
-        fleet_model = _fleet_model(model)
-        if fleet_model is None:
+        planned = _planned_for(model)
+        if planned is None:
             raise ValueError(
-                f"{LOADER_PLANS}=1 with {type(model).__name__}: only the Qwen3-VL on PaddleFleet takes plans from "
-                "PaddleFormers' command line; leave it out"
+                f"{LOADER_PLANS}=1 with {type(model).__name__}: no model in it takes plans from the data loader; leave "
+                "it out"
             )
+        placeholder_ids, merge_size, cut = planned
         return PlanningCollate(
             own,
-            (fleet_model.image_token_index, fleet_model.video_token_index),
+            placeholder_ids,
             sp_size=arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1,
-            cut="sequence",
-            merge_size=fleet_model.config.vision_config.spatial_merge_size,
+            cut=cut,
+            merge_size=merge_size,
             sequence_parallel=arguments.sequence_parallel,
         )(batch)
 
     return collate
 
 
-def _fleet_model(model: Layer | None) -> Any:
-    """The layer on PaddleFleet that encodes and hands on, which may be wrapped, as LoRA does."""
-    layers = [] if model is None else model.sublayers(include_self=True)
-    names = ("image_token_index", "video_token_index", "vision_model", "language_model")
-    return next((layer for layer in layers if all(hasattr(layer, name) for name in names)), None)
+def _planned_for(model: Layer | None) -> tuple[tuple[int, int], int, str] | None:
+    """Placeholder ids, merge size and cut of the layer that takes plans, which may be wrapped, as LoRA does."""
+    for layer in [] if model is None else model.sublayers(include_self=True):
+        if not hasattr(type(layer).forward, OURS):
+            continue
+        if hasattr(layer, "vision_model"):  # on PaddleFleet
+            ids = layer.image_token_index, layer.video_token_index
+            return ids, layer.config.vision_config.spatial_merge_size, "sequence"
+        if hasattr(layer, "visual"):
+            ids = layer.config.image_token_id, layer.config.video_token_id
+            return ids, layer.visual.spatial_merge_size, "flattened"
+    return None

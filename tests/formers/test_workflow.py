@@ -7,20 +7,27 @@ import paddle
 import pytest
 from paddleformers.cli.train.sft import workflow
 
-from paddle_vl_sp.formers import UpstreamChanged, plans_of_all_ranks, revert
+from paddle_vl_sp.formers import UpstreamChanged, apply_to_paddleformers, plans_of_all_ranks, revert, tiny
+from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.workflow import plan_if_asked, plan_in_workflow, planning
 
 IMAGE, VIDEO = 7, 8
 
 
 class FleetModel(paddle.nn.Layer):
-    """The attributes by which the model on PaddleFleet is found, in a wrapper as LoRA's."""
+    """The attributes by which the model on PaddleFleet is known, with a forward of ours."""
 
     def __init__(self):
         super().__init__()
         self.image_token_index, self.video_token_index = IMAGE, VIDEO
-        self.vision_model, self.language_model = paddle.nn.Linear(1, 1), paddle.nn.Linear(1, 1)
+        self.vision_model = paddle.nn.Linear(1, 1)
         self.config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+
+    def forward(self):
+        pass
+
+
+setattr(FleetModel.forward, OURS, None)
 
 
 def arguments(degree=2, sequence_parallel=True):
@@ -50,6 +57,19 @@ def test_the_plans_are_those_of_the_cut(degree, is_cut):
         assert np.array_equal(batch[key], value)
 
 
+@pytest.mark.parametrize("build", [tiny.tiny_qwen2_5_vl, tiny.tiny_qwen3_vl])
+def test_plain_models_cut_the_flattened_batch(build):
+    """Exact, with the model's own ids; a model whose class is upstream's is refused."""
+    batch = {key: value.numpy() for key, value in tiny.draw_batch([["image"], []], seed=1).items()}
+    with apply_to_paddleformers():
+        model = build()
+        planned = collated(batch, model=paddle.nn.Sequential(model), training_args=arguments(2))
+    wanted = plans_of_all_ranks(batch["input_ids"], (tiny.IMAGE, tiny.VIDEO), 2, "flattened")
+    assert all(np.array_equal(planned[key], value) for key, value in wanted.items())
+    with pytest.raises(ValueError, match="no model in it takes plans"):
+        collated(batch, model=model, training_args=arguments(2))
+
+
 def test_grids_that_do_not_match_are_refused():
     """The merge size is the model's: both numbers."""
     batch = a_batch() | {"image_grid_thw": np.array([[1, 4, 4]])}
@@ -59,7 +79,7 @@ def test_grids_that_do_not_match_are_refused():
 
 def test_models_and_calls_that_it_cannot_be_right_for_are_refused():
     """By name."""
-    with pytest.raises(ValueError, match=r"LOADER_PLANS=1 with Linear: only .* leave it out"):
+    with pytest.raises(ValueError, match=r"LOADER_PLANS=1 with Linear: no model in it takes plans"):
         collated(a_batch(), model=paddle.nn.Linear(2, 2), training_args=arguments())
     with pytest.raises(UpstreamChanged, match="mm_collate_fn is called in an unknown way"):
         collated(a_batch(), model=FleetModel())
