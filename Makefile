@@ -29,6 +29,7 @@ bench: export PYTHONWARNINGS = ignore
 bench: $(VENV)/.built
 	$(PY) tools/bench/bench_plan.py
 	$(PY) tools/bench/bench_rows.py
+	$(PY) tools/bench/bench_merge.py
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

@@ -43,8 +43,8 @@ def planning(original: Callable[..., Any]) -> Callable[..., Any]:
         model, arguments = named.get("model"), named.get("training_args")
         if args or model is None or arguments is None:
             raise UpstreamChanged(
-                f"{COLLATE} is called in an unknown way, without model and training_args by name: {LOADER_PLANS}=1 cannot "
-                "know how the sequence is cut: leave it out"
+                f"{COLLATE} is called in an unknown way, without model and training_args by name, from which "
+                f"{LOADER_PLANS}=1 knows how the sequence is cut: leave it out"
             )
         planned = _planned_for(model)
         if planned is None:

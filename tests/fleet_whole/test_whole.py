@@ -20,6 +20,7 @@ from paddle_vl_sp.formers import PlanningCollate, tiny
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 
+pytestmark = pytest.mark.timeout(1500)  # a launch of four ranks runs all settings
 RIGHT, WRONG = 1e-5, 0.3  # sums in another order, 2e-6 at most; upstream's worst parameter is never below 0.4
 NAMES = [setting.name for setting in whole.SETTINGS]
 UPSTREAM_CANNOT = {"images and videos", "empty layer in the head"}

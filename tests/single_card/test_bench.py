@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "plan": ("--seq", "16384", "--rounds", "1"),
     "rows": ("--seq", "8192", "--hidden", "16", "--rounds", "1"),
+    "merge": ("--seq", "4096", "--hidden", "16", "--rounds", "1"),
     "vision": ("balance", "--batches", "1"),
 }
 
