@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +15,9 @@ from typing import Any
 MODELS = "paddleformers.transformers"
 KNOWN_VERSIONS = ("1.2.0",)
 OURS = "_paddle_vl_sp_original"  # on a function of ours: what it replaces
+
+MARKS = {tokenize.NEWLINE: ";", tokenize.INDENT: "<", tokenize.DEDENT: ">"}
+MEANINGLESS = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -92,12 +98,29 @@ class Family:
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """The first 16 hexadecimal digits of the sha256 of the function's source; "no source" where there is none."""
+    """The first 16 hexadecimal digits of the sha256 of the function's code; "no source" where there is none.
+
+    Comments, docstrings, blank lines and spaces do not count: the same code has the same fingerprint.
+    """
     try:
-        source = inspect.getsource(function)
+        source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return "no source"
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    return hashlib.sha256(_code_of(source).encode()).hexdigest()[:16]
+
+
+def _code_of(source: str) -> str:
+    """Its meaningful tokens without spaces, also within strings, which versions of Python split differently."""
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in MEANINGLESS]
+    parts: list[str] = []
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        begins = not parts or parts[-1] in MARKS.values()
+        if begins and token.type == tokenize.STRING and following and following.type == tokenize.NEWLINE:
+            continue  # a docstring
+        if begins and token.type == tokenize.NEWLINE:
+            continue  # its end
+        parts.append(MARKS.get(token.type) or "".join(token.string.split()))
+    return "".join(parts)
 
 
 def formers_version() -> str:

@@ -17,6 +17,7 @@ from paddle_vl_sp.formers import (
     PatchReport,
     UpstreamChanged,
     apply_to_paddleformers,
+    apply_to_qwen2_5_vl,
     apply_to_qwen3_vl,
     norms,
     revert,
@@ -79,7 +80,9 @@ def test_families_by_name():
     revert()
     assert apply_to_paddleformers(families=["qwen3_vl", "qwen3_vl"]) == report
     revert()
-    assert apply_to_paddleformers() == report
+    assert apply_to_qwen2_5_vl().replaced == ["Qwen2_5_VLModel.forward"]
+    revert()
+    assert apply_to_paddleformers().replaced == [*report.replaced, "Qwen2_5_VLModel.forward"]
     revert()
     assert not apply_to_paddleformers(families=()).replaced
     with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'"):
@@ -274,7 +277,7 @@ def test_head_norms_of_a_given_model():
 def test_vision_dp_wants_a_plain_model():
     """An error with the fix, and nothing is left replaced."""
     before = functions()
-    with pytest.raises(ValueError, match=r"needs a plain Qwen3-VL model .* got Linear"):
+    with pytest.raises(ValueError, match=r"needs a plain model .* got Linear"):
         apply_to_qwen3_vl(paddle.nn.Linear(2, 2), vision_dp=True)
     assert all(a is b for a, b in zip(before, functions(), strict=True))
 

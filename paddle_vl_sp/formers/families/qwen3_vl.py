@@ -141,7 +141,7 @@ def _family(name: str, module: str, model: str, text_model: str, known: dict[str
             Replaced(f"{model}.forward", model_forward, (known["model"],)),
             Replaced(f"{text_model}.__init__", text_init, (known["init"],)),
             Replaced(f"{text_model}.forward", text_forward, (known["text"],)),
-            Replaced(f"{text_model}._deepstack_process", deepstack, ("5d2f3c34ae40ba01",)),
+            Replaced(f"{text_model}._deepstack_process", deepstack, ("f0bc25afbd552ec1",)),
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
         shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
@@ -153,12 +153,12 @@ PLAIN = _family(
     "qwen3_vl.modeling",
     "Qwen3VLModelDeprecated",
     "Qwen3VLTextModel",
-    {"model": "745af1ed87fe646b", "init": "fb4a505451b444d2", "text": "6eebd96dd42e01e6", "build": "827af19258f33ace"},
+    {"model": "8560e77720417b67", "init": "0a8261a0d8075923", "text": "0ff2ff6c1b050341", "build": "bce9f42a81ce3d58"},
 )
 PLAIN_MOE = _family(
     "Qwen3-VL MoE",
     "qwen3_vl_moe.modeling",
     "Qwen3VLMoeModelDeprecated",
     "Qwen3VLMoeTextModel",
-    {"model": "84de824353cee7f6", "init": "f2b1b38e665bb7f3", "text": "8f1ed8c9f0439b4a", "build": "8c93e5e20ff03175"},
+    {"model": "81ee6f41d2657d79", "init": "8f5cdcd433212fa2", "text": "f0ba1042351c4d9a", "build": "797e1008ef6e3c35"},
 )

@@ -176,14 +176,14 @@ FAMILY = Family(
     "Qwen3-VL fleet",  # dense and MoE: both are made of this layer and this model
     f"{MODELS}.qwen3_vl.modeling_fleet",
     replaced=(
-        Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("e38f015741320629",)),
-        Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("ce230972aa9e41c6",)),
-        Replaced("Qwen3VLModelDist.forward", model_forward, ("dd7ce8eb1e4b0f1e",)),
+        Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("1a26f8e6ea432adc",)),
+        Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("19d3499b58262354",)),
+        Replaced("Qwen3VLModelDist.forward", model_forward, ("8ae63440d6b4db62",)),
     ),
     swapped=(
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTEmbedding", visual_embedding),
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTLMHead", contiguous_head),
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
-    shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("e6889b71333e6614",)),),
+    shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("6d23e3fe1a2d5ab0",)),),
 )
