@@ -1,9 +1,11 @@
 """The `custom_register_path` of YAML runs on CPU ranks: what PaddleFormers lacks without a GPU, then our own plugin.
 
+VLSP_MODEL   the model_type of the checkpoint
 VLSP_START   the file of whole weights that a run begins with; one that is not there yet is written
 VLSP_END     the file, by rank, of the weights it ends with
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -11,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-import whole
 from paddle.distributed.fleet.meta_parallel import tensor_parallel
 from paddleformers.cli.train.sft.sft_trainer import SFTTrainer
-from paddleformers.transformers.qwen3_vl import modeling_fleet
 
 from paddle_vl_sp.cli.plugin_path import PLUGIN
 from paddle_vl_sp.formers import tiny
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu
+from yaml_data import MODELS
 
-HERE, FIXED_START = Path(__file__).parent, 151652
+FIXED_START = 151652
 RANK, NRANKS = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+MODEL = os.environ["VLSP_MODEL"]
+ON_FLEET = MODEL == "qwen3_vl"
 
 paddle.set_device("cpu")
 if NRANKS > 1:
@@ -30,10 +33,19 @@ if NRANKS > 1:
 tensor_parallel.broadcast_input_data = lambda _, *inputs, **named: (inputs, named)
 paddle.Tensor.cuda = lambda self, *_, **__: self  # the final save moves what it collects to a GPU
 
-start = json.loads(Path(os.environ["VLSP_CHECKPOINT"], "config.json").read_text())["vision_start_token_id"]
-rope_code = modeling_fleet.Qwen3VLModelDist.get_rope_index.__code__  # has the start token of the large tokenizer fixed
-constants = tuple(start if constant == FIXED_START else constant for constant in rope_code.co_consts)
-modeling_fleet.Qwen3VLModelDist.get_rope_index.__code__ = rope_code.replace(co_consts=constants)
+modeling = importlib.import_module(f"paddleformers.transformers.{MODEL}.modeling{'_fleet' if ON_FLEET else ''}")
+
+
+def with_the_checkpoints_start(function):
+    """The fleet class has the start token of the large tokenizer fixed."""
+    config = json.loads(Path(os.environ["VLSP_CHECKPOINT"], "config.json").read_text())
+    code, start = function.__code__, config["vision_start_token_id"]
+    constants = tuple(start if constant == FIXED_START else constant for constant in code.co_consts)
+    function.__code__ = code.replace(co_consts=constants)
+
+
+if ON_FLEET:
+    with_the_checkpoints_start(modeling.Qwen3VLModelDist.get_rope_index)
 
 
 def from_pretrained(cls, *_, config=None, **__):
@@ -41,12 +53,21 @@ def from_pretrained(cls, *_, config=None, **__):
     return cls._from_config(config, dtype="float32")
 
 
+def load(model, weights):
+    if not ON_FLEET:
+        tiny.load_weights(model, weights, RANK, NRANKS)
+        return
+    import whole
+
+    whole.load(model, weights, whole.SETTINGS[0], RANK, NRANKS)
+
+
 def with_weights(original):
     def __init__(self, *args, **named):  # noqa: N807
         model, file = named["model"], Path(os.environ["VLSP_START"])
         if not file.exists():
             np.savez(file, **tiny.weights_of(model))
-        whole.load(model, dict(np.load(file)), whole.SETTINGS[0], RANK, NRANKS)
+        load(model, dict(np.load(file)))
         original(self, *args, **named)
 
     return __init__
@@ -61,6 +82,6 @@ def then_saved(original):
     return train
 
 
-modeling_fleet.Qwen3VLForConditionalGeneration.from_pretrained = classmethod(from_pretrained)
+getattr(modeling, MODELS[MODEL][0]).from_pretrained = classmethod(from_pretrained)
 SFTTrainer.__init__, SFTTrainer.train = with_weights(SFTTrainer.__init__), then_saved(SFTTrainer.train)
 runpy.run_path(str(PLUGIN))

@@ -10,14 +10,13 @@ from paddle_vl_sp.formers import tiny
 
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MEANS = [0.5] * 3
-SHAPE = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": MEANS, "image_std": MEANS}
-SIZE = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
+SHAPE = {"temporal_patch_size": 2, "merge_size": 2, "image_mean": MEANS, "image_std": MEANS}
+SIZE = {"shortest_edge": 28 * 28, "longest_edge": 256 * 256}
 SETTINGS = """
 train_dataset_type: messages
 train_dataset_prob: "1.0"
 max_seq_len: 192
 template_backend: custom
-template: qwen3_vl_nothink
 dataset_type: map
 mix_strategy: concat
 random_shuffle: false
@@ -43,15 +42,27 @@ tensor_parallel_output: false
 """
 
 
-def write(folder, plugin):
+MODELS = {  # model_type: class, vision settings, template, processors
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", tiny.VISION, "qwen3_vl_nothink", "Qwen3VL", 16),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", tiny.WINDOWS, "qwen2_vl", "Qwen2_5_VL", 14),
+}
+
+
+def write(folder, plugin, model_type):
     """Returns the YAML's path."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     ids = _write_tokenizer(checkpoint)
-    _write_configuration(checkpoint, ids)
+    _write_configuration(checkpoint, ids, model_type)
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(_sample(folder, i)) + "\n" for i in range(8)))
-    paths = {"model_name_or_path": checkpoint, "train_dataset_path": data, "custom_register_path": plugin}
+    template = MODELS[model_type][2]
+    paths = {
+        "template": template,
+        "model_name_or_path": checkpoint,
+        "train_dataset_path": data,
+        "custom_register_path": plugin,
+    }
     file = folder / "x.yaml"
     file.write_text(SETTINGS + "".join(f"{key}: {path}\n" for key, path in paths.items()))
     return file
@@ -76,18 +87,21 @@ def _write_tokenizer(folder):
     return ids
 
 
-def _write_configuration(folder, ids):
-    for kind, processor in (("", "Qwen2VLImageProcessorFast"), ("video_", "Qwen3VLVideoProcessor")):
-        settings = SHAPE | {"size": SIZE, "processor_class": "Qwen3VLProcessor"}
-        settings[f"{kind or 'image_'}processor_type"] = processor
+def _write_configuration(folder, ids, model_type):
+    name, vision, _, processor, patch = MODELS[model_type]
+    for kind, made_by in (("", "Qwen2VLImageProcessorFast"), ("video_", "Qwen3VLVideoProcessor")):
+        settings = SHAPE | {"patch_size": patch, "size": SIZE, "processor_class": f"{processor}Processor"}
+        settings[f"{kind or 'image_'}processor_type"] = made_by
         (folder / f"{kind}preprocessor_config.json").write_text(json.dumps(settings))
-    text = tiny.TEXT | {"model_type": "qwen3_vl_text", "tie_word_embeddings": False, "pad_token_id": ids["endoftext"]}
-    vision = tiny.VISION | {"patch_size": 16, "model_type": "qwen3_vl"}
+    text = tiny.TEXT | {"model_type": f"{model_type}_text", "tie_word_embeddings": False}
+    if model_type == "qwen2_5_vl":
+        text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+        vision = vision | {"window_size": 4 * patch}
     config = {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        "text_config": {key: value for key, value in text.items() if key != "_attn_implementation"},
-        "vision_config": {key: value for key, value in vision.items() if key != "_attn_implementation"},
+        "architectures": [name],
+        "model_type": model_type,
+        "text_config": without_attention(text | {"pad_token_id": ids["endoftext"]}),
+        "vision_config": without_attention(vision | {"patch_size": patch, "model_type": model_type}),
         "tie_word_embeddings": False,
         "image_token_id": ids["image_pad"],
         "video_token_id": ids["video_pad"],
@@ -97,6 +111,11 @@ def _write_configuration(folder, ids):
         "eos_token_id": ids["im_end"],
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_attention(settings):
+    """A YAML says which attention."""
+    return {key: value for key, value in settings.items() if key != "_attn_implementation"}
 
 
 def _sample(folder, i):

@@ -1,0 +1,36 @@
+"""Qwen2.5-VL by `paddleformers-cli train x.yaml` on two CPU ranks, with the plugin and switches only, against one rank.
+
+PaddleFormers' own example of sequence-parallel VL training is of this model, which needs no PaddleFleet.
+"""
+
+import pytest
+
+import yaml_runs
+from paddle_vl_sp.formers import tiny
+from paddle_vl_sp.settings import CHECK, ENABLED, LOADER_PLANS, VISION_DP
+
+RUNS = {  # name: ranks, switches
+    "one rank": (1, {ENABLED: "0"}),
+    "plugin": (2, {}),
+    "all switches": (2, {LOADER_PLANS: "1", VISION_DP: "1", CHECK: "1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return yaml_runs.trained_in_all_ways(tmp_path_factory.mktemp("yaml"), "qwen2_5_vl", RUNS)
+
+
+@pytest.mark.parametrize("name", ["plugin", "all switches"])
+def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
+    """fp32, after AdamW: the tower's copies equal bit for bit, all parameters within 1e-5; host syncs without plans."""
+    (one,), _ = found["one rank"]
+    cut = lambda key, weights, rank: tiny.cut(key, weights[key], rank, 2)  # noqa: E731
+    between, from_one = yaml_runs.distances(one, found[name][0], "model.visual.", cut)
+    assert between == 0
+    assert from_one < 1e-5
+    log = found[name][1]
+    assert yaml_runs.said_syncs(log) == (3 if name == "plugin" else 0)
+    assert (
+        f"Qwen2.5-VL: {1 if name == 'plugin' else 2} replaced" in log
+    )  # its forward; and its constructor, which shares

@@ -1,0 +1,101 @@
+"""`paddleformers-cli train x.yaml` on CPU ranks, as processes of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import yaml_data
+from paddle_vl_sp.settings import REPORT
+
+TESTS = Path(__file__).parent
+LIMIT = 240
+LAST = "train_steps_per_second"
+
+
+def trained_in_all_ways(folder, model_type, runs):
+    """{name: (weights at the end by rank, the log of the first rank)} for runs {name: (ranks, switches)}.
+
+    The first one writes the weights that all begin with.
+    """
+    yaml = yaml_data.write(folder, TESTS / "cpu_plugin.py", model_type)
+    return {name: trained(folder, yaml, model_type, name, *run) for name, run in runs.items()}
+
+
+def environment(rank, nranks, endpoints):
+    paths = [*map(str, (TESTS / "fleet_whole", TESTS, TESTS.parent)), os.environ.get("PYTHONPATH", "")]
+    ranks = {"PADDLE_TRAINER_ID": str(rank), "PADDLE_RANK_IN_NODE": str(rank), "PADDLE_DISTRI_BACKEND": "gloo"}
+    if nranks > 1:
+        ranks |= {"PADDLE_TRAINERS_NUM": str(nranks), "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints)}
+        ranks |= {"PADDLE_CURRENT_ENDPOINT": endpoints[rank]}
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", REPORT: "1"}
+    return {**os.environ, **ranks, **quiet, "PYTHONPATH": ":".join(paths)}
+
+
+def trained(folder, yaml, model_type, name, nranks, switches):
+    sockets = [socket.socket() for _ in range(nranks)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    endpoints = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    for each in sockets:
+        each.close()
+    files = {
+        "VLSP_MODEL": model_type,
+        "VLSP_START": folder / "start.npz",
+        "VLSP_END": folder / name,
+        "VLSP_CHECKPOINT": folder / "checkpoint",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "paddleformers.cli.launcher",
+        "train",
+        str(yaml),
+        f"output_dir={folder / 'out' / name}",
+    ]
+    command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(rank, nranks, endpoints) | switches | {key: str(file) for key, file in files.items()},
+            stdout=(folder / f"{name}-{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
+        for rank in range(nranks)
+    ]
+    try:
+        codes = [process.wait(LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"{name}-{rank}.log").read_text() for rank in range(nranks)]
+    for code, log in zip(codes, logs, strict=True):
+        # gloo may abort a process that ends after its peers: what the run does last, it has done
+        assert code == 0 or (code == -signal.SIGABRT and LAST in log), f"{name}: {codes}\n{log[-3000:]}"
+    return [dict(np.load(f"{files['VLSP_END']}-{rank}.npz")) for rank in range(nranks)], logs[0]
+
+
+def distances(one, ranks, tower, cut):
+    """Relative: between the ranks' copies of the tower's replicated parameters; of every parameter from one rank's."""
+    copies = [key for key in one if tower in key and ranks[0][key].shape == one[key].shape]
+    assert len(copies) > 30
+
+    def apart(pairs):
+        pairs = list(pairs)
+        return (sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)) ** 0.5
+
+    return apart((ranks[1][key], ranks[0][key]) for key in copies), max(
+        apart((mine[key], cut(key, one, rank)) for key in one) for rank, mine in enumerate(ranks)
+    )
+
+
+def said_syncs(log):
+    """The host syncs that the report of the run counted."""
+    (count,) = re.findall(r"host syncs to plan: (\d+)", log)
+    return int(count)
