@@ -12,10 +12,10 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.backends.load import backend as backend_in_use
 from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
-from paddle_vl_sp.formers.families import FAMILIES
-from paddle_vl_sp.formers.known import KNOWN_VERSIONS, Family, Replaced, formers_version
+from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
+from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
-from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, Line, PatchReport
+from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, UNSUPPORTED, Line, PatchReport
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
@@ -72,6 +72,8 @@ def apply_to_paddleformers(
         lines.append(_share(model, made))
     if model is not None:
         lines += mark_head_norms(model)
+    if families is None:
+        lines += [Line(name, f"{MODELS}.{name}", UNSUPPORTED, why) for name, why in NOT_SUPPORTED.items()]
     report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
     if not report.replaced:
         logger.warning("nothing of PaddleFormers is replaced: %s", report.in_a_line())
@@ -99,6 +101,8 @@ def apply_to_qwen2_5_vl(model: Layer | None = None, *, strict: bool = True, visi
 def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:
     names = (families,) if isinstance(families, str) else tuple(FAMILIES if families is None else families)
     for name in names:
+        if name in NOT_SUPPORTED:
+            raise ValueError(f"families: {name} is not supported, {NOT_SUPPORTED[name]}: leave it out")
         check_choice("families", name, tuple(FAMILIES))
     return tuple(family for name in dict.fromkeys(names) for family in FAMILIES[name])
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-REPLACED, LEFT_ALONE, ABSENT = "replaced", "left alone", "absent"
-STATES = (REPLACED, LEFT_ALONE, ABSENT)
+REPLACED, LEFT_ALONE, ABSENT, UNSUPPORTED = "replaced", "left alone", "absent", "not supported"
+STATES = (REPLACED, LEFT_ALONE, ABSENT, UNSUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class PatchReport:
         """Qwen3-VL: 4 replaced; Qwen2.5-VL: 1 replaced; Qwen3-VL fleet: 1 absent (No module named 'paddlefleet')"""
         families: dict[str, list[Line]] = {}
         for line in sorted(self.lines, key=lambda line: STATES.index(line.state)):
-            families.setdefault(line.family, []).append(line)
+            if line.state != UNSUPPORTED:
+                families.setdefault(line.family, []).append(line)
         return "; ".join(f"{family}: {self._describe(lines)}" for family, lines in families.items())
 
     @staticmethod
@@ -58,7 +59,8 @@ class PatchReport:
         family, name, state = (max((len(row[i]) for row in rows), default=0) for i in range(3))
         table = [f"  {row[0]:{family}}  {row[1]:{name}}  {row[2]:{state}}  {row[3]}".rstrip() for row in rows]
         states = {state: len(self.names(state)) for state in STATES}
-        table.append(f"  {', '.join(f'{number} {state}' for state, number in states.items())}")
+        counted = [f"{number} {state}" for state, number in states.items() if number or state != UNSUPPORTED]
+        table.append(f"  {', '.join(counted)}")
         return "\n".join(["paddle_vl_sp and PaddleFormers", *table])
 
     def __enter__(self) -> PatchReport:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import paddle
+import paddleformers
 import pytest
 from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, loss_of, modeling_fleet, moe_modeling
@@ -24,7 +25,7 @@ from paddle_vl_sp.formers import (
     shared_tower,
     tiny,
 )
-from paddle_vl_sp.formers.families import QWEN3_VL
+from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED, QWEN3_VL
 from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,10 @@ def test_families_by_name():
     assert apply_to_paddleformers().replaced == [*report.replaced, "Qwen2_5_VLModel.forward"]
     revert()
     assert not apply_to_paddleformers(families=()).replaced
+    with pytest.raises(
+        ValueError, match="families: glm_ocr is not supported, it has no tensor or sequence parallelism"
+    ):
+        apply_to_paddleformers(families="glm_ocr")
     with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'"):
         apply_to_paddleformers(families=["qwen3_vl", "qwen4_vl"])
 
@@ -98,6 +103,17 @@ def test_report_is_a_value_that_reads():
     assert isinstance(report, PatchReport)
     revert()
     assert apply_to_qwen3_vl() == report
+
+
+def test_what_is_not_supported_is_in_the_report():
+    """By name and with the reason, in the table, not in the log's line; modules that PaddleFormers has."""
+    report = apply_to_paddleformers()
+    assert set(report.names("not supported")) == {f"paddleformers.transformers.{name}" for name in NOT_SUPPORTED}
+    for name, why in NOT_SUPPORTED.items():
+        assert why in str(report)
+        assert why not in report.in_a_line()
+        assert (Path(paddleformers.__file__).parent / "transformers" / name).is_dir()
+    assert not set(NOT_SUPPORTED) & set(FAMILIES)
 
 
 def test_models_built_before_and_after_are_alike():
