@@ -117,8 +117,9 @@ def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
     pixels, grid, method = KINDS[kind]
 
     def encode(pixels: Tensor, grid: Tensor) -> shared_tower.Encoded:
-        """As the model returns them: rows per item, or those and levels; None where deepstack is off."""
+        """As the model returns them: rows per item, or those and levels, maybe in an output; None: no levels."""
         found = getattr(model, method)(pixels, grid)
+        found = getattr(found, "pooler_output", found)
         if isinstance(found, tuple) and len(found) == 2 and (found[1] is None or isinstance(found[1], (list, tuple))):
             return _rows(found[0]), list(found[1] or [])
         return _rows(found)

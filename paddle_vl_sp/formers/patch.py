@@ -19,6 +19,8 @@ from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, UNSUPPORTE
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
+OPTIONAL = ("paddlefleet", "paddlefleet_ops", "triton")  # without them some families are not there
+
 _announced: set[str] = set()
 
 
@@ -40,7 +42,7 @@ def apply_to_paddleformers(
 
     model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
                under sequence parallelism, as those of models built from now on are; before the trainer is made
-    families   the families of models, by name, "qwen3_vl" (plain, MoE and fleet) or "qwen2_5_vl"; None: all of them
+    families   the families of models, by name, such as "qwen3_vl", which is plain, MoE and fleet; None: all of them
     strict     code of PaddleFormers that is not known is an UpstreamChanged error, else it is left alone with a warning
     vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
                model that is built from now on
@@ -121,13 +123,13 @@ def switched_off() -> bool:
 
 
 def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
-    """The families with their modules; those that cannot be imported, for want of paddlefleet, get a line."""
+    """The families with their modules; those that cannot be imported, for want of another package, get a line."""
     found = []
     for family in wanted:
         try:
             found.append((family, importlib.import_module(family.module)))
-        except ImportError as error:
-            if strict and (error.name or "").partition(".")[0] != "paddlefleet":
+        except (ImportError, NameError) as error:  # triton's kernels name it where it is not there
+            if strict and (error.name or "").partition(".")[0] not in OPTIONAL:
                 raise UpstreamChanged(
                     f"{family.module} of PaddleFormers {formers_version()} cannot be imported: {error}; with "
                     "strict=False its classes are left alone"

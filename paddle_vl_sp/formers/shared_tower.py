@@ -31,7 +31,7 @@ def share_tower(model: Layer) -> Any:
     from paddle_vl_sp.comm.grads import mark_for_sum
 
     inner = plain_model_of(model)
-    if not text_config(inner).sequence_parallel:
+    if not getattr(text_config(inner), "sequence_parallel", False):
         raise ValueError(
             "vision_dp=True with sequence_parallel off: no trainer would sum the tower's gradients, of which every "
             "rank has its own images' only; turn sequence_parallel on, or call encode_shared and sum_parameter_grads"

@@ -120,6 +120,22 @@ def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
     return model
 
 
+def tiny_glm_ocr(seed: int = 0) -> Any:
+    """GLM-OCR in training mode: images only."""
+    from paddleformers.transformers.glm_ocr import modeling
+    from paddleformers.transformers.glm_ocr.configuration import GlmOcrConfig
+
+    text = {key: value for key, value in TEXT.items() if key != "rope_scaling"}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    vision = {key: value for key, value in WINDOWS.items() if key not in ("window_size", "fullatt_block_indexes")}
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
+    config = GlmOcrConfig(text_config=text, vision_config=vision | {"image_size": 4 * PATCH}, **ids)
+    paddle.seed(seed)
+    model = modeling.GlmOcrForConditionalGeneration(config)
+    model.train()
+    return model
+
+
 def tensor_parallel(nranks: int, seq_len: int, sequence_parallel: bool = True) -> dict[str, Any]:
     """The text settings of a model on `nranks` CPU ranks, for batches of `seq_len`."""
     return {

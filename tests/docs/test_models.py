@@ -7,13 +7,14 @@ from docs_blocks import ROOT
 
 from paddle_vl_sp.formers.families import NOT_SUPPORTED
 
-WORDS = {"tested", "not needed", "upstream fails", "refused", "not yet"}
+WORDS = {"tested", "not needed", "upstream fails", "upstream has none", "refused", "not yet"}
 MERGE, LEVELS, WHOLE, BOTH = "merge by one plan", "deepstack", "whole gradients under TP-SP", "image + video"
 SHARED, LOADED, PACKED = "Vision DP", "loader plans", "packed rows"
 ONE_RANK, ON_RANKS = "formers/test_one_rank.py::test_twenty_training_steps", "multi_rank/test_formers.py"
 FLEET = "fleet_whole/test_whole.py::test_one_line_makes_everything_right"
 FLEET_ONE = "fleet_whole/test_whole.py::test_on_one_rank_every_bit_is_upstreams"
 REFUSED = "formers/test_apply.py::test_vision_dp_of_models_built_afterwards"
+OCR = "formers/test_ocr_models.py"
 QWEN2_5 = "formers/test_qwen2_5_vl.py"
 QWEN2_5_RANKS = "multi_rank/test_qwen2_5_vl_on_ranks.py::test_loss_and_gradients_are_those_of_one_process"
 TESTS = {
@@ -42,6 +43,12 @@ TESTS = {
         LOADED: f"{QWEN2_5}::test_plans_of_the_loader",
         **dict.fromkeys((WHOLE, BOTH, SHARED, PACKED), QWEN2_5_RANKS),
     },
+    "GLM-OCR": {
+        MERGE: f"{OCR}::test_training_steps",
+        BOTH: f"{OCR}::test_videos_are_refused",
+        LOADED: f"{OCR}::test_plans",
+    },
+    "PaddleOCR-VL": {BOTH: f"{OCR}::test_videos_that_would_be_dropped_are_refused"},
 }
 PAGE = (ROOT / "docs" / "models.md").read_text()
 

@@ -83,14 +83,12 @@ def test_families_by_name():
     revert()
     assert apply_to_qwen2_5_vl().replaced == ["Qwen2_5_VLModel.forward"]
     revert()
-    assert apply_to_paddleformers().replaced == [*report.replaced, "Qwen2_5_VLModel.forward"]
+    assert apply_to_paddleformers().replaced == [*report.replaced, "Qwen2_5_VLModel.forward", "GlmOcrModel.forward"]
     revert()
     assert not apply_to_paddleformers(families=()).replaced
-    with pytest.raises(
-        ValueError, match="families: glm_ocr is not supported, it has no tensor or sequence parallelism"
-    ):
-        apply_to_paddleformers(families="glm_ocr")
-    with pytest.raises(ValueError, match="families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'"):
+    with pytest.raises(ValueError, match="families: qwen3_5 is not supported, it merges by itself"):
+        apply_to_paddleformers(families="qwen3_5")
+    with pytest.raises(ValueError, match=r"families must be one of 'qwen3_vl', .* got 'qwen4_vl'"):
         apply_to_paddleformers(families=["qwen3_vl", "qwen4_vl"])
 
 
@@ -412,8 +410,8 @@ def test_plugin_as_paddleformers_loads_it(switch, replaced):
     done = ran(PLUGIN, PADDLE_VL_SP=switch)
     assert f"OURS {replaced}" in done.stdout
     absent = "1 absent (No module named 'paddlefleet')"
-    told = f"Qwen3-VL: 4 replaced; Qwen2.5-VL: 1 replaced; Qwen3-VL MoE: {absent}; Qwen3-VL fleet: {absent}"
-    told = told if replaced else "left as it is: PADDLE_VL_SP=0"
+    told = "Qwen3-VL: 4 replaced; Qwen2.5-VL: 1 replaced; GLM-OCR: 1 replaced; "
+    told = f"{told}Qwen3-VL MoE: {absent}; Qwen3-VL fleet: {absent}" if replaced else "left as it is: PADDLE_VL_SP=0"
     assert done.stderr.count("paddle_vl_sp: PaddleFormers") == 1
     assert told in done.stderr
 
@@ -443,7 +441,7 @@ def test_families_that_the_plugin_does_not_know_end_the_run():
     """By PaddleFormers, with our message."""
     with pytest.raises(subprocess.CalledProcessError) as failed:
         ran(PLUGIN, PADDLE_VL_SP_FAMILIES="qwen3_vl, qwen4_vl")
-    assert "families must be one of 'qwen3_vl', 'qwen2_5_vl', got 'qwen4_vl'" in failed.value.stderr
+    assert "'glm_ocr', 'paddleocr_vl', got 'qwen4_vl'" in failed.value.stderr
 
 
 def test_only_the_first_rank_says_what_was_done():

@@ -1,14 +1,17 @@
 """One module a family of models: what of its classes is replaced, and by what."""
 
-from paddle_vl_sp.formers.families import qwen2_5_vl, qwen3_vl, qwen3_vl_fleet
+from paddle_vl_sp.formers.families import glm_ocr, paddleocr_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_fleet
 
 QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY)
-FAMILIES = {"qwen3_vl": QWEN3_VL, "qwen2_5_vl": (qwen2_5_vl.FAMILY,)}
+FAMILIES = {
+    "qwen3_vl": QWEN3_VL,
+    "qwen2_5_vl": (qwen2_5_vl.FAMILY,),
+    "glm_ocr": (glm_ocr.FAMILY,),
+    "paddleocr_vl": (paddleocr_vl.FAMILY,),
+}
 NOT_SUPPORTED = {  # family: why
     "ernie4_5_moe_vl": "it places rows by experts of its own for each kind of token",
     "glm4v_moe": "images and videos have one placeholder id, so that a plan cannot tell them apart",
-    "glm_ocr": "it has no tensor or sequence parallelism, and one placeholder id for images and videos",
-    "paddleocr_vl": "it cannot be imported without triton, and drops videos",
     "qwen3_5": "it merges by itself, past PaddleFleet's embedding",
 }
 

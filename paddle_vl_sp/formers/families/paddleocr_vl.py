@@ -1,0 +1,35 @@
+"""PaddleOCR-VL: its forward takes videos and never looks at them, so they are refused. Nothing else is changed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from paddle.nn import Layer
+
+from paddle_vl_sp.formers.known import MODELS, Family, Replaced
+
+
+def refusing_videos(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses videos, which the original drops: their placeholders would be trained as text."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        if signature.bind(self, *args, **kwargs).arguments.get("pixel_values_videos") is not None:
+            raise ValueError(
+                f"{type(self).__name__} with videos: PaddleFormers' forward drops them without a word, and their "
+                "placeholders stay text; leave videos out of the batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+FAMILY = Family(
+    "PaddleOCR-VL",
+    f"{MODELS}.paddleocr_vl.modeling",
+    replaced=(Replaced("PaddleOCRVLForConditionalGeneration.forward", refusing_videos, ("5f4c3c16f8d64306",)),),
+)
