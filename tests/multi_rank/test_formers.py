@@ -36,26 +36,14 @@ RIGHT = 1e-5  # fp32 sums in another order; 1.7e-6 was the worst ever seen
 WRONG = 0.7
 
 
-class Ranks:
-    """What one rank needs again and again: batches, the weights, the reference of one process."""
+class One:
+    """What one process knows: batches, and the steps of a model on them."""
 
-    def __init__(self, nranks):
-        self.group = init_tensor_parallel(nranks)
-        self.nranks, self.rank = nranks, self.group.rank
+    group = None
+
+    def __init__(self):
         items = enumerate(SAMPLES.items())
         self.batches = {kind: tiny.draw_batch(samples, SEQ_LEN, seed=i) for i, (kind, samples) in items}
-        self.reference = tiny.tiny_qwen3_vl()
-        self.weights = tiny.weights_of(self.reference)
-        with apply_to_qwen3_vl():  # for image and video together; else upstream's, to the last bit
-            self.wanted = {kind: self.step(self.reference, batch) for kind, batch in self.batches.items()}
-
-    def model(self, sequence_parallel=True, mark=True):
-        settings = tiny.tensor_parallel(self.nranks, SEQ_LEN, sequence_parallel)
-        model = tiny.tiny_qwen3_vl(**settings)
-        tiny.load_weights(model, self.weights, self.rank, self.nranks)
-        if mark:
-            mark_head_norms(model)
-        return model
 
     def step(self, model, batch, callback=None):
         tiny.drop_gradients(model)
@@ -66,6 +54,23 @@ class Ranks:
         elif model.config.text_config.sequence_parallel:
             tiny.sum_marked_gradients(model, self.group)
         return float(loss), tiny.gradients_of(model)
+
+
+class Ranks(One):
+    """What one rank needs again and again besides: its group, the weights, the results of one process."""
+
+    def __init__(self, nranks, weights, wanted):
+        super().__init__()
+        self.group = init_tensor_parallel(nranks)
+        self.nranks, self.rank, self.weights, self.wanted = nranks, self.group.rank, weights, wanted
+
+    def model(self, sequence_parallel=True, mark=True):
+        settings = tiny.tensor_parallel(self.nranks, SEQ_LEN, sequence_parallel)
+        model = tiny.tiny_qwen3_vl(**settings)
+        tiny.load_weights(model, self.weights, self.rank, self.nranks)
+        if mark:
+            mark_head_norms(model)
+        return model
 
     def errors(self, model, kinds=SAMPLES, wanted=None, callback=None):
         """kind -> errors of the loss, the tower and the language model, and how many gradients should not be there.
@@ -255,14 +260,23 @@ def tower_of(model):
     return np.concatenate([weight.ravel() for name, weight in tiny.weights_of(model).items() if "visual" in name])
 
 
-def measure(nranks):
+@pytest.fixture(scope="module")
+def of_one_process():
+    """Whole weights, loss and gradients of every batch, and the steps of training."""
+    one, model = One(), tiny.tiny_qwen3_vl()
+    weights = tiny.weights_of(model)
+    with apply_to_qwen3_vl():  # for image and video together; else upstream's, to the last bit
+        wanted = {kind: one.step(model, batch) for kind, batch in one.batches.items()}
+    return weights, wanted, list(train(one, tiny.tiny_qwen3_vl()))
+
+
+def measure(nranks, weights, wanted, on_one):
     """Everything, in one launch."""
     enable_tensor_parallel_on_cpu()
-    ranks = Ranks(nranks)
+    ranks = Ranks(nranks, weights, wanted)
     told = {"upstream": ranks.errors(ranks.model(), UPSTREAM_CAN)}
     told["upstream without SP"] = ranks.errors(ranks.model(sequence_parallel=False, mark=False), ["several"])
     told["unmarked norms"] = ranks.errors(ranks.model(mark=False), ["text"])
-    on_one = list(train(ranks, tiny.tiny_qwen3_vl()))
     told["drift upstream"] = replicas(ranks, on_one)
     with apply_to_qwen3_vl():
         told["patched"] = ranks.errors(ranks.model())
@@ -288,9 +302,9 @@ def measure(nranks):
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def told(request):
+def told(request, of_one_process):
     """Per rank, what `measure` found."""
-    return run_ranks(measure, request.param, request.param, timeout=240)
+    return run_ranks(measure, request.param, request.param, *of_one_process, timeout=240)
 
 
 def worst(told, case, kind, what="tower"):
