@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -100,12 +100,16 @@ class LoadedPlans:
     mask: Tensor  # [B, S]
     order: Tensor | None  # [N], with images and videos
 
+    failed: ClassVar[list[Exception]] = []  # of a loader's thread, to be raised by the next forward
+
     @classmethod
     def pop_from(cls, arguments: dict[str, Any], cut: str | None = None) -> LoadedPlans | None:
         """Takes the keys out of the arguments, whose forward does not know them; None where there are none.
 
         cut  how the model cuts: "sequence" or "flattened"; None: it uses the plan of the uncut sequence only
         """
+        if cls.failed:
+            raise cls.failed.pop()
         popped = {key: arguments.pop(key, None) for key in BATCH_KEYS}
         missing = [key for key in (UPDATE, GATHER, POSITIONS, PLANNED_MASK) if popped[key] is None]
         if len(missing) == 4:
@@ -194,6 +198,11 @@ def levels_to_carry(levels: Sequence[Tensor], level: int) -> list[Tensor]:
     Across pipeline stages a tensor that wants one is owed one by the stage that receives it.
     """
     return [x.detach() if i <= level else x for i, x in enumerate(levels)]
+
+
+def mask_to_carry(mask: Tensor, num_stages: int) -> Tensor:
+    """A view cannot be sent to another stage, and PaddleFleet's mask is one."""
+    return mask if num_stages == 1 else mask.contiguous()
 
 
 class Handover(Generic[T]):

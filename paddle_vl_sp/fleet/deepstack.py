@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.carried import CARRIED, GATHER, LEVELS, MASK, UPDATE, indices_to_carry, levels_to_carry
+from paddle_vl_sp.carried import CARRIED, GATHER, LEVELS, MASK, UPDATE, indices_to_carry, levels_to_carry, mask_to_carry
 from paddle_vl_sp.comm.grads import complete_grad, head_norms, sum_in_backward
 from paddle_vl_sp.fleet.topology import layer_share, pipeline_size, tensor_parallel_group, visual_subclass
 from paddle_vl_sp.plan import VisualPlan, plan_visual
@@ -54,6 +54,8 @@ class VisualDeepstack:
                 self._check_addition(hidden, carried[MASK], carried[LEVELS][level], out["hidden_states"])
         if level + 1 < num_levels:
             out |= carried | {LEVELS: levels_to_carry(carried[LEVELS], level)}
+            if MASK in carried:
+                out[MASK] = mask_to_carry(carried[MASK], pipeline_size(self.config))
         return out
 
     def _deepstack_process(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry, plan_in
+from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry, mask_to_carry, plan_in
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.fleet.inputs import FEATURES, VisualInputs, visual_inputs
 from paddle_vl_sp.fleet.topology import context_parallel_size, embedding_share, pipeline_size
@@ -70,7 +70,8 @@ class VisualEmbedding:
         if plan.num_features:
             plan, group = plan.to(out["hidden_states"].place), embedding_share(self).group
             note_forward(plan, num_levels=visual.num_levels, group=group, syncs=syncs)
-            out |= indices_to_carry(plan, pipeline_size(self.config))
+            stages = pipeline_size(self.config)
+            out |= indices_to_carry(plan, stages) | {MASK: mask_to_carry(out[MASK], stages)}
         return out
 
     def _upstream_merge(

@@ -80,10 +80,12 @@ def swap(owner: Any, name: str, make: Callable[[type], type]) -> Replacement | N
 
 
 def share(model: Layer) -> SharedTower | None:
-    """Shares the work of the model's tower; None where it is shared already."""
-    if shared_tower.is_shared(shared_tower.plain_model_of(model)):
+    """Shares the work of the model's tower; None where it was shared already: then what it got since is marked too."""
+    was_shared = shared_tower.is_shared(shared_tower.plain_model_of(model))
+    inner = shared_tower.share_tower(model)
+    if was_shared:
         return None
-    shared = SharedTower(shared_tower.share_tower(model))
+    shared = SharedTower(inner)
     _in_place.append(shared)
     return shared
 

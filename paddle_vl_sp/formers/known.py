@@ -16,7 +16,7 @@ MODELS = "paddleformers.transformers"
 KNOWN_VERSIONS = ("1.2.0",)
 OURS = "_paddle_vl_sp_original"  # on a function of ours: what it replaces
 
-MARKS = {tokenize.NEWLINE: ";", tokenize.INDENT: "<", tokenize.DEDENT: ">"}
+MARKS = {tokenize.NEWLINE: "\n", tokenize.INDENT: "\t", tokenize.DEDENT: "\r"}  # no token looks like these
 MEANINGLESS = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -80,10 +80,11 @@ class Family:
     called: tuple[Called, ...] = ()
     swapped: tuple[Swapped, ...] = ()
     shared: tuple[Replaced, ...] = ()  # replaced too, where the vision tower's work is to be shared
+    is_optional: bool = False  # a module that cannot be imported is never an error: it needs more than most have
 
-    def changes(self, module: Any) -> Iterator[str]:
-        """What is not as known in the module's classes."""
-        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called, *self.shared)
+    def changes(self, module: Any, is_shared: bool = False) -> Iterator[str]:
+        """What is not as known in the module's classes; is_shared: of sharing the tower's work as well."""
+        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called, *(self.shared if is_shared else ()))
         for method in methods:
             owner_name, _, name = method.name.partition(".")
             owner = getattr(module, owner_name, None)
@@ -110,7 +111,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def _code_of(source: str) -> str:
-    """Its meaningful tokens without spaces, also within strings, which versions of Python split differently."""
+    """Its meaningful tokens without spaces, also within f-strings, which versions of Python split differently."""
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in MEANINGLESS]
     parts: list[str] = []
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
@@ -119,7 +120,8 @@ def _code_of(source: str) -> str:
             continue  # a docstring
         if begins and token.type == tokenize.NEWLINE:
             continue  # its end
-        parts.append(MARKS.get(token.type) or "".join(token.string.split()))
+        is_text = token.type == tokenize.STRING and "f" not in token.string.partition(token.string[-1])[0].lower()
+        parts.append(MARKS.get(token.type) or (token.string if is_text else "".join(token.string.split())))
     return "".join(parts)
 
 

@@ -22,7 +22,7 @@ from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
-from paddle_vl_sp.verify import check_order, check_positions, checking
+from paddle_vl_sp.verify import check_order, check_positions, check_result, checking
 
 KINDS = {  # kind: (its pixels, its grid, the method that encodes it)
     "image": ("pixel_values", "image_grid_thw", "get_image_features"),
@@ -102,7 +102,12 @@ def merge(
         syncs = int(not padded)
     plan = plan.to(embeds.place)
     main, *levels = _joined(features, ids, wanted, loaded)
-    return Merged(replace_rows(embeds, main, plan), levels, mask, plan, syncs)
+    merged = replace_rows(embeds, main, plan)
+    if checking():
+        _check_merge(
+            merged, embeds, {kind_id: rows[0] for kind_id, rows in zip(wanted, features.values(), strict=True)}, ids
+        )
+    return Merged(merged, levels, mask, plan, syncs)
 
 
 def hide_pixels(given: dict[str, Any], kinds: list[str], embeds: Tensor) -> None:
@@ -130,6 +135,15 @@ def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
 
 def _rows(per_item: Any) -> Tensor:
     return per_item if isinstance(per_item, Tensor) else paddle.concat(list(per_item))
+
+
+def _check_merge(merged: Tensor, embeds: Tensor, features: dict[int, Tensor], ids: Tensor) -> None:
+    """Against the slow, obvious way: each kind's features written where its placeholders are."""
+    with paddle.no_grad():
+        wanted = embeds.clone()
+        for kind_id, rows in features.items():
+            wanted[ids == kind_id] = rows.astype(wanted.dtype)
+    check_result("the merge", merged, wanted, "report it")
 
 
 def _check_loaded(loaded: LoadedPlans, mask: Tensor, ids: Tensor, wanted: tuple[int, ...]) -> None:

@@ -19,7 +19,8 @@ from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, UNSUPPORTE
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
-OPTIONAL = ("paddlefleet", "paddlefleet_ops", "triton")  # without them some families are not there
+OPTIONAL = ("paddlefleet", "paddlefleet_ops")  # without them some families are not there
+TOWER = "the tower's work"
 
 _announced: set[str] = set()
 
@@ -58,22 +59,31 @@ def apply_to_paddleformers(
     if switched_off():
         logger.info("PaddleFormers is left as it is: %s=0", ENABLED)
         return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted))
+    if model is not None and not isinstance(model, Layer):
+        raise ValueError(f"model must be a model, got {model!r}; families are named by families=")
+    is_shared = vision_dp and model is None
     lines: list[Line] = []
     found = _loaded(wanted, lines, strict)
-    changed = {family.name: list(family.changes(module)) for family, module in found}
+    changed = {family.name: list(family.changes(module, is_shared)) for family, module in found}
     if strict and any(changed.values()):
         raise UpstreamChanged(_describe(changed) + "; with strict=False these classes are left alone")
     made: list[Change] = []
-    for family, module in found:
-        methods = family.replaced + (family.shared if vision_dp and model is None else ())
-        lines += _replace_all(family, methods, module, changed[family.name], made)
-        lines += _swap_all(family, changed[family.name], made)
+    try:
+        for family, module in found:
+            methods = family.replaced + (family.shared if is_shared else ())
+            lines += _replace_all(family, methods, module, changed[family.name], made)
+            lines += _swap_all(family, changed[family.name], made)
+            if is_shared and not family.shared:
+                lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
+        if vision_dp and model is not None:
+            lines.append(_share(model, made))
+        if model is not None:
+            lines += mark_head_norms(model)
+    except BaseException:
+        undo_changes(made)
+        raise
     if any(changed.values()):
         logger.warning("%s; these classes are left alone", _describe(changed))
-    if vision_dp and model is not None:
-        lines.append(_share(model, made))
-    if model is not None:
-        lines += mark_head_norms(model)
     if families is None:
         lines += [Line(name, f"{MODELS}.{name}", UNSUPPORTED, why) for name, why in NOT_SUPPORTED.items()]
     report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
@@ -128,8 +138,9 @@ def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[t
     for family in wanted:
         try:
             found.append((family, importlib.import_module(family.module)))
-        except (ImportError, NameError) as error:  # triton's kernels name it where it is not there
-            if strict and (error.name or "").partition(".")[0] not in OPTIONAL:
+        except Exception as error:
+            needs_more = family.is_optional or str(getattr(error, "name", "")).partition(".")[0] in OPTIONAL
+            if strict and not needs_more:
                 raise UpstreamChanged(
                     f"{family.module} of PaddleFormers {formers_version()} cannot be imported: {error}; with "
                     "strict=False its classes are left alone"
@@ -181,16 +192,11 @@ def _first_line(make: Callable[..., Any]) -> str:
 
 
 def _share(model: Layer, made: list[Change]) -> Line:
-    name = "the tower's work"
-    try:
-        shared = share(model)
-    except ValueError:
-        undo_changes(made)
-        raise
+    shared = share(model)
     if shared is None:
-        return Line("model", name, REPLACED, "was already shared")
+        return Line("model", TOWER, REPLACED, "was already shared")
     made.append(shared)
-    return Line("model", name, REPLACED, "shared by the tensor-parallel ranks; parameters marked for the sum")
+    return Line("model", TOWER, REPLACED, "shared by the tensor-parallel ranks; parameters marked for the sum")
 
 
 def _describe(changed: dict[str, list[str]]) -> str:

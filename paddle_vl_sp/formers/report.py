@@ -14,7 +14,7 @@ STATES = (REPLACED, LEFT_ALONE, ABSENT, UNSUPPORTED)
 class Line:
     """One method, class or module: what became of it and why."""
 
-    family: str  # "Qwen3-VL", "Qwen3-VL MoE", "Qwen3-VL fleet", "Qwen2.5-VL" or "model"
+    family: str  # the name of a Family, or "model"
     name: str
     state: str
     why: str

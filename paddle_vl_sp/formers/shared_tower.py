@@ -66,9 +66,9 @@ def refusing_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stop_where_not_asked_for() -> None:
-    """Stops sharing the towers that were shared as they were built, where their class builds as upstream again."""
+    """Stops sharing the towers that were shared as they were built, where their classes build as upstream again."""
     for inner in list(_shared_as_built):
-        if not hasattr(type(inner).__init__, OURS):
+        if not any(hasattr(vars(cls).get("__init__"), OURS) for cls in type(inner).__mro__):
             _shared_as_built.discard(inner)
             stop_sharing(inner)
 
@@ -82,12 +82,19 @@ def stop_sharing(inner: Layer) -> None:
 def plain_model_of(model: Layer) -> Any:
     """The layer that encodes and inserts, by a forward of ours."""
     for layer in model.sublayers(include_self=True):
-        if hasattr(type(layer).forward, OURS) and hasattr(layer, "visual"):
+        if is_merging(layer):
             refuse_own_mask(layer, is_to_be_shared=True)
             return layer
     raise ValueError(
         f"vision_dp needs a plain model whose methods are replaced, got {type(model).__name__}: the tower of "
         "the model on PaddleFleet is tensor-parallel over the same ranks, so its images cannot be shared among them"
+    )
+
+
+def is_merging(layer: Layer) -> bool:
+    """Whether a forward of ours encodes and inserts in this layer, by a tower that every rank has whole."""
+    return hasattr(type(layer).forward, OURS) and all(
+        hasattr(layer, name) for name in ("visual", "get_placeholder_mask")
     )
 
 
@@ -128,7 +135,7 @@ def _check_marks(tower: Layer) -> None:
     if unmarked:
         raise ValueError(
             f"{len(unmarked)} parameters of the shared tower are not marked for the sum of their gradients, such as "
-            f"{unmarked[0]}: call apply_to_qwen3_vl(model, vision_dp=True) once the model has all its parameters, "
+            f"{unmarked[0]}: call apply_to_paddleformers(model, vision_dp=True) once the model has all its parameters, "
             "after LoRA, and before the trainer is built"
         )
 

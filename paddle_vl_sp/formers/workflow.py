@@ -7,12 +7,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import paddle
 from paddle.nn import Layer
 
+from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers.changes import Replacement, replace
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.loader import PlanningCollate
 from paddle_vl_sp.formers.patch import UpstreamChanged, switched_off
+from paddle_vl_sp.formers.shared_tower import is_merging
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import LOADER_PLANS, is_on
 
@@ -39,41 +42,52 @@ def planning(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def collate(batch: Any, *args: Any, **named: Any) -> Any:
-        own = functools.partial(original, **named)
-        model, arguments = named.get("model"), named.get("training_args")
-        if args or model is None or arguments is None:
-            raise UpstreamChanged(
-                f"{COLLATE} is called in an unknown way, without model and training_args by name, from which "
-                f"{LOADER_PLANS}=1 knows how the sequence is cut: leave it out"
-            )
-        planned = _planned_for(model)
-        if planned is None:
-            raise ValueError(
-                f"{LOADER_PLANS}=1 with {type(model).__name__}: no model in it takes plans from the data loader; leave "
-                "it out"
-            )
-        placeholder_ids, merge_size, cut = planned
-        return PlanningCollate(
-            own,
-            placeholder_ids,
-            sp_size=arguments.tensor_model_parallel_size if arguments.sequence_parallel else 1,
-            cut=cut,
-            merge_size=merge_size,
-            sequence_parallel=arguments.sequence_parallel,
-        )(batch)
+        whole = original(batch, *args, **named)
+        try:
+            return _collate_for(named, whole)(batch)
+        except Exception as error:
+            if paddle.io.get_worker_info() is not None:
+                raise  # from a worker process it reaches the trainer
+            # in the trainer's own process a thread collates, for which Paddle would wait for ever
+            logger.error("%s=1: %s", LOADER_PLANS, error)
+            LoadedPlans.failed.append(error)
+            return whole
 
     return collate
+
+
+def _collate_for(named: dict[str, Any], whole: Any) -> PlanningCollate:
+    """Adds the plans to the batch that the original returned for these arguments."""
+    model, arguments = named.get("model"), named.get("training_args")
+    if model is None or arguments is None:
+        raise UpstreamChanged(
+            f"{COLLATE} is called in an unknown way, without model and training_args by name, from which "
+            f"{LOADER_PLANS}=1 knows how the sequence is cut: leave it out"
+        )
+    planned = _planned_for(model)
+    if planned is None:
+        raise ValueError(
+            f"{LOADER_PLANS}=1 with {type(model).__name__}: no model in it takes plans from the data loader; leave it "
+            "out"
+        )
+    placeholder_ids, merge_size, cut = planned
+    return PlanningCollate(
+        lambda _: whole,
+        placeholder_ids,
+        sp_size=max(arguments.tensor_model_parallel_size, 1) if arguments.sequence_parallel else 1,
+        cut=cut,
+        merge_size=merge_size,
+        sequence_parallel=arguments.sequence_parallel,
+    )
 
 
 def _planned_for(model: Layer | None) -> tuple[tuple[int, int], int, str] | None:
     """Placeholder ids, merge size and cut of the layer that takes plans, which may be wrapped, as LoRA does."""
     for layer in [] if model is None else model.sublayers(include_self=True):
-        if not hasattr(type(layer).forward, OURS):
-            continue
-        if hasattr(layer, "vision_model"):  # on PaddleFleet
+        if hasattr(type(layer).forward, OURS) and hasattr(layer, "vision_model"):  # on PaddleFleet
             ids = layer.image_token_index, layer.video_token_index
             return ids, layer.config.vision_config.spatial_merge_size, "sequence"
-        if hasattr(layer, "visual"):
+        if is_merging(layer):
             ids = layer.config.image_token_id, layer.config.video_token_id
             return ids, layer.visual.spatial_merge_size, "flattened"
     return None

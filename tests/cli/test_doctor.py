@@ -66,7 +66,7 @@ def test_a_changed_method_of_upstream_is_found(monkeypatch, capsys):
     checks = by_subject(check_upstream())
     changed = checks["Qwen3VLTextModel._deepstack_process"]
     assert changed.state == FAIL
-    assert "known is f0bc25afbd552ec1 (replaced by test_doctor" in changed.message
+    assert "known is 872f15937229ba1a (replaced by test_doctor" in changed.message
     assert "strict=False" in changed.fix
     assert checks["Qwen3VLTextModel.forward"].state == PASS
     assert main(["doctor"]) == 1

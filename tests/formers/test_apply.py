@@ -1,5 +1,6 @@
 """Applying and taking back: which methods are replaced, when they are left alone, and what is said about it."""
 
+import importlib
 import inspect
 import logging
 import os
@@ -335,6 +336,84 @@ def test_vision_dp_of_models_built_afterwards(monkeypatch):
     assert not shared_tower.is_shared(tiny.tiny_qwen3_vl().model)
 
 
+def test_an_unrelated_context_leaves_shared_towers_alone(monkeypatch):
+    """Also those of subclasses with a constructor of their own: a trainer has read their marks by then."""
+    monkeypatch.setattr(shared_tower, "text_config", lambda inner: SimpleNamespace(sequence_parallel=True))
+
+    class Own(modeling.Qwen3VLModelDeprecated):
+        def __init__(self, config):
+            super().__init__(config)
+            self.more = 1
+
+    apply_to_paddleformers(vision_dp=True)
+    models = [tiny.tiny_qwen3_vl().model, Own(tiny.tiny_qwen3_vl().config)]
+    with apply_to_qwen2_5_vl():
+        pass
+    for model in models:
+        assert shared_tower.is_shared(model)
+        assert all(parameter.sequence_parallel for parameter in model.visual.parameters())
+
+
+def test_vision_dp_marks_what_came_later():
+    """LoRA after a model was shared: passing it in again marks the new parameters."""
+    model = tiny.tiny_qwen3_vl()
+    model.model.language_model.config.sequence_parallel = True
+    apply_to_paddleformers(model, vision_dp=True)
+    model.visual.late = paddle.nn.Linear(2, 2)
+    assert "was already shared" in str(apply_to_paddleformers(model, vision_dp=True))
+    assert model.visual.late.weight.sequence_parallel
+
+
+def test_models_that_cannot_share_are_told():
+    """A line for each family without sequence parallelism."""
+    report = apply_to_paddleformers(families=["glm_ocr", "qwen2_5_vl"], vision_dp=True)
+    (line,) = (line for line in report.lines if line.state == "left alone")
+    assert (line.family, line.why) == ("GLM-OCR", "not shared: it has no sequence parallelism")
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl", 3])
+def test_what_is_no_model_is_refused(model):
+    """A name in its place is a slip; nothing is left replaced."""
+    before = functions()
+    with pytest.raises(ValueError, match=r"model must be a model, got .*; families are named by families="):
+        apply_to_paddleformers(model)
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
+
+
+def test_an_error_on_the_way_leaves_nothing_replaced(monkeypatch):
+    """Identity of every function."""
+    before = functions()
+    monkeypatch.setattr("paddle_vl_sp.formers.patch.mark_head_norms", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apply_to_paddleformers(tiny.tiny_qwen3_vl())
+    assert all(a is b for a, b in zip(before, functions(), strict=True))
+
+
+def test_a_constructor_that_others_replaced_matters_only_for_vision_dp(monkeypatch):
+    """Without it the constructor is upstream's business."""
+    monkeypatch.setattr(modeling.Qwen3VLModelDeprecated, "__init__", changed_deepstack)
+    apply_to_qwen3_vl()
+    revert()
+    with pytest.raises(UpstreamChanged, match=r"Qwen3VLModelDeprecated\.__init__ has fingerprint"):
+        apply_to_qwen3_vl(vision_dp=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_module_that_fails_in_any_way_is_absent(monkeypatch, strict):
+    """Of a family that needs more than others have: a line, and all others are replaced."""
+    import_module = importlib.import_module
+
+    def broken(name, *args):
+        if name.endswith("paddleocr_vl.modeling"):
+            raise AttributeError("module 'triton' has no attribute 'jit'")
+        return import_module(name, *args)
+
+    monkeypatch.setattr("paddle_vl_sp.formers.patch.importlib.import_module", broken)
+    report = apply_to_paddleformers(strict=strict)
+    assert "paddleformers.transformers.paddleocr_vl.modeling" in report.names("absent")
+    assert len(report.replaced) >= 13
+
+
 def test_vision_dp_again_after_a_revert():
     """The marks are there again, whoever has taken them away: revert, or the end of a context."""
     model = tiny.tiny_qwen3_vl()
@@ -435,6 +514,20 @@ def test_the_plugins_switches(switch, replaced):
     )
     assert done.stdout.split() == ["OURS", "True", *["OURS", str(replaced)] * 2]
     assert ("the data loader plans" in done.stderr) == replaced
+
+
+STRICT = """
+from paddleformers.transformers.qwen3_vl.modeling import Qwen3VLTextModel
+Qwen3VLTextModel._deepstack_process = lambda self, hidden_states, visual_pos_masks, visual_embeds: hidden_states
+"""
+
+
+def test_the_plugin_leaves_unknown_code_alone_if_told_to():
+    """PADDLE_VL_SP_STRICT=0: a warning; else PaddleFormers ends the run with our message."""
+    assert "these classes are left alone" in ran(STRICT + PLUGIN, PADDLE_VL_SP_STRICT="0").stderr
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        ran(STRICT + PLUGIN)
+    assert "with strict=False these classes are left alone" in failed.value.stderr
 
 
 def test_families_that_the_plugin_does_not_know_end_the_run():

@@ -89,5 +89,15 @@ def eval_function(source):
     return names["f"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [('return v < "1"', 'return v < "2"'), ('return v > "a"', 'return v > "b"'), ('v = "a b"', 'v = "ab"')],
+)
+def test_strings_count(one, other):
+    """Also at the end of a line, behind a sign, and their spaces."""
+    first, second = (eval_function(f"def f(v):\n    {line}\n") for line in (one, other))
+    assert fingerprint(first) != fingerprint(second)
+
+
 def test_what_has_no_source_says_so():
     assert fingerprint(len) == "no source"

@@ -39,6 +39,33 @@ def test_training_steps():
             assert same_bits(wanted, got), f"step {step}"
 
 
+def test_arguments_of_all_kinds():
+    """Bit-exact: a padding mask, given positions, embeddings alone; tokens of generate() with and without cache."""
+    model, batch = tiny.tiny_glm_ocr(), tiny.draw_batch(SAMPLES[0], 64, 0)
+    padding = paddle.ones_like(batch["input_ids"])
+    padding[:, 56:] = 0
+    positions = paddle.arange(64).reshape([1, 1, 64]).tile([3, 2, 1])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+
+    def results():
+        losses = [
+            float(model(**batch, **more).loss) for more in ({"attention_mask": padding}, {"position_ids": positions})
+        ]
+        losses.append(float(model(inputs_embeds=embeds, position_ids=positions, labels=batch["labels"]).loss))
+        losses.append(float(model.model.rope_deltas.sum()))
+        model.eval()
+        tokens = [
+            model.generate(**prompt, max_new_tokens=4, use_cache=use)[0].numpy().tolist() for use in (True, False)
+        ]
+        model.train()
+        return losses, tokens
+
+    upstream = results()
+    with apply_to_paddleformers(families="glm_ocr"):
+        assert results() == upstream
+
+
 def test_plans():
     """Bit-exact, with no host sync; counts that do not match are refused with both numbers."""
     model, batch = tiny.tiny_glm_ocr(), tiny.draw_batch(SAMPLES[0], 64, 0)

@@ -7,7 +7,7 @@ from paddleformers.transformers.qwen2_5_vl import modeling
 
 from arrays import same_bits
 from paddle_vl_sp import RunReport
-from paddle_vl_sp.formers import CheckFailed, PlanningCollate, apply_to_qwen2_5_vl, shared_tower, tiny
+from paddle_vl_sp.formers import CheckFailed, PlanningCollate, apply_to_qwen2_5_vl, merge, shared_tower, tiny
 from paddle_vl_sp.formers.known import OURS
 
 SAMPLES = {
@@ -107,6 +107,19 @@ def test_plans_of_the_loader():
         longer = batch_of("images") | {"input_ids": paddle.nn.functional.pad(batch["input_ids"], [0, 8])}
         with pytest.raises(ValueError, match=r"planned for ids \[3, 96\], but the model sees \[3, 104\]"):
             model(**(collate(batch_of("images")) | {"input_ids": longer["input_ids"], "labels": None}))
+
+
+def test_check_compares_the_merge(monkeypatch):
+    """PADDLE_VL_SP_CHECK=1: right merges of one and both kinds pass, a wrong one is an error with numbers."""
+    monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
+    model = tiny.tiny_qwen2_5_vl()
+    with apply_to_qwen2_5_vl():
+        for kind in SAMPLES:
+            loss_of(model, batch_of(kind))
+        real = merge.replace_rows
+        monkeypatch.setattr(merge, "replace_rows", lambda embeds, main, plan: real(embeds, main.flip(0), plan))
+        with pytest.raises(CheckFailed, match=r"the merge differs from that of upstream: \d+ of \d+ values differ"):
+            loss_of(model, batch_of("both"))
 
 
 def test_counts_that_do_not_match_are_refused():

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from paddleformers.cli.train.sft import workflow
 
+from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import UpstreamChanged, apply_to_paddleformers, plans_of_all_ranks, revert, tiny
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.workflow import plan_if_asked, plan_in_workflow, planning
@@ -35,7 +36,24 @@ def arguments(degree=2, sequence_parallel=True):
 
 
 def collated(batch, **named):
-    return planning(lambda batch, **named: dict(batch))(batch, **named)
+    """The batch that leaves the loader; what the original was called with is in it."""
+    LoadedPlans.failed.clear()
+    planned = planning(lambda batch, **named: batch | {"called with": named})(batch, **named)
+    assert planned.pop("called with") == named
+    return planned
+
+
+def refused(match, kind=ValueError, **named):
+    """In the loader's thread it is logged, and the next forward raises it; in a worker process it is raised there."""
+    batch = named.pop("batch", None) or a_batch()
+    assert collated(batch, **named).keys() == batch.keys()
+    with pytest.raises(kind, match=match):
+        LoadedPlans.pop_from({})
+    assert LoadedPlans.pop_from({}) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paddle.io, "get_worker_info", lambda: object())
+        with pytest.raises(kind, match=match):
+            collated(batch, **named)
 
 
 def a_batch():
@@ -66,23 +84,25 @@ def test_plain_models_cut_the_flattened_batch(build):
         planned = collated(batch, model=paddle.nn.Sequential(model), training_args=arguments(2))
     wanted = plans_of_all_ranks(batch["input_ids"], (tiny.IMAGE, tiny.VIDEO), 2, "flattened")
     assert all(np.array_equal(planned[key], value) for key, value in wanted.items())
-    with pytest.raises(ValueError, match="no model in it takes plans"):
-        collated(batch, model=model, training_args=arguments(2))
+    refused("no model in it takes plans", batch=batch, model=model, training_args=arguments(2))
 
 
 def test_grids_that_do_not_match_are_refused():
     """The merge size is the model's: both numbers."""
     batch = a_batch() | {"image_grid_thw": np.array([[1, 4, 4]])}
-    with pytest.raises(ValueError, match="has 2 image tokens but 4 feature rows"):
-        collated(batch, model=FleetModel(), training_args=arguments())
+    refused("has 2 image tokens but 4 feature rows", batch=batch, model=FleetModel(), training_args=arguments())
 
 
 def test_models_and_calls_that_it_cannot_be_right_for_are_refused():
     """By name."""
-    with pytest.raises(ValueError, match=r"LOADER_PLANS=1 with Linear: no model in it takes plans"):
-        collated(a_batch(), model=paddle.nn.Linear(2, 2), training_args=arguments())
-    with pytest.raises(UpstreamChanged, match="mm_collate_fn is called in an unknown way"):
-        collated(a_batch(), model=FleetModel())
+    refused("LOADER_PLANS=1 with Linear: no model in it", model=paddle.nn.Linear(2, 2), training_args=arguments())
+    refused("mm_collate_fn is called in an unknown way", UpstreamChanged, model=FleetModel())
+
+
+def test_one_process_with_sequence_parallelism_on():
+    """PaddleFormers' arguments say -1 ranks there: one plan."""
+    batch = collated(a_batch(), model=FleetModel(), training_args=arguments(-1, True))
+    assert batch["visual_update_indices"].shape[0] == 1
 
 
 def test_it_is_put_in_once_and_taken_back(monkeypatch):

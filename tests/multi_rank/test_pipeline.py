@@ -20,7 +20,7 @@ from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import _default_group_for_all_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
-from fleet_cases import BOTH, IMAGES, MASK, a_batch, build, config, some_ids
+from fleet_cases import BOTH, IMAGES, a_batch, build, config, some_ids
 from formers_layer import formers_layer
 
 from fleet_parts import build_layer, scaled
@@ -54,8 +54,7 @@ class First(paddle.nn.Layer):
             for key, value in batch.items()
             if key.endswith("_embeds") and value is not None
         }
-        out = self.embedding(batch | features)
-        return {key: value.contiguous() if key == MASK else value for key, value in out.items()}  # views cannot be sent
+        return self.embedding(batch | features)
 
 
 class Deep(paddle.nn.Layer):

@@ -13,6 +13,7 @@ NOT_SUPPORTED = {  # family: why
     "ernie4_5_moe_vl": "it places rows by experts of its own for each kind of token",
     "glm4v_moe": "images and videos have one placeholder id, so that a plan cannot tell them apart",
     "qwen3_5": "it merges by itself, past PaddleFleet's embedding",
+    "qwen3_5_moe": "the same as qwen3_5",
 }
 
 __all__ = ["FAMILIES", "NOT_SUPPORTED", "QWEN3_VL"]

@@ -52,7 +52,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 FAMILY = Family(
     "GLM-OCR",
     f"{MODELS}.glm_ocr.modeling",
-    replaced=(Replaced("GlmOcrModel.forward", model_forward, ("48852800311476fd",)),),
+    replaced=(Replaced("GlmOcrModel.forward", model_forward, ("af1b597504b2fa21",)),),
     called=(
         Called("GlmOcrModel.get_image_features", ("self", "pixel_values", "image_grid_thw", "kwargs")),
         Called(

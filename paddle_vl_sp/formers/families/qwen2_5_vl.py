@@ -12,9 +12,9 @@ from paddle_vl_sp.formers.merge import KINDS, merging_forward
 FAMILY = Family(
     "Qwen2.5-VL",
     f"{MODELS}.qwen2_5_vl.modeling",
-    replaced=(Replaced("Qwen2_5_VLModel.forward", merging_forward, ("1f4937eb16e262f7",)),),
+    replaced=(Replaced("Qwen2_5_VLModel.forward", merging_forward, ("9fed8d0d13bfee0c",)),),
     called=tuple(
         Called(f"Qwen2_5_VLModel.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()
     ),
-    shared=(Replaced("Qwen2_5_VLModel.__init__", shared_tower.model_init, ("49d86032779f7ae9",)),),
+    shared=(Replaced("Qwen2_5_VLModel.__init__", shared_tower.model_init, ("3d8d9c109c87c40e",)),),
 )

@@ -141,7 +141,7 @@ def _family(name: str, module: str, model: str, text_model: str, known: dict[str
             Replaced(f"{model}.forward", model_forward, (known["model"],)),
             Replaced(f"{text_model}.__init__", text_init, (known["init"],)),
             Replaced(f"{text_model}.forward", text_forward, (known["text"],)),
-            Replaced(f"{text_model}._deepstack_process", deepstack, ("f0bc25afbd552ec1",)),
+            Replaced(f"{text_model}._deepstack_process", deepstack, ("872f15937229ba1a",)),
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
         shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
@@ -153,12 +153,12 @@ PLAIN = _family(
     "qwen3_vl.modeling",
     "Qwen3VLModelDeprecated",
     "Qwen3VLTextModel",
-    {"model": "8560e77720417b67", "init": "0a8261a0d8075923", "text": "0ff2ff6c1b050341", "build": "bce9f42a81ce3d58"},
+    {"model": "a202124f6bcaf004", "init": "33913c80b6e9120f", "text": "eeb43e01eeee402c", "build": "707bb6aba2b6d1b2"},
 )
 PLAIN_MOE = _family(
     "Qwen3-VL MoE",
     "qwen3_vl_moe.modeling",
     "Qwen3VLMoeModelDeprecated",
     "Qwen3VLMoeTextModel",
-    {"model": "81ee6f41d2657d79", "init": "8f5cdcd433212fa2", "text": "f0ba1042351c4d9a", "build": "797e1008ef6e3c35"},
+    {"model": "6a996ef6ab8dcc32", "init": "4b394ee6f79a5533", "text": "2433f25460d79af0", "build": "76fd43b19a6cb73d"},
 )

@@ -20,6 +20,7 @@ from paddle_vl_sp.carried import (
     LoadedPlans,
     indices_to_carry,
     levels_to_carry,
+    mask_to_carry,
     own_row,
 )
 from paddle_vl_sp.comm.grads import complete_grad
@@ -53,7 +54,10 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         out = {key: value for key, value in out.items() if key not in CARRIED}
         if self.layer_number + 1 < len(levels):
             out |= indices_to_carry(plan, _num_stages())
-            out |= {MASK: dict_args[MASK], LEVELS: levels_to_carry(levels, self.layer_number)}
+            out |= {
+                MASK: mask_to_carry(dict_args[MASK], _num_stages()),
+                LEVELS: levels_to_carry(levels, self.layer_number),
+            }
         return out
 
     return forward
@@ -176,14 +180,14 @@ FAMILY = Family(
     "Qwen3-VL fleet",  # dense and MoE: both are made of this layer and this model
     f"{MODELS}.qwen3_vl.modeling_fleet",
     replaced=(
-        Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("1a26f8e6ea432adc",)),
-        Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("19d3499b58262354",)),
-        Replaced("Qwen3VLModelDist.forward", model_forward, ("8ae63440d6b4db62",)),
+        Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("7128dabd2a78b41d",)),
+        Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("97b577cb51c39113",)),
+        Replaced("Qwen3VLModelDist.forward", model_forward, ("e63536dcd1ef3476",)),
     ),
     swapped=(
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTEmbedding", visual_embedding),
         Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTLMHead", contiguous_head),
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
-    shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("6d23e3fe1a2d5ab0",)),),
+    shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("55a621cbb52a5624",)),),
 )
