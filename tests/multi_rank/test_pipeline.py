@@ -20,10 +20,10 @@ from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import _default_group_for_all_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fleet"))
-from fleet_cases import BOTH, IMAGES, a_batch, build, config, some_ids
+from fleet_cases import BOTH, IMAGES, KIND_IDS, a_batch, build, config, reading_order, some_ids, table
 from formers_layer import formers_layer
 
-from fleet_parts import build_layer, scaled
+from fleet_parts import WIDTH, build_layer, scaled
 from stub_paddlefleet import use_paddlefleet
 
 NUM_LAYERS, NUM_LEVELS = 5, 4  # with the first layer [3, 3]: levels 0 and 1 in the first stage, 2 and 3 in the second
@@ -95,17 +95,31 @@ def drawn(wiring, step):
 
 
 def on_one(wiring, step):
-    """Loss and gradients, by one rank."""
-    layers = [First(wiring), *(Deep(wiring, number) for number in range(NUM_LAYERS))]
+    """Loss and gradients by hand, in plain Paddle, on the whole batch: of the embedding, then of each layer's scale."""
+    weights, gain = paddle.to_tensor(table(), stop_gradient=False), paddle.to_tensor([1.5], stop_gradient=False)
+    scales = [paddle.to_tensor([0.8 + 0.1 * number], stop_gradient=False) for number in range(NUM_LAYERS)]
     total = 0.0
     for batch, weight in drawn(wiring, step):
-        out = batch
-        for layer in layers:
-            out = layer(out)
-        loss = loss_of(out, weight) / len(MICRO_BATCHES[step])
+        ids = batch["input_ids"].numpy()
+        kinds = [kind for kind in BOTH if f"{kind}_embeds" in batch]
+        visual = np.isin(ids, [KIND_IDS[kind] for kind in kinds])
+        rows = np.eye(ids.size, dtype=np.float32)[:, np.flatnonzero(visual)]  # [B * S, N], one where a row goes
+
+        def placed(number, batch=batch, kinds=kinds, rows=rows, shape=(*ids.shape, WIDTH)):
+            features = paddle.to_tensor(reading_order(batch, kinds, number)) * gain
+            return (paddle.to_tensor(rows) @ features).reshape(shape)
+
+        hidden = paddle.nn.functional.embedding(batch["input_ids"], weights)
+        if kinds:
+            hidden = paddle.where(paddle.to_tensor(visual).unsqueeze(-1), placed(0), hidden)
+        for number, scale in enumerate(scales):
+            hidden = hidden * scale
+            if kinds and number < NUM_LEVELS:
+                hidden = hidden + placed(1 + number)
+        loss = (hidden**2 * weight).mean() / len(MICRO_BATCHES[step])
         loss.backward()
         total += float(loss)
-    return total, [list(map(gradient_of, layer.parameters())) for layer in layers]
+    return total, [[gradient_of(gain), gradient_of(weights)], *([gradient_of(scale)] for scale in scales)]
 
 
 def gradient_of(parameter):
@@ -142,7 +156,7 @@ def piped(wiring, groups, strategy, wanted):
         errors = [
             float(np.linalg.norm(gradient_of(p) - right) / max(np.linalg.norm(right), 1e-30))
             for layer, rights in zip(model.run_function, gradients[first:], strict=False)
-            for p, right in zip(layer.parameters(), rights, strict=True)
+            for p, right in zip(sorted(layer.parameters(), key=lambda p: p.size), rights, strict=True)
         ]
         told.append((abs(got - loss), max(errors), len(errors)))
     return told
