@@ -245,10 +245,10 @@ def train(ranks, model):
         yield loss, tower_of(model)
 
 
-def replicas(ranks, on_one):
+def replicas(ranks, right_steps):
     """Of every step: the loss, how far the ranks' towers are apart, how far this one is from that of one process."""
     steps = []
-    for (loss, tower), (right_loss, right_tower) in zip(train(ranks, ranks.model()), on_one, strict=True):
+    for (loss, tower), (right_loss, right_tower) in zip(train(ranks, ranks.model()), right_steps, strict=True):
         towers = []
         dist.all_gather(towers, paddle.to_tensor(tower), group=ranks.group)
         drift = max(error(other.numpy(), towers[0].numpy()) for other in towers)
@@ -260,24 +260,28 @@ def tower_of(model):
     return np.concatenate([weight.ravel() for name, weight in tiny.weights_of(model).items() if "visual" in name])
 
 
-@pytest.fixture(scope="module")
-def of_one_process():
-    """Whole weights, loss and gradients of every batch, and the steps of training."""
+def on_one():
+    """Whole weights, and loss and gradients of every batch."""
     one, model = One(), tiny.tiny_qwen3_vl()
-    weights = tiny.weights_of(model)
     with apply_to_qwen3_vl():  # for image and video together; else upstream's, to the last bit
         wanted = {kind: one.step(model, batch) for kind, batch in one.batches.items()}
-    return weights, wanted, list(train(one, tiny.tiny_qwen3_vl()))
+    return tiny.weights_of(model), wanted
 
 
-def measure(nranks, weights, wanted, on_one):
+@pytest.fixture(scope="module")
+def of_one_process():
+    """The same, and the steps of training."""
+    return *on_one(), list(train(One(), tiny.tiny_qwen3_vl()))
+
+
+def measure(nranks, weights, wanted, steps):
     """Everything, in one launch."""
     enable_tensor_parallel_on_cpu()
     ranks = Ranks(nranks, weights, wanted)
     told = {"upstream": ranks.errors(ranks.model(), UPSTREAM_CAN)}
     told["upstream without SP"] = ranks.errors(ranks.model(sequence_parallel=False, mark=False), ["several"])
     told["unmarked norms"] = ranks.errors(ranks.model(mark=False), ["text"])
-    told["drift upstream"] = replicas(ranks, on_one)
+    told["drift upstream"] = replicas(ranks, steps)
     with apply_to_qwen3_vl():
         told["patched"] = ranks.errors(ranks.model())
         told["patched, built after"] = ranks.errors(ranks.model(mark=False), ["text", "several"])
@@ -292,7 +296,7 @@ def measure(nranks, weights, wanted, on_one):
         told["vision dp, built after"] = of_shared_tower_built_after(ranks)
         told["vision dp, wrapped"] = of_wrapped_shared_tower(ranks)
         told["collectives"] = collectives_in_backward(ranks)
-        told["drift patched"] = replicas(ranks, on_one)
+        told["drift patched"] = replicas(ranks, steps)
         complete, qwen3_vl.complete_grad = qwen3_vl.complete_grad, lambda levels, plan, group: list(levels)
         told["without complete_grad"] = ranks.errors(ranks.model())
         qwen3_vl.complete_grad = complete

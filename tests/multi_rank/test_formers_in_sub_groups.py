@@ -9,7 +9,7 @@ import pytest
 import test_formers
 from paddle.distributed import fleet
 from paddle.distributed.communication import group as groups
-from test_formers import MORE, RIGHT, SAMPLES, SOME, Ranks, of_loaded_plans, of_shared_tower
+from test_formers import MORE, RIGHT, SAMPLES, SOME, Ranks, of_loaded_plans, of_shared_tower, on_one
 
 from paddle_vl_sp.formers import apply_to_qwen3_vl
 from paddle_vl_sp.testing import run_ranks, tensor_parallel
@@ -61,7 +61,7 @@ def measure():
         mock.patch.object(tensor_parallel, "_is_gloo", return_value=True),
         mock.patch.object(test_formers, "init_tensor_parallel", return_value=init_copies()),
     ):
-        ranks = Ranks(SIZE)
+        ranks = Ranks(SIZE, *on_one())
         found = {"place": (ranks.group.ranks, ranks.rank)}
         with apply_to_qwen3_vl():
             found["patched"] = ranks.errors(ranks.model(), SOME)

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from test_formers import RIGHT, SOME, Ranks, tiny
+from test_formers import RIGHT, SOME, Ranks, on_one, tiny
 
 from paddle_vl_sp.formers import PlanningCollate, apply_to_qwen3_vl
 from paddle_vl_sp.testing import run_ranks
@@ -41,7 +41,7 @@ def with_a_wrong_row(ranks, spoiled_rank):
 def measure(nranks):
     """Everything, in one launch."""
     enable_tensor_parallel_on_cpu()
-    ranks = Ranks(nranks)
+    ranks = Ranks(nranks, *on_one())
     with apply_to_qwen3_vl():
         found = {wrapper.__name__: under(ranks, wrapper) for wrapper in WRAPPERS}
         found["Vision DP"] = under(ranks, Wrapped, vision_dp=True)
