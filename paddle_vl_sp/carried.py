@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,14 @@ def plans_of_all_ranks(
     return arrays | {ORDER: order} if counts.all() else arrays
 
 
+_failed_in_loader: list[Exception] = []
+
+
+def fail_in_the_next_forward(error: Exception) -> None:
+    """For a loader's thread, whose own exceptions end nothing: the next forward that takes plans raises it."""
+    _failed_in_loader.append(error)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedPlans:
     """The arrays that came with a batch, taken out of the arguments of a forward."""
@@ -100,16 +108,14 @@ class LoadedPlans:
     mask: Tensor  # [B, S]
     order: Tensor | None  # [N], with images and videos
 
-    failed: ClassVar[list[Exception]] = []  # of a loader's thread, to be raised by the next forward
-
     @classmethod
     def pop_from(cls, arguments: dict[str, Any], cut: str | None = None) -> LoadedPlans | None:
         """Takes the keys out of the arguments, whose forward does not know them; None where there are none.
 
         cut  how the model cuts: "sequence" or "flattened"; None: it uses the plan of the uncut sequence only
         """
-        if cls.failed:
-            raise cls.failed.pop()
+        if _failed_in_loader:
+            raise _failed_in_loader.pop()
         popped = {key: arguments.pop(key, None) for key in BATCH_KEYS}
         missing = [key for key in (UPDATE, GATHER, POSITIONS, PLANNED_MASK) if popped[key] is None]
         if len(missing) == 4:

@@ -32,10 +32,8 @@ TOKENS = {
     "pad_token_id": PAD,
     "eos_token_id": PAD,
 }
-VISION = {
-    "depth": 4,
+TOWER = {
     "hidden_size": 32,
-    "hidden_act": "gelu",
     "intermediate_size": 64,
     "num_heads": 2,
     "in_channels": CHANNELS,
@@ -43,25 +41,23 @@ VISION = {
     "spatial_merge_size": MERGE,
     "temporal_patch_size": FRAMES,
     "out_hidden_size": 64,
+    "fuse_rms_norm": False,  # the fused kernel is not there on the CPU
+    "_attn_implementation": "eager",
+}
+VISION = {  # Qwen3-VL's
+    **TOWER,
+    "depth": 4,
+    "hidden_act": "gelu",
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [1, 2, 3],
-    "_attn_implementation": "eager",
 }
 WINDOWS = {  # Qwen2.5-VL's: attention within windows of 2 x 2 merged patches, and over a frame in the last block
+    **TOWER,
     "depth": 3,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "in_channels": CHANNELS,
-    "patch_size": PATCH,
-    "spatial_merge_size": MERGE,
-    "temporal_patch_size": FRAMES,
     "window_size": 2 * MERGE * PATCH,
     "fullatt_block_indexes": [2],
-    "out_hidden_size": 64,
-    "fuse_rms_norm": False,
-    "_attn_implementation": "eager",
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -73,7 +69,7 @@ TEXT = {
     "max_position_embeddings": 512,
     "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     "rope_theta": 10000.0,
-    "fuse_rms_norm": False,  # the fused kernel is not there on the CPU
+    "fuse_rms_norm": False,
     "use_cache": False,
     "pad_token_id": PAD,
     "_attn_implementation": "eager",
@@ -86,10 +82,7 @@ def tiny_qwen3_vl(seed: int = 0, **text: Any) -> Any:
     from paddleformers.transformers.qwen3_vl.configuration import Qwen3VLConfig
 
     config = Qwen3VLConfig(text_config=TEXT | text, vision_config=dict(VISION), tie_word_embeddings=False, **TOKENS)
-    paddle.seed(seed)
-    model = modeling.Qwen3VLForConditionalGenerationDeprecated(config)
-    model.train()
-    return model
+    return _drawn(modeling.Qwen3VLForConditionalGenerationDeprecated, config, seed)
 
 
 def tiny_qwen3_vl_moe(seed: int = 0, **text: Any) -> Any:
@@ -97,13 +90,9 @@ def tiny_qwen3_vl_moe(seed: int = 0, **text: Any) -> Any:
     from paddleformers.transformers.qwen3_vl_moe import modeling
     from paddleformers.transformers.qwen3_vl_moe.configuration import Qwen3VLMoeConfig
 
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    settings = TEXT | experts | {"rope_parameters": TEXT["rope_scaling"]} | text
+    settings = TEXT | EXPERTS | {"rope_parameters": TEXT["rope_scaling"]} | text
     config = Qwen3VLMoeConfig(text_config=settings, vision_config=dict(VISION), tie_word_embeddings=False, **TOKENS)
-    paddle.seed(seed)
-    model = modeling.Qwen3VLMoeForConditionalGenerationDeprecated(config)
-    model.train()
-    return model
+    return _drawn(modeling.Qwen3VLMoeForConditionalGenerationDeprecated, config, seed)
 
 
 def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
@@ -114,10 +103,7 @@ def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
     known = {key: value for key, value in TEXT.items() if key not in ("rope_scaling", "head_dim")}
     known["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(text_config=known | text, vision_config=WINDOWS, tie_word_embeddings=False, **TOKENS)
-    paddle.seed(seed)
-    model = modeling.Qwen2_5_VLForConditionalGeneration(config)
-    model.train()
-    return model
+    return _drawn(modeling.Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
 def tiny_glm_ocr(seed: int = 0) -> Any:
@@ -127,11 +113,14 @@ def tiny_glm_ocr(seed: int = 0) -> Any:
 
     text = {key: value for key, value in TEXT.items() if key != "rope_scaling"}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    vision = {key: value for key, value in WINDOWS.items() if key not in ("window_size", "fullatt_block_indexes")}
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
-    config = GlmOcrConfig(text_config=text, vision_config=vision | {"image_size": 4 * PATCH}, **ids)
+    config = GlmOcrConfig(text_config=text, vision_config=TOWER | {"depth": 3, "image_size": 4 * PATCH}, **ids)
+    return _drawn(modeling.GlmOcrForConditionalGeneration, config, seed)
+
+
+def _drawn(model_class: Any, config: Any, seed: int) -> Any:
     paddle.seed(seed)
-    model = modeling.GlmOcrForConditionalGeneration(config)
+    model = model_class(config)
     model.train()
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 import paddle
 from paddle.nn import Layer
 
-from paddle_vl_sp.carried import LoadedPlans
+from paddle_vl_sp.carried import fail_in_the_next_forward
 from paddle_vl_sp.formers.changes import Replacement, replace
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.loader import PlanningCollate
@@ -44,20 +44,20 @@ def planning(original: Callable[..., Any]) -> Callable[..., Any]:
     def collate(batch: Any, *args: Any, **named: Any) -> Any:
         whole = original(batch, *args, **named)
         try:
-            return _collate_for(named, whole)(batch)
+            return _planner(named)(whole)
         except Exception as error:
             if paddle.io.get_worker_info() is not None:
                 raise  # from a worker process it reaches the trainer
             # in the trainer's own process a thread collates, for which Paddle would wait for ever
             logger.error("%s=1: %s", LOADER_PLANS, error)
-            LoadedPlans.failed.append(error)
+            fail_in_the_next_forward(error)
             return whole
 
     return collate
 
 
-def _collate_for(named: dict[str, Any], whole: Any) -> PlanningCollate:
-    """Adds the plans to the batch that the original returned for these arguments."""
+def _planner(named: dict[str, Any]) -> PlanningCollate:
+    """Adds the plans to a batch that the original returned for these arguments."""
     model, arguments = named.get("model"), named.get("training_args")
     if model is None or arguments is None:
         raise UpstreamChanged(
@@ -72,7 +72,7 @@ def _collate_for(named: dict[str, Any], whole: Any) -> PlanningCollate:
         )
     placeholder_ids, merge_size, cut = planned
     return PlanningCollate(
-        lambda _: whole,
+        dict,
         placeholder_ids,
         sp_size=max(arguments.tensor_model_parallel_size, 1) if arguments.sequence_parallel else 1,
         cut=cut,
@@ -81,9 +81,12 @@ def _collate_for(named: dict[str, Any], whole: Any) -> PlanningCollate:
     )
 
 
-def _planned_for(model: Layer | None) -> tuple[tuple[int, int], int, str] | None:
-    """Placeholder ids, merge size and cut of the layer that takes plans, which may be wrapped, as LoRA does."""
-    for layer in [] if model is None else model.sublayers(include_self=True):
+def _planned_for(model: Layer) -> tuple[tuple[int, int], int, str] | None:
+    """Placeholder ids, merge size and cut of the layer that takes plans, which may be wrapped, as LoRA does.
+
+    Asked for every batch: it is among the first layers, and the walk ends there.
+    """
+    for _, layer in model.named_sublayers(include_self=True):
         if hasattr(type(layer).forward, OURS) and hasattr(layer, "vision_model"):  # on PaddleFleet
             ids = layer.image_token_index, layer.video_token_index
             return ids, layer.config.vision_config.spatial_merge_size, "sequence"

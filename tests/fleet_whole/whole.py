@@ -17,12 +17,7 @@ from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, 
 SEQ_LEN, STEPS = 64, 5
 IMAGES = ([["image"] * 7, ["image"] * 6], 2)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "rope_parameters": tiny.TEXT["rope_scaling"],
-}
+EXPERTS = tiny.EXPERTS | {"rope_parameters": tiny.TEXT["rope_scaling"]}
 SIDES = ("upstream", "one line")
 
 

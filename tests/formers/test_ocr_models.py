@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from training import train
 
 from arrays import same_bits
 from paddle_vl_sp import RunReport
@@ -19,15 +20,9 @@ VIDEO = {"pixel_values_videos": np.zeros((16, tiny.PATCH_SIZE), "float32"), "vid
 
 
 def trained():
-    model, told = tiny.tiny_glm_ocr(), []
-    optimizer = paddle.optimizer.AdamW(1e-3, parameters=model.parameters())
-    for seed, samples in enumerate(SAMPLES):
-        loss = model(**tiny.draw_batch(samples, 64, seed)).loss
-        loss.backward()
-        told.append((float(loss), tiny.gradients_of(model)))
-        optimizer.step()
-        optimizer.clear_grad(set_to_zero=False)
-    return told
+    """Positions are the model's own."""
+    given = [tiny.draw_batch(samples, 64, seed) for seed, samples in enumerate(SAMPLES)]
+    return train(tiny.tiny_glm_ocr(), given, loss_of=lambda model, batch: model(**batch).loss)
 
 
 def test_training_steps():
@@ -77,7 +72,7 @@ def test_plans():
         assert (report.read()["forwards"], report.read()["syncs_here"]) == (1, 0)
         ids = paddle.where(paddle.arange(64) < 12, paddle.full([2, 64], 3, "int64"), batch["input_ids"])
         with pytest.raises(ValueError, match=r"has \d+ visual tokens but \d+ feature rows"):
-            model(**(batch | {"input_ids": ids}), position_ids=tiny.paddle.ones([3, 2, 64], dtype="int64"))
+            model(**(batch | {"input_ids": ids}), position_ids=paddle.ones([3, 2, 64], dtype="int64"))
 
 
 def test_videos_are_refused():

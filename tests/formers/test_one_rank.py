@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 from paddleformers.transformers.qwen3_vl import modeling
-from training import BUILDERS, SAMPLES, batches, loss_of, train, upstream_and_patched
+from training import BUILDERS, SAMPLES, batches, loss_of, recomputed, train, upstream_and_patched
 
 from arrays import same_bits
 from paddle_vl_sp.backends import dispatch
@@ -34,17 +34,10 @@ def frozen(part, family):
     return model
 
 
-def recomputed(family="dense"):
-    model = BUILDERS[family]()
-    text = model.config.text_config
-    text.recompute_granularity, text.recompute_method, text.recompute_num_layers = "full", "uniform", 1
-    return model
-
-
 VARIANTS = {
     "frozen language model": lambda family: frozen("language_model", family),
     "frozen tower": lambda family: frozen("visual", family),
-    "full recompute": recomputed,
+    "full recompute": lambda family: recomputed(BUILDERS[family]()),
 }
 
 
@@ -71,7 +64,7 @@ def test_recompute_is_real_and_changes_nothing():
         plain = train(tiny.tiny_qwen3_vl(), batches(1))
         Layer.forward = counted
         try:
-            again = train(recomputed(), batches(1))
+            again = train(recomputed(tiny.tiny_qwen3_vl()), batches(1))
         finally:
             Layer.forward = handle
     assert same_bits(plain, again)

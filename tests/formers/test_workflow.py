@@ -37,7 +37,6 @@ def arguments(degree=2, sequence_parallel=True):
 
 def collated(batch, **named):
     """The batch that leaves the loader; what the original was called with is in it."""
-    LoadedPlans.failed.clear()
     planned = planning(lambda batch, **named: batch | {"called with": named})(batch, **named)
     assert planned.pop("called with") == named
     return planned

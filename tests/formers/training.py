@@ -34,7 +34,14 @@ def loss_of(model, batch, **more):
     return model(**batch, position_ids=tiny.positions(model, batch), **more).loss
 
 
-def train(model, given, lr=1e-3):
+def recomputed(model):
+    """The model, with full recompute of its language model."""
+    text = model.config.text_config
+    text.recompute_granularity, text.recompute_method, text.recompute_num_layers = "full", "uniform", 1
+    return model
+
+
+def train(model, given, lr=1e-3, loss_of=loss_of):
     """Loss and gradients of every step."""
     optimizer = paddle.optimizer.AdamW(lr, parameters=[p for p in model.parameters() if not p.stop_gradient])
     told = []

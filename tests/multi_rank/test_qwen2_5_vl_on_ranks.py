@@ -6,6 +6,7 @@ Loss and every gradient against one process. Upstream is right here as well: pla
 import functools
 
 import numpy as np
+import paddle
 import pytest
 
 from paddle_vl_sp.formers import apply_to_qwen2_5_vl, tiny
@@ -30,7 +31,7 @@ def batches():
         batch = tiny.draw_batch(samples, SEQ_LEN, seed=i, frames_apart=False)
         if name == "packed":
             ends = np.repeat(np.array([40, SEQ_LEN], "int32"), [40, SEQ_LEN - 40]).reshape(1, 1, SEQ_LEN, 1)
-            batch["attn_mask_startend_row_indices"] = tiny.paddle.to_tensor(np.repeat(ends, 2, axis=0))
+            batch["attn_mask_startend_row_indices"] = paddle.to_tensor(np.repeat(ends, 2, axis=0))
         yield name, batch
 
 
