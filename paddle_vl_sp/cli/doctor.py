@@ -28,6 +28,7 @@ from paddle_vl_sp.cli.terminal import coloured
 from paddle_vl_sp.settings import BACKEND, ENABLED, setting
 
 if TYPE_CHECKING:
+    from paddle_vl_sp.formers.admission import Judgement
     from paddle_vl_sp.formers.known import Called, Family, Replaced
 
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
@@ -37,6 +38,11 @@ MOST_PARAMETERS = 60  # letters of a method's parameters that are shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-upstream", action="store_true", help="do not import PaddleFormers")
+    parser.add_argument(
+        "--contracts",
+        action="store_true",
+        help="try all that is needed of PaddleFormers' code, known or not: for a newer release, before it is used",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Answer:
@@ -49,6 +55,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         checks += [check_paddle(), *_quietly("operators", check_operators)]
         if not arguments.no_upstream and importable("paddleformers"):
             checks += _quietly("upstream", check_upstream)
+            checks += _quietly("contracts", check_contracts) if arguments.contracts else []
     is_fine = all(check.state != FAIL for check in checks)
     data = {"ok": is_fine, "checks": [asdict(check) for check in checks]}
     return Answer(data, _report(checks), 0 if is_fine else 1)
@@ -118,6 +125,7 @@ def _backend(operators: Check) -> Check:
 def check_upstream() -> Iterator[Check]:
     """A line for every method that would be replaced or is called; applies for a moment, to import the classes."""
     from paddle_vl_sp.formers import apply_to_paddleformers
+    from paddle_vl_sp.formers.admission import judge
     from paddle_vl_sp.formers.families import FAMILIES
     from paddle_vl_sp.formers.report import ABSENT
 
@@ -134,13 +142,31 @@ def check_upstream() -> Iterator[Check]:
             yield _absent(family, absent[family.module])
             continue
         module = sys.modules[family.module]
+        judgement = judge(family, module)
+        yield _family(family, judgement)
         methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
-        yield from (_method(family, method, module) for method in methods)
+        yield from (_method(family, method, module, bool(judgement.admitted)) for method in methods)
         for swapped in family.swapped:
             if swapped.label in absent:
                 yield Check(WARN, swapped.label, f"is not there: {absent[swapped.label]}", FLEET)
             else:
                 yield Check(PASS, swapped.label, "models built afterwards would be made of a subclass")
+
+
+def check_contracts() -> Iterator[Check]:
+    """A line for every clause of every family that can be imported."""
+    import importlib
+
+    from paddle_vl_sp.formers.admission import try_clauses
+    from paddle_vl_sp.formers.families import FAMILIES
+
+    for family in (family for families in FAMILIES.values() for family in families):
+        try:
+            module = importlib.import_module(family.module)
+        except Exception:  # its line is the upstream check's
+            continue
+        for says, why in try_clauses(family, module, is_shared=True):
+            yield Check(FAIL if why else PASS, f"contract, {family.name}", f"{says}: {why}" if why else says)
 
 
 def _absent(family: Family, why: str) -> Check:
@@ -151,27 +177,38 @@ def _absent(family: Family, why: str) -> Check:
     return Check(WARN, f"upstream, {family.name}", f"{family.module} cannot be imported: {why}", fix)
 
 
-def _method(family: Family, method: Replaced | Called, module: Any) -> Check:
-    from paddle_vl_sp.formers.known import KNOWN_VERSIONS, OURS, fingerprint, formers_version
+def _family(family: Family, judgement: Judgement) -> Check:
+    """Known, admitted or refused as a whole; what is refused has its fix here."""
+    from paddle_vl_sp.formers.known import KNOWN_VERSIONS
 
-    fix = (
-        f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
-        "apply_to_paddleformers(strict=False) leaves these classes as they are"
-    )
+    number = f"{len(family.replaced)} methods would be replaced"
+    if judgement.refused:
+        fix = (
+            f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
+            "apply_to_paddleformers(strict=False) leaves these classes as they are"
+        )
+        return Check(FAIL, family.name, f"refused: {'; '.join(judgement.refused)}", fix)
+    state = f"admitted: {judgement.admitted}" if judgement.admitted else "known"
+    return Check(PASS, family.name, f"{state}; {number}")
+
+
+def _method(family: Family, method: Replaced | Called, module: Any, is_admitted: bool) -> Check:
+    from paddle_vl_sp.formers.known import fingerprint, formers_version, original_of
+
     owner_name, _, name = method.name.partition(".")
     owner: Any = getattr(module, owner_name, None)
-    function: Any = vars(owner).get(name) if owner else None
-    function = getattr(function, OURS, function)
-    if function is None:
-        return Check(FAIL, method.name, f"not in {family.module} of paddleformers {formers_version()}", fix)
+    if owner is None or name not in vars(owner):
+        return Check(FAIL, method.name, f"not in {family.module} of paddleformers {formers_version()}")
+    function = original_of(module, method.name)
     why = method.unknown(function, owner)
-    if why:
-        return Check(FAIL, method.name, why, fix)
+    if why and not is_admitted:
+        return Check(FAIL, method.name, why)
     role = "would be replaced" if method in family.replaced else "is called"
     parameters = ", ".join(inspect.signature(function).parameters)
     if len(parameters) > MOST_PARAMETERS:
         parameters = f"{parameters[: MOST_PARAMETERS - 3]}..."
-    return Check(PASS, method.name, f"known ({fingerprint(function)}), {role}; takes ({parameters})")
+    state = "admitted" if why else "known"
+    return Check(PASS, method.name, f"{state} ({fingerprint(function)}), {role}; takes ({parameters})")
 
 
 def _import_paddle() -> Any:

@@ -71,6 +71,23 @@ class Swapped:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """Something that is not as known."""
+
+    why: str
+    is_text: bool = False  # only the text of a method, in the family's own module: it can be tried
+
+
+@dataclass(frozen=True)
+class Clause:
+    """Something that PaddleFormers' code must do for ours to take its place."""
+
+    says: str
+    broken: Callable[[Family, Any], str]  # of a family and its module: how it is broken; "" where it holds
+    is_shared: bool = False  # it matters only where the vision tower's work is to be shared
+
+
+@dataclass(frozen=True)
 class Family:
     """Classes of one module that work together: all of the methods are replaced, or none."""
 
@@ -80,22 +97,31 @@ class Family:
     called: tuple[Called, ...] = ()
     swapped: tuple[Swapped, ...] = ()
     shared: tuple[Replaced, ...] = ()  # replaced too, where the vision tower's work is to be shared
+    contract: tuple[Clause, ...] = ()  # what code of it that is not known is tried by
     is_optional: bool = False  # a module that cannot be imported is never an error: it needs more than most have
 
-    def changes(self, module: Any, is_shared: bool = False) -> Iterator[str]:
+    def deviations(self, module: Any, is_shared: bool = False) -> Iterator[Deviation]:
         """What is not as known in the module's classes; is_shared: of sharing the tower's work as well."""
         methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called, *(self.shared if is_shared else ()))
         for method in methods:
-            owner_name, _, name = method.name.partition(".")
-            owner = getattr(module, owner_name, None)
+            owner = getattr(module, method.name.partition(".")[0], None)
             if owner is None:
-                yield f"{self.module} has no {owner_name}"
+                yield Deviation(f"{self.module} has no {method.name.partition('.')[0]}")
                 return
-            function = owner.__dict__.get(name)
-            function = getattr(function, OURS, function)
-            why = method.unknown(function, owner) if function is not None else f"{method.name} is not there"
+            if method.name.partition(".")[2] not in vars(owner):
+                yield Deviation(f"{method.name} is not there")
+                continue
+            function = original_of(module, method.name)
+            why = method.unknown(function, owner)
             if why:
-                yield why
+                yield Deviation(why, isinstance(method, Replaced) and _is_of(function, owner, module))
+
+
+def original_of(module: Any, method: str) -> Any:
+    """PaddleFormers' own function of "Class.method", whether ours is in its place or not."""
+    owner, _, name = method.partition(".")
+    function = vars(getattr(module, owner))[name]
+    return getattr(function, OURS, function)
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
@@ -107,10 +133,10 @@ def fingerprint(function: Callable[..., Any]) -> str:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return "no source"
-    return hashlib.sha256(_code_of(source).encode()).hexdigest()[:16]
+    return hashlib.sha256(code_of(source).encode()).hexdigest()[:16]
 
 
-def _code_of(source: str) -> str:
+def code_of(source: str) -> str:
     """Its meaningful tokens without spaces, also within f-strings, which versions of Python split differently."""
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in MEANINGLESS]
     parts: list[str] = []
@@ -130,6 +156,12 @@ def formers_version() -> str:
         return version("paddleformers")
     except PackageNotFoundError:
         return "of unknown version"
+
+
+def _is_of(function: Any, owner: type, module: Any) -> bool:
+    """Whether it is the module's own code, which another process finds too, and not put there by other code."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return function.__module__ == owner.__module__ and code is not None and code.co_filename == module.__file__
 
 
 def _where(function: Any, owner: type) -> str:

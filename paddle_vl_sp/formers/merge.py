@@ -122,15 +122,18 @@ def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
     pixels, grid, method = KINDS[kind]
 
     def encode(pixels: Tensor, grid: Tensor) -> shared_tower.Encoded:
-        """As the model returns them: rows per item, or those and levels, maybe in an output; None: no levels."""
-        found = getattr(model, method)(pixels, grid)
-        found = getattr(found, "pooler_output", found)
-        if isinstance(found, tuple) and len(found) == 2 and (found[1] is None or isinstance(found[1], (list, tuple))):
-            return _rows(found[0]), list(found[1] or [])
-        return _rows(found)
+        return encoded_rows(getattr(model, method)(pixels, grid))
 
     encoded = shared_tower.encoded(model, encode, given[pixels], given.get(grid))
     return [encoded] if isinstance(encoded, Tensor) else [encoded[0], *encoded[1]]
+
+
+def encoded_rows(found: Any) -> shared_tower.Encoded:
+    """Of what a model's method returns: rows per item, or those and levels, maybe in an output; None: no levels."""
+    found = getattr(found, "pooler_output", found)
+    if isinstance(found, tuple) and len(found) == 2 and (found[1] is None or isinstance(found[1], (list, tuple))):
+        return _rows(found[0]), list(found[1] or [])
+    return _rows(found)
 
 
 def _rows(per_item: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.load import backend as backend_in_use
+from paddle_vl_sp.formers.admission import Judgement, judge
 from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
 from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
@@ -44,11 +45,13 @@ def apply_to_paddleformers(
     model      a plain model that was built before: its q_norm and k_norm are marked for the trainer's gradient sum
                under sequence parallelism, as those of models built from now on are; before the trainer is made
     families   the families of models, by name, such as "qwen3_vl", which is plain, MoE and fleet; None: all of them
-    strict     code of PaddleFormers that is not known is an UpstreamChanged error, else it is left alone with a warning
+    strict     code of PaddleFormers that is not known, and does not pass the trials of its family, is an
+               UpstreamChanged error, else it is left alone with a warning
     vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
                model that is built from now on
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
+    PADDLE_VL_SP_PROBE=never refuses all code that is not known, without a trial.
     """
     if importlib.util.find_spec("paddleformers") is None:
         raise ImportError(
@@ -64,14 +67,15 @@ def apply_to_paddleformers(
     is_shared = vision_dp and model is None
     lines: list[Line] = []
     found = _loaded(wanted, lines, strict)
-    changed = {family.name: list(family.changes(module, is_shared)) for family, module in found}
+    judged = {family.name: judge(family, module, is_shared) for family, module in found}
+    changed = {name: judgement.refused for name, judgement in judged.items()}
     if strict and any(changed.values()):
         raise UpstreamChanged(_describe(changed) + "; with strict=False these classes are left alone")
     made: list[Change] = []
     try:
         for family, module in found:
             methods = family.replaced + (family.shared if is_shared else ())
-            lines += _replace_all(family, methods, module, changed[family.name], made)
+            lines += _replace_all(family, methods, module, judged[family.name], made)
             lines += _swap_all(family, changed[family.name], made)
             if is_shared and not family.shared:
                 lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
@@ -150,18 +154,20 @@ def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[t
 
 
 def _replace_all(
-    family: Family, methods: Sequence[Replaced], module: Any, changes: list[str], made: list[Change]
+    family: Family, methods: Sequence[Replaced], module: Any, judgement: Judgement, made: list[Change]
 ) -> list[Line]:
     lines = []
     for method in methods:
-        if changes:
-            lines.append(Line(family.name, method.name, LEFT_ALONE, "; ".join(changes)))
+        if judgement.refused:
+            lines.append(Line(family.name, method.name, LEFT_ALONE, "; ".join(judgement.refused)))
             continue
         owner_name, _, name = method.name.partition(".")
         replacement = replace(getattr(module, owner_name), name, method.make)
         if replacement is not None:
             made.append(replacement)
         why = _first_line(method.make) if replacement else "was already"
+        if judgement.admitted:
+            why = f"{why}; admitted: {judgement.admitted}"
         lines.append(Line(family.name, method.name, REPLACED, why))
     return lines
 

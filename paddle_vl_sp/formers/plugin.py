@@ -6,6 +6,7 @@ takes no keys but PaddleFormers' own:
 PADDLE_VL_SP=0                  nothing is changed
 PADDLE_VL_SP_FAMILIES=a,b       only these families of models
 PADDLE_VL_SP_STRICT=0           code of PaddleFormers that is not known is left alone instead of an error
+PADDLE_VL_SP_PROBE=never        ... without trying first whether it does all that is needed of it
 PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replicated vision tower
 PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
 PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer

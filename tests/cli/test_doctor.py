@@ -12,7 +12,7 @@ from paddleformers.transformers.qwen3_vl import modeling
 
 from paddle_vl_sp.backends import load
 from paddle_vl_sp.cli import doctor, installation, main
-from paddle_vl_sp.cli.doctor import check_operators, check_paddle, check_upstream
+from paddle_vl_sp.cli.doctor import check_contracts, check_operators, check_paddle, check_upstream
 from paddle_vl_sp.cli.installation import FAIL, PASS, WARN, check_compilers, check_conflicts, check_versions
 from paddle_vl_sp.formers.families import FAMILIES
 
@@ -67,7 +67,8 @@ def test_a_changed_method_of_upstream_is_found(monkeypatch, capsys):
     changed = checks["Qwen3VLTextModel._deepstack_process"]
     assert changed.state == FAIL
     assert "known is 872f15937229ba1a (replaced by test_doctor" in changed.message
-    assert "strict=False" in changed.fix
+    assert checks["Qwen3-VL"].message.startswith("refused: Qwen3VLTextModel._deepstack_process has fingerprint")
+    assert "strict=False" in checks["Qwen3-VL"].fix
     assert checks["Qwen3VLTextModel.forward"].state == PASS
     assert main(["doctor"]) == 1
     assert "FAIL  Qwen3VLTextModel._deepstack_process" in capsys.readouterr().out
@@ -78,6 +79,27 @@ def test_changed_parameters_of_what_is_called_are_found(monkeypatch):
     monkeypatch.setattr(modeling.Qwen3VLModelDeprecated, "get_image_features", lambda self, pixels: None)
     check = by_subject(check_upstream())["Qwen3VLModelDeprecated.get_image_features"]
     assert (check.state, "takes (self, pixels), known is" in check.message) == (FAIL, True)
+
+
+def test_every_family_says_what_it_is():
+    """Known here, with what would be replaced; what is needed of a newer release can be tried, clause by clause."""
+    checks = by_subject(check_upstream())
+    assert checks["Qwen2.5-VL"].message == "known; 1 methods would be replaced"
+    code, found = call_json("doctor", "--contracts")
+    clauses = [check for check in found["checks"] if check["subject"].startswith("contract, ")]
+    assert (code, {check["state"] for check in clauses}) == (0, {PASS})
+    assert {check["subject"] for check in clauses} >= {
+        f"contract, {name}" for name in ("Qwen3-VL", "Qwen2.5-VL", "GLM-OCR")
+    }
+    assert any("adds the rows of its rank" in check["message"] for check in clauses)
+
+
+def test_a_broken_clause_is_a_finding(monkeypatch):
+    """With the clause and how it is broken."""
+    method = modeling.Qwen3VLTextModel._deepstack_process
+    monkeypatch.setattr(modeling.Qwen3VLTextModel, "_deepstack_process", lambda *given: method(*given) * 2)
+    broken = [check for check in check_contracts() if check.state == FAIL]
+    assert "adds the rows of its rank: TypeError" in broken[0].message
 
 
 def test_a_class_that_is_gone_is_found(monkeypatch):

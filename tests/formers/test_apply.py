@@ -142,7 +142,7 @@ def test_fingerprints_are_those_of_the_known_version():
     for owner, name, method in methods():
         assert fingerprint(owner.__dict__[name]) in method.sources
     for family in QWEN3_VL:
-        assert not list(family.changes(MODULES[family.name]))
+        assert not list(family.deviations(MODULES[family.name]))
 
 
 def changed_deepstack(self, hidden_states, visual_pos_masks, visual_embeds):

@@ -1,5 +1,7 @@
 """Models, batches and training steps that the tests share."""
 
+from importlib import import_module
+
 import numpy as np
 import paddle
 
@@ -11,6 +13,7 @@ with stubbed_paddlefleet():  # once imported, these modules stay: the MoE and fl
     from paddleformers.transformers.qwen3_vl_moe import modeling as moe_modeling
 
 __all__ = ["modeling_fleet", "moe_modeling"]
+KEPT = {module.__name__: module for module in (modeling_fleet, moe_modeling)}
 
 BUILDERS = {"dense": tiny.tiny_qwen3_vl, "moe": tiny.tiny_qwen3_vl_moe}
 SAMPLES = {
@@ -22,6 +25,11 @@ SAMPLES = {
     "both": [["image", "video"], ["video"], ["image"]],
 }
 UPSTREAM_CAN = ("image", "several", "video", "text", "one")
+
+
+def module_of(family):
+    """The module of PaddleFormers that a family's classes are in."""
+    return KEPT.get(family.module) or import_module(family.module)
 
 
 def batches(count, seq_len=64):

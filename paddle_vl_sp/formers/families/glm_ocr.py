@@ -14,6 +14,8 @@ from typing import Any
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import LoadedPlans
+from paddle_vl_sp.formers import tiny
+from paddle_vl_sp.formers.contracts import equals_ours, fails_on_videos
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
 from paddle_vl_sp.formers.merge import hide_pixels, kinds_to_merge, merge
 from paddle_vl_sp.report import note_forward
@@ -59,4 +61,5 @@ FAMILY = Family(
             "GlmOcrModel.get_rope_index", ("self", "input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
         ),
     ),
+    contract=(equals_ours(tiny.tiny_glm_ocr, has_videos=False), fails_on_videos(tiny.tiny_glm_ocr)),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from paddle.nn import Layer
 
+from paddle_vl_sp.formers.contracts import never_reads
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced
 
 
@@ -33,4 +34,5 @@ FAMILY = Family(
     f"{MODELS}.paddleocr_vl.modeling",
     is_optional=True,  # triton
     replaced=(Replaced("PaddleOCRVLForConditionalGeneration.forward", refusing_videos, ("6b734791d01fbd4a",)),),
+    contract=(never_reads("PaddleOCRVLForConditionalGeneration.forward", "pixel_values_videos"),),
 )

@@ -15,7 +15,15 @@ from paddle.nn import Layer
 from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.grads import complete_grad
-from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers import shared_tower, tiny
+from paddle_vl_sp.formers.contracts import (
+    adds_the_rows_of_its_rank,
+    asks_for_every_level,
+    cuts_the_flattened_batch,
+    encodes_item_by_item,
+    equals_ours,
+    has_unsummed_head_norms,
+)
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
@@ -133,7 +141,9 @@ def _own_plan(mask: Tensor, num_features: int, visual: Visual | None, group: Gro
     return plan_visual(tokens, None, layout, sequence_first=False, num_features=num_features), 1
 
 
-def _family(name: str, module: str, model: str, text_model: str, known: dict[str, str]) -> Family:
+def _family(
+    name: str, module: str, model: str, text_model: str, build: Callable[[], Any], known: dict[str, str]
+) -> Family:
     return Family(
         name,
         f"{MODELS}.{module}",
@@ -145,6 +155,14 @@ def _family(name: str, module: str, model: str, text_model: str, known: dict[str
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
         shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
+        contract=(
+            adds_the_rows_of_its_rank(f"{text_model}._deepstack_process", sequence_first=False),
+            asks_for_every_level(f"{text_model}.forward", build),
+            cuts_the_flattened_batch(f"{text_model}.forward", build),
+            has_unsummed_head_norms(build),
+            equals_ours(build),
+            encodes_item_by_item(build),
+        ),
     )
 
 
@@ -153,6 +171,7 @@ PLAIN = _family(
     "qwen3_vl.modeling",
     "Qwen3VLModelDeprecated",
     "Qwen3VLTextModel",
+    tiny.tiny_qwen3_vl,
     {"model": "a202124f6bcaf004", "init": "33913c80b6e9120f", "text": "eeb43e01eeee402c", "build": "707bb6aba2b6d1b2"},
 )
 PLAIN_MOE = _family(
@@ -160,5 +179,6 @@ PLAIN_MOE = _family(
     "qwen3_vl_moe.modeling",
     "Qwen3VLMoeModelDeprecated",
     "Qwen3VLMoeTextModel",
+    tiny.tiny_qwen3_vl_moe,
     {"model": "6a996ef6ab8dcc32", "init": "4b394ee6f79a5533", "text": "2433f25460d79af0", "build": "76fd43b19a6cb73d"},
 )

@@ -24,6 +24,7 @@ from paddle_vl_sp.carried import (
     own_row,
 )
 from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.formers.contracts import adds_the_rows_of_its_rank, hands_on_what_it_is_given, lets_its_layer_add
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced, Swapped
@@ -190,4 +191,9 @@ FAMILY = Family(
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
     shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("55a621cbb52a5624",)),),
+    contract=(
+        adds_the_rows_of_its_rank("Qwen3VLTextTransformerLayer._deepstack_process", sequence_first=True),
+        lets_its_layer_add("Qwen3VLTextTransformerLayer.forward"),
+        hands_on_what_it_is_given("Qwen3VLModelDist.forward"),
+    ),
 )
