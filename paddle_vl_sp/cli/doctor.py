@@ -181,7 +181,7 @@ def _family(family: Family, judgement: Judgement) -> Check:
     """Known, admitted or refused as a whole; what is refused has its fix here."""
     from paddle_vl_sp.formers.known import KNOWN_VERSIONS
 
-    number = f"{len(family.replaced)} methods would be replaced"
+    number = f"{len(family.replaced)} method{'s' * (len(family.replaced) > 1)} would be replaced"
     if judgement.refused:
         fix = (
             f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "

@@ -84,7 +84,7 @@ def test_changed_parameters_of_what_is_called_are_found(monkeypatch):
 def test_every_family_says_what_it_is():
     """Known here, with what would be replaced; what is needed of a newer release can be tried, clause by clause."""
     checks = by_subject(check_upstream())
-    assert checks["Qwen2.5-VL"].message == "known; 1 methods would be replaced"
+    assert checks["Qwen2.5-VL"].message == "known; 1 method would be replaced"
     code, found = call_json("doctor", "--contracts")
     clauses = [check for check in found["checks"] if check["subject"].startswith("contract, ")]
     assert (code, {check["state"] for check in clauses}) == (0, {PASS})
