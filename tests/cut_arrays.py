@@ -7,7 +7,6 @@ TOLERANCE = 1e-5  # fp32, relative to the largest value of each array
 GARBAGE = 30.0  # what padding holds: an output that saw it is far off
 
 
-
 def bounds_of(lengths):
     return tuple(np.cumsum([0, *lengths]).tolist())
 

@@ -1,4 +1,4 @@
-"""Attention over a sequence that several ranks share: gathered, ring, Ulysses, both, linear; its batches and its loss."""
+"""Attention over a sequence that several ranks share: its kinds, its batches and its loss."""
 
 from paddle_vl_sp.attention.context_parallel import ChosenAttention, ContextParallel
 from paddle_vl_sp.attention.delta import gated_delta_rule
@@ -17,9 +17,9 @@ __all__ = [
     "ContextParallel",
     "SequenceGroups",
     "choose_degrees",
-    "gather_attention",
     "gated_delta_net_sp",
     "gated_delta_rule",
+    "gather_attention",
     "gathered_losses",
     "groups_from_fleet",
     "groups_from_ranks",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import SupportsIndex
 
 from paddle import Tensor
 
@@ -15,7 +16,7 @@ from paddle_vl_sp.attention.kinds import KINDS, Attention, choose_kind
 from paddle_vl_sp.attention.ring import ring_attention
 from paddle_vl_sp.attention.schedule import ring_share
 from paddle_vl_sp.attention.ulysses import ulysses_attention
-from paddle_vl_sp.attention.visible import Boundaries, row_bounds
+from paddle_vl_sp.attention.visible import Boundaries
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.sequence.padding import padded_layout
@@ -27,7 +28,7 @@ class ContextParallel:
     """How the ranks of a group compute attention over a sequence that they share.
 
     attention   "gather", "ring", "ulysses", "both" (ring x Ulysses), or "auto": the one that sends least, see `choose`
-    group       the ranks that share a sequence; None: fleet's sep axis, looked up at every use, so not before fleet.init
+    group       the ranks that share a sequence; None: fleet's sep axis, looked up when it is used
     groups      the two groups of "both", whose product is the group: `groups_from_ranks`, `groups_from_fleet`
     """
 
@@ -160,36 +161,35 @@ class ChosenAttention:
                       the batch or one for each. Without causal they must end where padding begins
         startend_row_indices   any mask in their place, for gather and ulysses: see `gather_attention`
         """
-        how = {"causal": causal, "scale": scale}
-        masks = {"boundaries": boundaries, "startend_row_indices": startend_row_indices}
+        masks = partial(gather_attention, boundaries=boundaries, startend_row_indices=startend_row_indices)
         if self.kind == "gather":
-            return gather_attention(q, k, v, layout=layout, group=self.group, **how, **masks)
+            return masks(q, k, v, layout=layout, group=self.group, causal=causal, scale=scale)
         if self.kind == "ulysses":
-            share = ring_share(layout)
-            inner = partial(gather_attention, layout=SeqLayout(layout.seq_len), group=None, **masks)
-            return ulysses_attention(q, k, v, group=self.group, attention=inner, layout=share, **how)
+            inner, share = partial(masks, layout=SeqLayout(layout.seq_len), group=None), ring_share(layout)
+            return ulysses_attention(
+                q, k, v, group=self.group, attention=inner, layout=share, causal=causal, scale=scale
+            )
         lengths = _segment_lengths(self.kind, layout, boundaries, startend_row_indices)
         ring = self.group if self.groups is None else self.groups.ring
-        attend = partial(ring_attention, layout=layout, group=ring, lengths=None if causal else lengths)
+        around = partial(ring_attention, layout=layout, group=ring, lengths=None if causal else lengths)
         if self.groups is None:
-            return attend(q, k, v, **how)
-        return ulysses_attention(q, k, v, group=self.groups.ulysses, attention=attend, layout=layout, **how)
+            return around(q, k, v, causal=causal, scale=scale)
+        return ulysses_attention(
+            q, k, v, group=self.groups.ulysses, attention=around, layout=layout, causal=causal, scale=scale
+        )
 
     def _cut(self, sp_size: int, sp_rank: int) -> SeqLayout:
         """The cut as a layout of length 0."""
         if self.groups is None:
-            mode = "contiguous" if self.kind == "ulysses" else "zigzag"
-            cp = {"cp_size": self.group.nranks, "cp_rank": self.group.rank}
-            return SeqLayout(0, **cp, cp_mode=mode, sp_size=sp_size, sp_rank=sp_rank)
+            size, rank, mode = self.group.nranks, self.group.rank, "contiguous" if self.kind == "ulysses" else "zigzag"
+            return SeqLayout(0, cp_size=size, cp_rank=rank, cp_mode=mode, sp_size=sp_size, sp_rank=sp_rank)
         if sp_size > 1:
             raise ValueError(
-                f"ring x Ulysses cuts twice, and a tensor-parallel cut over {sp_size} ranks would be a third: use gather "
-                "or ring with it, or turn sequence_parallel off"
+                f"ring x Ulysses cuts twice, and a tensor-parallel cut over {sp_size} ranks would be a third: use "
+                "gather or ring with it, or turn sequence_parallel off"
             )
         ring, ulysses = self.groups.ring, self.groups.ulysses
-        return SeqLayout(
-            0, cp_size=ring.nranks, cp_rank=ring.rank, sp_size=ulysses.nranks, sp_rank=ulysses.rank
-        )
+        return SeqLayout(0, cp_size=ring.nranks, cp_rank=ring.rank, sp_size=ulysses.nranks, sp_rank=ulysses.rank)
 
 
 def _segment_lengths(
@@ -200,8 +200,11 @@ def _segment_lengths(
         raise ValueError(f"{kind} takes no startend_row_indices, only packed segments: use gather, or boundaries=")
     if boundaries is None:
         return None
-    ((*bounds,),) = row_bounds(boundaries, 1, int(boundaries[-1])) or ()  # type: ignore[arg-type]
-    lengths = [end - begin for begin, end in pairwise(bounds)]
+    if not isinstance(boundaries[0], SupportsIndex):
+        raise ValueError(
+            f"{kind} takes one packed row, B = 1, and one list of boundaries: join the rows to one, or use gather"
+        )
+    lengths = [int(end) - int(begin) for begin, end in pairwise(boundaries)]  # type: ignore[call-overload]
     rooms = layout.segments()[:, 1].tolist()
     if len(lengths) != len(rooms) or any(length > room for length, room in zip(lengths, rooms, strict=True)):
         raise ValueError(
@@ -216,8 +219,9 @@ def _check_product(group: Group, groups: SequenceGroups) -> None:
     rank = groups.ring.rank * groups.ulysses.nranks + groups.ulysses.rank
     if (group.nranks, group.rank) != (size, rank):
         raise ValueError(
-            f"the groups of ring x Ulysses hold {groups.ring.nranks} x {groups.ulysses.nranks} ranks, and this rank as "
-            f"rank {rank}; the group that shares the sequence says rank {group.rank} of {group.nranks}: split that group"
+            f"the groups of ring x Ulysses hold {groups.ring.nranks} x {groups.ulysses.nranks} ranks, and this rank "
+            f"as rank {rank}; the group that shares the sequence says rank {group.rank} of {group.nranks}: split that "
+            "group"
         )
 
 

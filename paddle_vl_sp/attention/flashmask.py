@@ -23,13 +23,13 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: VisibleRows, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, fp32. The forward runs once more: its graph would have kept the whole k and v."""
-    inputs = [apply_scale(q, scale).detach(), k.detach(), v.detach()]
+    q, k, v = inputs = [x.detach() for x in (apply_scale(q, scale), k, v)]
     for x in inputs:
         x.stop_gradient = False
     with paddle.enable_grad():
-        again = _attention(*inputs, visible)
-    grads = paddle.grad([again], inputs, [grad.astype(q.dtype)])
-    grad_q, grad_k, grad_v = (x.astype("float32") for x in grads)
+        again = _attention(q, k, v, visible)
+    paddle.autograd.backward([again], [grad.astype(q.dtype)])  # paddle.grad within paddle.grad ends the process
+    grad_q, grad_k, grad_v = (paddle.zeros(x.shape) if x.grad is None else x.grad.astype("float32") for x in inputs)
     return apply_scale(grad_q, scale), grad_k, grad_v
 
 

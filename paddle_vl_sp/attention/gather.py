@@ -64,7 +64,7 @@ def gather_attention(
         _check_indices(startend_row_indices, q.shape[0], share.seq_len, causal, boundaries)
         visible = visible_by_indices(share, startend_row_indices)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    kernel: Kernel = flashmask if flashmask.can_run(q, v) else by_rows  # type: ignore[assignment]
+    kernel: Kernel = flashmask if flashmask.can_run(q, v) else by_rows
     out: Tensor = _GatherAttention.apply(q, k, v, _Call(visible, _rows_in_order(shares), group, kernel, scale))
     return out
 
@@ -74,7 +74,15 @@ class Kernel(Protocol):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: VisibleRows, scale: float) -> tuple[Tensor, Tensor]: ...
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: VisibleRows, scale: float
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        visible: VisibleRows,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -101,7 +109,8 @@ class _GatherAttention(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: PyLayerContext, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
         with paddle.amp.auto_cast(enable=False):
-            out, lse = call.kernel.forward(q, *call.whole(k, v), call.visible, call.scale)
+            keys, values = call.whole(k, v)
+            out, lse = call.kernel.forward(q, keys, values, call.visible, call.scale)
         result = out.astype(q.dtype)
         ctx.call = call
         ctx.needed = [not x.stop_gradient for x in (q, k, v)]
@@ -114,7 +123,8 @@ class _GatherAttention(PyLayer):  # type: ignore[misc]
         q, k, v, out, lse = ctx.saved_tensor()
         call: _Call = ctx.call
         with paddle.amp.auto_cast(enable=False), paddle.no_grad():
-            grad_q, *partial = call.kernel.backward(grad, q, *call.whole(k, v), out, lse, call.visible, call.scale)
+            keys, values = call.whole(k, v)
+            grad_q, *partial = call.kernel.backward(grad, q, keys, values, out, lse, call.visible, call.scale)
             grads = [grad_q, *call.own_sum(*partial)]
         return tuple(g.astype(q.dtype) if needed else None for g, needed in zip(grads, ctx.needed, strict=True))
 

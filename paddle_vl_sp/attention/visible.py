@@ -70,4 +70,4 @@ def visible_by_indices(share: SeqLayout, indices: Tensor) -> VisibleRows:
     own = paddle.to_tensor(share.positions(), place=indices.place)
     ends = paddle.searchsorted(own, indices.reshape([indices.shape[0], -1]).astype("int64"), out_int32=True)  # [B, S]
     key = paddle.to_tensor(np.arange(share.seq_len), place=indices.place)
-    return VisibleRows(paddle.searchsorted(own, key, out_int32=True).unsqueeze(0), ends)
+    return VisibleRows(paddle.searchsorted(own, key, out_int32=True).expand(ends.shape), ends)

@@ -10,6 +10,7 @@ import pytest
 from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
+from cut_arrays import attention_arrays, bounds_of, close, cut, rows_of, same_as_whole, whole
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import (
     gated_delta_net_sp,
@@ -29,9 +30,7 @@ from paddle_vl_sp.attention.reference import full_attention, recurrent_delta_rul
 from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.comm.exchange import all_to_all
 from paddle_vl_sp.testing.subgroup import SubGroup
-from cut_arrays import attention_arrays, bounds_of, close, cut, rows_of, same_as_whole, whole
 from rank_cases import hold, pairs
-
 
 # ring
 

@@ -176,9 +176,7 @@ def kind_case(kind, lengths, *, packed=True, batch=1, causal=True, sp=1, groups=
 
 def two_by_two():
     cp_rank, sp_rank = divmod(dist.get_rank(), 2)
-    return SequenceGroups(
-        ulysses=SubGroup([2 * cp_rank, 2 * cp_rank + 1]), ring=SubGroup([sp_rank, 2 + sp_rank])
-    )
+    return SequenceGroups(ulysses=SubGroup([2 * cp_rank, 2 * cp_rank + 1]), ring=SubGroup([sp_rank, 2 + sp_rank]))
 
 
 def group_of_fleet():
@@ -193,9 +191,7 @@ def group_of_fleet():
     assert (chosen.group.nranks, chosen.group.rank) == (2, dist.get_rank())
     layout = chosen.layout(24)
     *arrays, weight = attention_arrays(2, 24, 4, 2)
-    same_as_whole(
-        partial(chosen.attend, layout=layout), full_attention, arrays, rows_of(layout, [24]), weight, "qkv"
-    )
+    same_as_whole(partial(chosen.attend, layout=layout), full_attention, arrays, rows_of(layout, [24]), weight, "qkv")
 
 
 CASES = {
@@ -212,7 +208,9 @@ CASES = {
     "gather, packed by boundaries, B 2": partial(gather_case, [1, 17, 6], segments="boundaries", batch=2),
     "gather, packed by boundaries, not causal": partial(gather_case, [6, 10, 3], segments="boundaries", causal=False),
     "gather, two tokens": partial(gather_case, [2], segments=None, causal=False),
-    "gather, fewer tokens than ranks": partial(gather_case, [2], segments=None, causal=False, mode="contiguous", front=True),
+    "gather, fewer tokens than ranks": partial(
+        gather_case, [2], segments=None, causal=False, mode="contiguous", front=True
+    ),
     "gather, own boundaries of each row": rows_with_boundaries_of_their_own,
     "gather, any mask": any_mask,
     "gather, sp cut, uneven": gather_cut_by_sp,
