@@ -101,6 +101,23 @@ def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGrou
     return groups_from_ranks(sequences, ulysses, topology.global_rank, dist.new_group)
 
 
+def sep_group() -> Group:
+    """The sep axis of fleet's hybrid topology, the ranks that share a sequence; of degree 1 a group of one."""
+    from paddle.distributed import fleet
+
+    try:
+        topology = fleet.get_hybrid_communicate_group()
+    except (AssertionError, AttributeError):  # how Paddle says that there is none
+        topology = None
+    if topology is None:
+        raise ValueError(
+            "no group shares the sequence: fleet has no hybrid topology yet; call fleet.init with sep_degree in "
+            "hybrid_configs before the first forward (sep_parallel_size in a YAML), or pass group= to ContextParallel"
+        )
+    sep = _axis(topology, "get_sep_parallel_world_size", "get_sep_parallel_group")
+    return Alone(int(topology.global_rank)) if sep is None else sep
+
+
 class Alone:
     """A group of one rank; nothing is sent in it."""
 

@@ -47,7 +47,7 @@ class Flash:
         seed = paddle.zeros([2], "int64").cpu()  # read only by dropout, which is off
         grads = paddle._C_ops.flash_attn_grad(q, k, v, out, lse, seed, None, grad, 0.0, causal)
         grad_q, grad_k, grad_v = (x[:, :n].astype("float32") for x, n in zip(grads, (rows, cols, cols), strict=True))
-        return _apply_scale(grad_q, scale), grad_k, grad_v
+        return apply_scale(grad_q, scale), grad_k, grad_v
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _before_ampere() -> bool:
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q = _pad_rows(_apply_scale(q, scale))
+    q = _pad_rows(apply_scale(q, scale))
     if causal:
         k, v = _pad_rows(k), _pad_rows(v)
     return q.contiguous(), k.contiguous(), v.contiguous()
@@ -101,7 +101,7 @@ def _pad_rows(x: Tensor) -> Tensor:
     return paddle.concat([x, paddle.zeros([x.shape[0], missing, *x.shape[2:]], x.dtype)], axis=1)
 
 
-def _apply_scale(x: Tensor, scale: float) -> Tensor:
+def apply_scale(x: Tensor, scale: float) -> Tensor:
     """x * (scale / (1 / sqrt(D))): the operator multiplies by 1 / sqrt(D) itself."""
     factor = scale * float(x.shape[-1]) ** 0.5
     return x if abs(factor - 1.0) < 1e-6 else x * factor

@@ -123,6 +123,22 @@ def gather_rows(
     return list(_GatherRows.apply(rows, group, mode, grad, *xs))
 
 
+def collect_rows(xs: Sequence[Tensor], rows: UnevenRows, group: Group | None, mode: str = "max") -> list[Tensor]:
+    """As `gather_rows`, for a PyLayer's own forward or backward: no gradient; one process only orders its rows."""
+    if not collectives.has_peers(group):
+        return [x if rows.order is None else take_rows(x, rows.order) for x in xs]
+    return list(_unpack(_GATHER[mode](_pack(xs), rows, group), [x.shape[1:] for x in xs]))
+
+
+def sum_rows(xs: Sequence[Tensor], rows: UnevenRows, group: Group | None, mode: str = "max") -> list[Tensor]:
+    """The transpose of `collect_rows`: of all ranks' xs [total, ...] the sum, cut to this rank's rows."""
+    if not collectives.has_peers(group):
+        return [take_rows(x, rows.rows_of(0)) for x in xs]
+    whole = _pack(xs)
+    whole = whole.clone() if len(xs) == 1 else whole  # the sum must not overwrite the caller's memory
+    return list(_unpack(_SUM_AND_CUT[mode](whole, rows, group), [x.shape[1:] for x in xs]))
+
+
 def row_width(x: Tensor) -> int:
     return math.prod(x.shape[1:])
 
@@ -138,20 +154,18 @@ class _GatherRows(PyLayer):  # type: ignore[misc]
         ctx: PyLayerContext, rows: UnevenRows, group: Group, mode: str, grad: str, *xs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.rows, ctx.group, ctx.mode, ctx.grad = rows, group, mode, grad
-        ctx.inputs = [(x.shape[1:], not x.stop_gradient) for x in xs]
-        return _unpack(_GATHER[mode](_pack(xs), rows, group), [x.shape[1:] for x in xs])
+        ctx.needed = [not x.stop_gradient for x in xs]
+        return tuple(collect_rows(xs, rows, group, mode))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: PyLayerContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, group, whole = ctx.rows, ctx.group, _pack(grads)
         if ctx.grad == "whole":
-            own = take_rows(whole, rows.rows_of(group.rank)).clone()  # never a view into autograd's own memory
+            place = ctx.rows.rows_of(ctx.group.rank)
+            parts = [take_rows(grad, place).clone() for grad in grads]  # never a view into autograd's own memory
         else:
-            whole = whole.clone() if len(grads) == 1 else whole  # the sum must not overwrite autograd's own memory
-            own = _SUM_AND_CUT[ctx.mode](whole, rows, group)
-        parts = _unpack(own, [shape for shape, _ in ctx.inputs])
-        return tuple(part if needed else None for part, (_, needed) in zip(parts, ctx.inputs, strict=True))
+            parts = sum_rows(grads, ctx.rows, ctx.group, ctx.mode)
+        return tuple(part if needed else None for part, needed in zip(parts, ctx.needed, strict=True))
 
 
 def _pack(xs: Sequence[Tensor]) -> Tensor:
