@@ -44,6 +44,7 @@ UPDATE, GATHER = "visual_update_indices", "visual_gather_indices"
 POSITIONS, PLANNED_MASK, ORDER = "visual_positions", "visual_mask", "visual_feature_order"
 BATCH_KEYS = (UPDATE, GATHER, POSITIONS, PLANNED_MASK, ORDER)
 MASK, LEVELS = "visual_pos_masks", "deepstack_visual_emb"  # PaddleFleet's own names in the model's dict
+PART = "visual_plan_is_of_a_part"  # in an embedding's dict: ids and plan are of a part of the sequence, features whole
 CARRIED = (UPDATE, GATHER, LEVELS, MASK)  # everything visual in it
 CUTS = ("sequence", "flattened")
 
@@ -186,7 +187,7 @@ def plan_in(dict_args: dict[str, Any], layout: SeqLayout, row_shape: Sequence[in
         raise ValueError(f"the batch has one of the two index arrays but no {missing}: a plan is both or none")
     update, gather = (own_row(rows, layout.sp_rank, layout.sp_size) for rows in (update, gather))
     plan = VisualPlan.from_indices(update, gather, row_shape, num_features)
-    _check_size(plan, is_whole=layout.local_len == layout.seq_len)
+    _check_size(plan, is_whole=layout.local_len == layout.seq_len and not dict_args.get(PART))
     return plan
 
 

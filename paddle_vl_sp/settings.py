@@ -9,6 +9,7 @@ ENABLED, BACKEND, CHECK = "PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_
 LOG, REPORT = "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT"
 STRICT, VISION_DP, LOADER_PLANS = "PADDLE_VL_SP_STRICT", "PADDLE_VL_SP_VISION_DP", "PADDLE_VL_SP_LOADER_PLANS"
 PROBE = "PADDLE_VL_SP_PROBE"
+CONTEXT_PARALLEL = "PADDLE_VL_SP_CONTEXT_PARALLEL"
 FAMILIES = "PADDLE_VL_SP_FAMILIES"  # names with commas between; unset or empty: all
 
 SWITCHES = {  # the first word is the default
@@ -20,6 +21,7 @@ SWITCHES = {  # the first word is the default
     STRICT: ("1", "0"),
     VISION_DP: ("0", "1"),
     LOADER_PLANS: ("0", "1"),
+    CONTEXT_PARALLEL: ("0", "auto", "gather", "ring", "ulysses"),
     PROBE: ("cached", "always", "never"),
 }
 

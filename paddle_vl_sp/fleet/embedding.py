@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.carried import GATHER, LEVELS, MASK, UPDATE, indices_to_carry, mask_to_carry, plan_in
+from paddle_vl_sp.carried import GATHER, LEVELS, MASK, PART, UPDATE, indices_to_carry, mask_to_carry, plan_in
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.fleet.inputs import FEATURES, VisualInputs, visual_inputs
 from paddle_vl_sp.fleet.topology import context_parallel_size, embedding_share, pipeline_size
@@ -90,7 +90,7 @@ class VisualEmbedding:
         self._insert(out, features, plan.to(out["hidden_states"].place))
         if plan.num_features:
             out[MASK] = visual.mask()
-        if checking():
+        if checking() and not dict_args.get(PART):
             self._check_merge(out, dict_args, visual, packed_seq_params)
         return out
 
@@ -101,7 +101,7 @@ class VisualEmbedding:
         loaded: VisualPlan | None = plan_in(dict_args, layout, row_shape, visual.num_features)
         if loaded is None:
             return visual.plan(layout, self.sequence_parallel)
-        if checking():
+        if checking() and not dict_args.get(PART):
             self._check_loaded(dict_args, visual, layout)
         return loaded.to(visual.ids.place)
 

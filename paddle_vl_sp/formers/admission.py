@@ -47,9 +47,9 @@ class Judgement:
     admitted: str = ""  # what is not as known although they may be
 
 
-def judge(family: Family, module: Any, is_shared: bool = False) -> Judgement:
+def judge(family: Family, module: Any, is_shared: bool = False, is_cut: bool = False) -> Judgement:
     """Known code may be replaced, and so may code that does all that ours need of it."""
-    deviations = list(family.deviations(module, is_shared))
+    deviations = list(family.deviations(module, is_shared, is_cut))
     refused = [deviation.why for deviation in deviations]
     if not refused or setting(PROBE) == "never" or not all(deviation.is_text for deviation in deviations):
         return Judgement(refused)
@@ -84,7 +84,7 @@ def cache_folder() -> Path:
 
 def code_key(family: Family, module: Any, is_shared: bool) -> str:
     """Of all that a verdict depends on: the module's code, in its file and in memory, the packages, our own code."""
-    methods = (*family.replaced, *family.shared)
+    methods = family.methods(is_shared=True, is_cut=True)
     parts = [family.name, str(is_shared), code_of(inspect.getsource(module)), sys.version]
     parts += [fingerprint(original_of(module, method.name)) for method in methods]
     parts += [_version_of(name) for name in ("paddleformers", "paddlefleet", "paddlepaddle", "paddlepaddle-gpu")]

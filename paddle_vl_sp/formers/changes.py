@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from paddle.nn import Layer
 
@@ -45,8 +45,23 @@ class SharedTower:
         return True
 
 
-Change = Replacement | SharedTower
+class Change(Protocol):
+    """Something that was changed."""
+
+    def undo(self) -> bool:
+        """Puts back what was there; whether it could."""
+
+
 _in_place: list[Change] = []
+
+
+C = TypeVar("C", bound=Change)
+
+
+def keep(change: C) -> C:
+    """Has `revert` undo it."""
+    _in_place.append(change)
+    return change
 
 
 def replace(owner: Any, method: str, make: Make) -> Replacement | None:
@@ -60,9 +75,7 @@ def replace(owner: Any, method: str, make: Make) -> Replacement | None:
     ours.__signature__ = inspect.signature(original)
     setattr(owner, method, ours)
     assert owner.__dict__[method] is ours, f"{owner.__name__}.{method} was wrapped on being set"
-    replacement = Replacement(owner, method, original, ours)
-    _in_place.append(replacement)
-    return replacement
+    return keep(Replacement(owner, method, original, ours))
 
 
 def swap(owner: Any, name: str, make: Callable[[type], type]) -> Replacement | None:
@@ -74,9 +87,7 @@ def swap(owner: Any, name: str, make: Callable[[type], type]) -> Replacement | N
     if ours is original:
         return None
     setattr(owner, name, ours)
-    replacement = Replacement(owner, name, original, ours)
-    _in_place.append(replacement)
-    return replacement
+    return keep(Replacement(owner, name, original, ours))
 
 
 def share(model: Layer) -> SharedTower | None:
@@ -85,9 +96,7 @@ def share(model: Layer) -> SharedTower | None:
     inner = shared_tower.share_tower(model)
     if was_shared:
         return None
-    shared = SharedTower(inner)
-    _in_place.append(shared)
-    return shared
+    return keep(SharedTower(inner))
 
 
 def undo_changes(changes: Iterable[Change]) -> None:

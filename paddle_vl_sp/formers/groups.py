@@ -17,6 +17,13 @@ def topology() -> Any:
         return None
 
 
+def sep_size() -> int:
+    """The degree of the axis whose ranks share a sequence; 1 where there is none."""
+    groups = topology()
+    size = getattr(groups, "get_sep_parallel_world_size", None)
+    return 1 if size is None else int(size())
+
+
 def tensor_parallel_group() -> Group | None:
     """The group that tensor and sequence parallelism cut over; None before fleet.init."""
     groups = topology()

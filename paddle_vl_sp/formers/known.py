@@ -97,12 +97,17 @@ class Family:
     called: tuple[Called, ...] = ()
     swapped: tuple[Swapped, ...] = ()
     shared: tuple[Replaced, ...] = ()  # replaced too, where the vision tower's work is to be shared
+    cut: tuple[Replaced, ...] = ()  # replaced too, where context parallelism is on
     contract: tuple[Clause, ...] = ()  # what code of it that is not known is tried by
     is_optional: bool = False  # a module that cannot be imported is never an error: it needs more than most have
 
-    def deviations(self, module: Any, is_shared: bool = False) -> Iterator[Deviation]:
-        """What is not as known in the module's classes; is_shared: of sharing the tower's work as well."""
-        methods: tuple[Replaced | Called, ...] = (*self.replaced, *self.called, *(self.shared if is_shared else ()))
+    def methods(self, is_shared: bool = False, is_cut: bool = False) -> tuple[Replaced, ...]:
+        """What is replaced."""
+        return self.replaced + (self.shared if is_shared else ()) + (self.cut if is_cut else ())
+
+    def deviations(self, module: Any, is_shared: bool = False, is_cut: bool = False) -> Iterator[Deviation]:
+        """What is not as known in the module's classes; of sharing the tower's work, of context parallelism as well."""
+        methods: tuple[Replaced | Called, ...] = (*self.methods(is_shared, is_cut), *self.called)
         for method in methods:
             owner = getattr(module, method.name.partition(".")[0], None)
             if owner is None:

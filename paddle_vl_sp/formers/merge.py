@@ -86,7 +86,7 @@ def merge(
     ids, embeds = given["input_ids"], given.get("inputs_embeds")
     if embeds is None:
         embeds = model.get_input_embeddings()(ids)
-    features = {kind: _encoded(model, kind, given) for kind in kinds}
+    features = features_of(model, kinds, given)
     wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
     mask = is_any_of(ids, wanted)
     num_features = sum(rows[0].shape[0] for rows in features.values())
@@ -101,7 +101,7 @@ def merge(
         plan = plan_visual(mask, None, layout, sequence_first=False, num_features=num_features, padded=padded)
         syncs = int(not padded)
     plan = plan.to(embeds.place)
-    main, *levels = _joined(features, ids, wanted, loaded)
+    main, *levels = joined(features, ids, wanted, loaded)
     merged = replace_rows(embeds, main, plan)
     if checking():
         _check_merge(
@@ -115,6 +115,11 @@ def hide_pixels(given: dict[str, Any], kinds: list[str], embeds: Tensor) -> None
     given["inputs_embeds"] = embeds
     for kind in kinds:
         given[KINDS[kind][0]] = None
+
+
+def features_of(model: Layer, kinds: list[str], given: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """[main, *levels] of each kind."""
+    return {kind: _encoded(model, kind, given) for kind in kinds}
 
 
 def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
@@ -156,7 +161,7 @@ def _check_loaded(loaded: LoadedPlans, mask: Tensor, ids: Tensor, wanted: tuple[
     check_positions(loaded.positions, np.flatnonzero(mask.numpy()), LOADER_ADVICE)
 
 
-def _joined(
+def joined(
     features: dict[str, list[Tensor]], ids: Tensor, wanted: tuple[int, ...], loaded: LoadedPlans | None
 ) -> list[Tensor]:
     """[main, *levels] with the rows of all kinds in reading order."""

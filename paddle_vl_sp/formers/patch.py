@@ -10,9 +10,12 @@ from typing import Any
 
 from paddle.nn import Layer
 
+from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.backends.load import backend as backend_in_use
 from paddle_vl_sp.formers.admission import Judgement, judge
 from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
+from paddle_vl_sp.formers.context.install import deviations, install
+from paddle_vl_sp.formers.context.setting import as_setting
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
 from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
@@ -21,7 +24,7 @@ from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
 OPTIONAL = ("paddlefleet", "paddlefleet_ops")  # without them some families are not there
-TOWER = "the tower's work"
+TOWER, SEQUENCE = "the tower's work", "the sequence"
 
 _announced: set[str] = set()
 
@@ -36,6 +39,7 @@ def apply_to_paddleformers(
     families: str | Sequence[str] | None = None,
     strict: bool = True,
     vision_dp: bool = False,
+    context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
     """Replaces the methods of PaddleFormers' classes that place visual features; `revert()` puts them back.
 
@@ -49,6 +53,8 @@ def apply_to_paddleformers(
                UpstreamChanged error, else it is left alone with a warning
     vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
                model that is built from now on
+    context_parallel   "auto", "gather", "ring", "ulysses" or a ContextParallel: the ranks of a group, fleet's sep axis
+               unless the value names one, share each sequence; models take the whole batch and cut it themselves
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
     PADDLE_VL_SP_PROBE=never refuses all code that is not known, without a trial.
@@ -65,20 +71,27 @@ def apply_to_paddleformers(
     if model is not None and not isinstance(model, Layer):
         raise ValueError(f"model must be a model, got {model!r}; families are named by families=")
     is_shared = vision_dp and model is None
+    setting = None if context_parallel is None else as_setting(context_parallel)
+    is_cut = setting is not None
     lines: list[Line] = []
     found = _loaded(wanted, lines, strict)
-    judged = {family.name: judge(family, module, is_shared) for family, module in found}
+    judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
     changed = {name: judgement.refused for name, judgement in judged.items()}
-    if strict and any(changed.values()):
+    changed |= {"criterion": [d.why for d in deviations()] if is_cut else []}
+    if any(changed.values()) and (strict or changed["criterion"]):
         raise UpstreamChanged(_describe(changed) + "; with strict=False these classes are left alone")
     made: list[Change] = []
     try:
         for family, module in found:
-            methods = family.replaced + (family.shared if is_shared else ())
+            methods = family.methods(is_shared, is_cut)
             lines += _replace_all(family, methods, module, judged[family.name], made)
             lines += _swap_all(family, changed[family.name], made)
             if is_shared and not family.shared:
                 lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
+            if is_cut and not family.cut:
+                lines.append(Line(family.name, SEQUENCE, LEFT_ALONE, "not cut: it has no context parallelism"))
+        if setting is not None:
+            install(setting, made)
         if vision_dp and model is not None:
             lines.append(_share(model, made))
         if model is not None:
@@ -99,19 +112,34 @@ def apply_to_paddleformers(
 
 
 def apply_to_qwen3_vl(
-    model: Layer | None = None, *, backend: str = "auto", strict: bool = True, vision_dp: bool = False
+    model: Layer | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    vision_dp: bool = False,
+    context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
     """`apply_to_paddleformers` for Qwen3-VL alone: dense and MoE, the plain classes and those on PaddleFleet.
 
     backend    "op" or "python" where it must be the implementation in use; "auto" takes what there is
     """
     _check_backend(backend)
-    return apply_to_paddleformers(model, families="qwen3_vl", strict=strict, vision_dp=vision_dp)
+    return apply_to_paddleformers(
+        model, families="qwen3_vl", strict=strict, vision_dp=vision_dp, context_parallel=context_parallel
+    )
 
 
-def apply_to_qwen2_5_vl(model: Layer | None = None, *, strict: bool = True, vision_dp: bool = False) -> PatchReport:
+def apply_to_qwen2_5_vl(
+    model: Layer | None = None,
+    *,
+    strict: bool = True,
+    vision_dp: bool = False,
+    context_parallel: str | ContextParallel | None = None,
+) -> PatchReport:
     """`apply_to_paddleformers` for Qwen2.5-VL alone."""
-    return apply_to_paddleformers(model, families="qwen2_5_vl", strict=strict, vision_dp=vision_dp)
+    return apply_to_paddleformers(
+        model, families="qwen2_5_vl", strict=strict, vision_dp=vision_dp, context_parallel=context_parallel
+    )
 
 
 def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:

@@ -8,6 +8,7 @@ PADDLE_VL_SP_FAMILIES=a,b       only these families of models
 PADDLE_VL_SP_STRICT=0           code of PaddleFormers that is not known is left alone instead of an error
 PADDLE_VL_SP_PROBE=never        ... without trying first whether it does all that is needed of it
 PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replicated vision tower
+PADDLE_VL_SP_CONTEXT_PARALLEL=auto   the ranks of sep_parallel_size share each sequence; or gather, ring, ulysses
 PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
 PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
 """
@@ -15,8 +16,14 @@ PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
 from paddle_vl_sp.formers.callback import report_if_asked
 from paddle_vl_sp.formers.patch import apply_to_paddleformers
 from paddle_vl_sp.formers.workflow import plan_if_asked
-from paddle_vl_sp.settings import FAMILIES, STRICT, VISION_DP, is_on, names_in
+from paddle_vl_sp.settings import CONTEXT_PARALLEL, FAMILIES, STRICT, VISION_DP, is_on, names_in, setting
 
-apply_to_paddleformers(families=names_in(FAMILIES), strict=is_on(STRICT), vision_dp=is_on(VISION_DP))
+asked = setting(CONTEXT_PARALLEL)
+apply_to_paddleformers(
+    families=names_in(FAMILIES),
+    strict=is_on(STRICT),
+    vision_dp=is_on(VISION_DP),
+    context_parallel=None if asked == "0" else asked,
+)
 plan_if_asked()
 report_if_asked()

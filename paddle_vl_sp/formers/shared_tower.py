@@ -11,6 +11,9 @@ import paddle
 from paddle import Tensor
 from paddle.nn import Layer
 
+from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.formers.context.setting import is_on as context_parallelism_is_on
+from paddle_vl_sp.formers.context.step import STEP
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.settings import VISION_DP
@@ -19,6 +22,7 @@ Encoded: TypeAlias = "Tensor | tuple[Tensor, list[Tensor]]"
 Encode = Callable[[Tensor, Tensor], Encoded]
 
 _sharing: WeakSet[Any] = WeakSet()
+_sharing_over_context: WeakSet[Any] = WeakSet()
 _shared_as_built: WeakSet[Any] = WeakSet()  # of them, those that model_init shared
 
 
@@ -31,6 +35,9 @@ def share_tower(model: Layer) -> Any:
     from paddle_vl_sp.comm.grads import mark_for_sum
 
     inner = plain_model_of(model)
+    if context_parallelism_is_on():  # its ranks share the work, and the trainer sums over them
+        _sharing_over_context.add(inner)
+        return inner
     if not getattr(text_config(inner), "sequence_parallel", False):
         raise ValueError(
             "vision_dp=True with sequence_parallel off: no trainer would sum the tower's gradients, of which every "
@@ -75,6 +82,7 @@ def stop_where_not_asked_for() -> None:
 
 def stop_sharing(inner: Layer) -> None:
     _sharing.discard(inner)
+    _sharing_over_context.discard(inner)
     for parameter in inner.visual.parameters():
         parameter.sequence_parallel = False
 
@@ -141,25 +149,34 @@ def _check_marks(tower: Layer) -> None:
 
 
 def is_shared(inner: Layer) -> bool:
-    return inner in _sharing
+    return inner in _sharing or inner in _sharing_over_context
 
 
 def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> Encoded:
     """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H], maybe with levels."""
-    if not is_shared(inner):
+    if inner in _sharing_over_context:
+        step = STEP.get()
+        # rows are placed after the cut, so that each rank's gradient is partial
+        return encode(pixels, grid) if step is None else _encoded(inner, encode, pixels, grid, step.group, "partial")
+    if inner not in _sharing:
         return encode(pixels, grid)
+    _check_marks(inner.visual)
+    # whole: by the cut's own backward for the main features, by complete_grad for the levels
+    return _encoded(inner, encode, pixels, grid, require_tensor_parallel_group(), "whole")
+
+
+def _encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, group: Group, grad: str) -> Encoded:
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import tower_alpha
 
     tower = inner.visual
-    _check_marks(tower)
     shared: Encoded = encode_shared(
         encode,
         pixels,
         grid,
-        group=require_tensor_parallel_group(),
+        group=group,
         merge_size=tower.spatial_merge_size,
-        grad="whole",  # made so by the cut's own backward for the main features, by complete_grad for the levels
+        grad=grad,
         split_frames=True,  # the tower attends within a frame
         alpha=tower_alpha(tower.config.hidden_size, tower.config.intermediate_size),
     )

@@ -48,6 +48,19 @@ def sequence_parallel_loss(
     return mean
 
 
+def global_mean(own_sum: Tensor, own_count: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
+    """The mean over the group of what has this sum and count here, fp32, with the gradient of this rank's own part.
+
+    And the sum over the group, without a gradient.
+    """
+    with paddle.amp.auto_cast(enable=False):
+        own = paddle.stack([own_sum.astype("float32"), own_count.astype("float32")])  # [2]
+        total = own_sum.detach().astype("float32").clone()
+        if has_peers(group):
+            total = all_reduce_sum(total, group)
+        return _GlobalMean.apply(own, None, group, 1.0), total
+
+
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) -> Tensor:
     """The cross entropy of every token, fp32: [B, S_local, V], [B, S_local] -> [B, S_local]; 0 where ignored."""
     if list(logits.shape[:-1]) != list(labels.shape):

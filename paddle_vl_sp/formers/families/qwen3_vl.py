@@ -16,6 +16,10 @@ from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers import shared_tower, tiny
+from paddle_vl_sp.formers.context.forward import outer_forward
+from paddle_vl_sp.formers.context.plain import place, rows_of_tensor_rank
+from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.step import STEP, Step
 from paddle_vl_sp.formers.contracts import (
     adds_the_rows_of_its_rank,
     asks_for_every_level,
@@ -43,6 +47,7 @@ class Visual(OfMask):
     plan: VisualPlan  # of the uncut sequence
     loaded: LoadedPlans | None
     syncs: int  # host synchronisations so far
+    is_part: bool = False  # context parallelism: mask and plan are of this rank's part of the sequence
     reached: list[bool] = field(default_factory=list)  # by PaddleFormers' text model, which completes the levels
 
 
@@ -55,28 +60,31 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        loaded = LoadedPlans.pop_from(kwargs, "flattened")
+        step = STEP.get()
+        loaded = LoadedPlans.pop_from(kwargs, None if step else "flattened")
         call = signature.bind(self, *args, **kwargs)
+        if step is not None:
+            return _cut_forward(original, call, step)
+        refuse_what_nobody_cuts(self)
         kinds = kinds_to_merge(self, call.arguments)
         if not kinds:
             return original(self, *args, **kwargs)
         merged = merge(self, call.arguments, kinds, loaded, is_counted_later=_is_cut(self))
         if loaded and checking():
             _check_loaded(loaded, merged.mask)
-        visual, levels = Visual(merged.mask, merged.plan, loaded, merged.syncs), merged.levels
         hide_pixels(call.arguments, kinds, merged.embeds)
-        call.arguments[next(iter(signature.parameters))] = _with_levels(self, visual.mask, levels)
-        with VISUAL.given(visual):
-            out = original(*call.args, **call.kwargs)
-        if levels and not visual.reached and _is_cut(self):
-            raise ValueError(
-                f"the forward of {type(self.language_model).__name__} did not reach PaddleFormers' own text model, "
-                "where the gradients of the deepstack levels are completed under sequence parallelism: call "
-                "super().forward, or leave paddle_vl_sp out (PADDLE_VL_SP=0)"
-            )
-        return out
+        return _with_levels(original, call, Visual(merged.mask, merged.plan, loaded, merged.syncs), merged.levels)
 
     return forward
+
+
+def _cut_forward(original: Callable[..., Any], call: inspect.BoundArguments, step: Step) -> Any:
+    """On this rank's part of the sequence, under context parallelism."""
+    placed = place(call.args[0], call.arguments, step)
+    if placed is None:
+        return original(*call.args, **call.kwargs)
+    visual = Visual(placed.mask, placed.plan, None, syncs=1, is_part=True)
+    return _with_levels(original, call, visual, placed.levels)
 
 
 def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,10 +106,23 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_levels(model: Layer, mask: Tensor, levels: list[Tensor]) -> Any:
-    """The model, whose text model gets mask and levels as PaddleFormers' forward would hand them over."""
-    given = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
-    return ModelView(model, lambda args, kwargs: (args, {**kwargs, **given}))
+def _with_levels(
+    original: Callable[..., Any], call: inspect.BoundArguments, visual: Visual, levels: list[Tensor]
+) -> Any:
+    """Calls it with a model whose text model gets mask and levels as PaddleFormers' forward would hand them over."""
+    model, given = call.args[0], {"visual_pos_masks": visual.mask, "deepstack_visual_embeds": levels}
+    call.arguments[next(iter(call.signature.parameters))] = ModelView(
+        model, lambda args, kwargs: (args, {**kwargs, **given})
+    )
+    with VISUAL.given(visual):
+        out = original(*call.args, **call.kwargs)
+    if levels and not visual.reached and _is_cut(model):
+        raise ValueError(
+            f"the forward of {type(model.language_model).__name__} did not reach PaddleFormers' own text model, "
+            "where the gradients of the deepstack levels are completed under sequence parallelism: call "
+            "super().forward, or leave paddle_vl_sp out (PADDLE_VL_SP=0)"
+        )
+    return out
 
 
 def _is_cut(model: Layer) -> bool:
@@ -138,11 +159,13 @@ def _own_plan(mask: Tensor, num_features: int, visual: Visual | None, group: Gro
         layout = SeqLayout(tokens.shape[1], sp_size=group.nranks, sp_rank=group.rank)
     if visual and visual.loaded:
         return visual.loaded.own(group, (1, layout.local_len), num_features).to(mask.place), 0
+    if visual and visual.is_part:
+        return rows_of_tensor_rank(visual.plan, plan_visual(tokens, None, layout, sequence_first=False)), 1
     return plan_visual(tokens, None, layout, sequence_first=False, num_features=num_features), 1
 
 
 def _family(
-    name: str, module: str, model: str, text_model: str, build: Callable[[], Any], known: dict[str, str]
+    name: str, module: str, outer: str, model: str, text_model: str, build: Callable[[], Any], known: dict[str, str]
 ) -> Family:
     return Family(
         name,
@@ -155,6 +178,7 @@ def _family(
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
         shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
+        cut=(Replaced(f"{outer}.forward", outer_forward, (known["outer"],)),),
         contract=(
             adds_the_rows_of_its_rank(f"{text_model}._deepstack_process", sequence_first=False),
             asks_for_every_level(f"{text_model}.forward", build),
@@ -169,16 +193,30 @@ def _family(
 PLAIN = _family(
     "Qwen3-VL",
     "qwen3_vl.modeling",
+    "Qwen3VLForConditionalGenerationDeprecated",
     "Qwen3VLModelDeprecated",
     "Qwen3VLTextModel",
     tiny.tiny_qwen3_vl,
-    {"model": "a202124f6bcaf004", "init": "33913c80b6e9120f", "text": "eeb43e01eeee402c", "build": "707bb6aba2b6d1b2"},
+    {
+        "model": "a202124f6bcaf004",
+        "init": "33913c80b6e9120f",
+        "text": "eeb43e01eeee402c",
+        "build": "707bb6aba2b6d1b2",
+        "outer": "8502fe5c1253864c",
+    },
 )
 PLAIN_MOE = _family(
     "Qwen3-VL MoE",
     "qwen3_vl_moe.modeling",
+    "Qwen3VLMoeForConditionalGenerationDeprecated",
     "Qwen3VLMoeModelDeprecated",
     "Qwen3VLMoeTextModel",
     tiny.tiny_qwen3_vl_moe,
-    {"model": "6a996ef6ab8dcc32", "init": "4b394ee6f79a5533", "text": "2433f25460d79af0", "build": "76fd43b19a6cb73d"},
+    {
+        "model": "6a996ef6ab8dcc32",
+        "init": "4b394ee6f79a5533",
+        "text": "2433f25460d79af0",
+        "build": "76fd43b19a6cb73d",
+        "outer": "838b30f90b360130",
+    },
 )

@@ -24,6 +24,10 @@ from paddle_vl_sp.carried import (
     own_row,
 )
 from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.formers.context.fleet import part_of
+from paddle_vl_sp.formers.context.forward import outer_forward
+from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.step import STEP, Step
 from paddle_vl_sp.formers.contracts import adds_the_rows_of_its_rank, hands_on_what_it_is_given, lets_its_layer_add
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
@@ -69,7 +73,12 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        loaded = LoadedPlans.pop_from(kwargs, "sequence")
+        step = STEP.get()
+        loaded = LoadedPlans.pop_from(kwargs, None if step else "sequence")
+        if step is not None:
+            _require_our_embedding(self)
+            return original(_on_this_part(self, step), *args, **kwargs)
+        refuse_what_nobody_cuts(self)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if loaded is not None and ids is not None:
             loaded.check_shape(ids)
@@ -84,7 +93,12 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         view = ModelView(self, lambda inputs, named: (({**inputs[0], **plans}, *inputs[1:]), named))
         return original(view, *args, **kwargs)
 
-    return forward
+    return outer_forward(forward)
+
+
+def _on_this_part(model: Layer, step: Step) -> Any:
+    """The model, whose language model gets this rank's part of the sequence."""
+    return ModelView(model, lambda inputs, named: ((part_of(step, model, inputs[0]), *inputs[1:]), named))
 
 
 def visual_embedding(base: type) -> type:
@@ -191,6 +205,7 @@ FAMILY = Family(
         Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
     ),
     shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("55a621cbb52a5624",)),),
+    cut=(Replaced("Qwen3VLForConditionalGeneration.forward", outer_forward, ("16f169b9d3934ad0",)),),
     contract=(
         adds_the_rows_of_its_rank("Qwen3VLTextTransformerLayer._deepstack_process", sequence_first=True),
         lets_its_layer_add("Qwen3VLTextTransformerLayer.forward"),

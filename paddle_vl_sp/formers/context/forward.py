@@ -1,0 +1,96 @@
+"""The forwards of the models: the outer one cuts the batch, the inner one sees this rank's part of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from paddle.nn import Layer
+
+from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.step import STEP, own_labels, step_of
+
+LABELS = "labels"
+
+
+def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Under context parallelism cuts the whole batch: its loss is that of all ranks, its logits are this rank's.
+
+    A forward with a cache, or one in evaluation without labels, as in generate(), is not cut: each rank computes all.
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        given = call.arguments
+        if STEP.get() is not None or not is_to_be_cut(self, given):
+            return original(*call.args, **call.kwargs)
+        setting = context_parallel()
+        if setting is None:
+            return original(*call.args, **call.kwargs)
+        require_ids(self, given)
+        step = step_of(setting, text_config_of(self), given)
+        if given.get(LABELS) is not None:
+            given[LABELS] = own_labels(step, given[LABELS])
+        if given.get("loss_mask") is not None:
+            given["loss_mask"] = step.own(given["loss_mask"], 0)
+        with STEP.given(step):
+            out = original(*call.args, **call.kwargs)
+        step.require_attention(self)
+        return out
+
+    return forward
+
+
+def is_to_be_cut(model: Layer, given: dict[str, Any]) -> bool:
+    has_cache = given.get("past_key_values") is not None or bool(given.get("use_cache"))
+    return not has_cache and (model.training or given.get(LABELS) is not None)
+
+
+def require_ids(model: Layer, given: dict[str, Any]) -> None:
+    if given.get("input_ids") is None or given.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"context parallelism cuts {type(model).__name__} by its input_ids, and this batch has "
+            f"{'inputs_embeds' if given.get('inputs_embeds') is not None else 'none'}: give input_ids alone"
+        )
+
+
+def text_config_of(model: Any) -> Any:
+    """The configuration of the model's text part."""
+    return getattr(model.config, "text_config", None) or model.config
+
+
+def text_inner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Under context parallelism runs on this rank's ids and positions."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        step = STEP.get()
+        call = signature.bind(self, *args, **kwargs)
+        if step is None:
+            refuse_what_nobody_cuts(self)
+            return original(*call.args, **call.kwargs)
+        given = call.arguments
+        if given.get("position_ids") is None:
+            given["position_ids"] = positions_of(given["input_ids"])
+        given |= {
+            "input_ids": step.own(given["input_ids"], 0),
+            "position_ids": step.own(given["position_ids"], 0),
+            "attention_mask": None,
+            INDICES: step.marker,
+        }
+        return original(*call.args, **call.kwargs)
+
+    return forward
+
+
+def positions_of(ids: Any) -> Any:
+    """0 .. S - 1 in every row: [B, S]"""
+    import paddle
+
+    return paddle.arange(ids.shape[1], dtype="int64").expand(ids.shape)

@@ -1,0 +1,91 @@
+"""The plain vision-language models: this rank's embeddings, with the rows of the features that belong to it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from paddle.nn import Layer
+
+from paddle_vl_sp.backends.plain import is_any_of
+from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.step import Step
+from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kinds_to_merge
+from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.rows import replace_rows
+
+PADDING = -1  # no placeholder
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """What is visual in this rank's part of the sequence."""
+
+    levels: list[Tensor]  # [N, H] each
+    mask: Tensor  # bool [B, S_local]
+    plan: VisualPlan  # of this rank's rows
+
+
+def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
+    """Changes the arguments of an inner forward to those of this rank's part; None for a batch of text."""
+    ids, kinds = given["input_ids"], kinds_to_merge(model, given)
+    if given.get("position_ids") is None:
+        given["position_ids"] = _positions(model, given)
+    own_ids = step.own(ids, 0)
+    embeds = model.get_input_embeddings()(own_ids)  # [B, S_local, H]
+    placed = None
+    if kinds:
+        wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
+        main, *levels = joined(features_of(model, kinds, given), step.joined(ids), wanted, None)
+        whole = step.padded(ids, PADDING)
+        plan = plan_visual(whole, wanted, step.layout, sequence_first=False, num_features=main.shape[0])
+        placed = Placed(levels, is_any_of(own_ids, wanted), plan.to(embeds.place))
+        embeds = replace_rows(embeds, main, placed.plan)
+        given |= dict.fromkeys([KINDS[kind][0] for kind in kinds])
+    given |= {
+        "input_ids": None,
+        "inputs_embeds": embeds,
+        "position_ids": step.own(given["position_ids"], 0),
+        "attention_mask": None,
+        "cache_position": None,
+        "use_cache": False,
+        INDICES: step.marker,
+    }
+    _check_tensor_parallel(shared_tower.text_config(model), step)
+    return placed
+
+
+def _positions(model: Any, given: dict[str, Any]) -> Tensor:
+    """[3, B, S], of the whole batch, by the model's own rule."""
+    names = inspect.signature(model.get_rope_index).parameters
+    positions, model.rope_deltas = model.get_rope_index(**{name: given.get(name) for name in names})
+    return positions
+
+
+def rows_of_tensor_rank(plan: VisualPlan, tensor_plan: VisualPlan) -> VisualPlan:
+    """The plan of a tensor-parallel rank's part of this rank's rows: its gather_indices point into those of `plan`."""
+    gather = plan.gather_indices
+    if isinstance(gather, np.ndarray):
+        return VisualPlan.from_indices(
+            tensor_plan.update_indices, gather[tensor_plan.gather_indices], tensor_plan.row_shape, plan.num_features
+        )
+    own = paddle.gather(gather, tensor_plan.gather_indices)
+    return VisualPlan.from_indices(tensor_plan.update_indices, own, tensor_plan.row_shape, plan.num_features)
+
+
+def _check_tensor_parallel(config: Any, step: Step) -> None:
+    """The plain classes shape the rows of their attention by max_sequence_length."""
+    if not getattr(config, "sequence_parallel", False):
+        return
+    local = step.layout.local_len
+    if config.max_sequence_length != local:
+        raise ValueError(
+            f"sequence_parallel with context parallelism: the plain classes need max_sequence_length={local}, this "
+            f"rank's part of the padded sequence of {step.layout.seq_len}, got {config.max_sequence_length}: set it so "
+            "with all batches padded to one length, or use the model on PaddleFleet"
+        )

@@ -1,0 +1,191 @@
+"""One batch of one forward, cut: which positions this rank has, and every array that is cut with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from paddle import Tensor
+
+from paddle_vl_sp.attention import ContextParallel
+from paddle_vl_sp.attention.context_parallel import ChosenAttention
+from paddle_vl_sp.carried import Handover
+from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.bounds import boundaries
+from paddle_vl_sp.formers.context.marker import Cut
+from paddle_vl_sp.formers.context.setting import say_once
+from paddle_vl_sp.formers.groups import require_tensor_parallel_group
+from paddle_vl_sp.formers.known import OURS
+from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.sequence.batch import IGNORE, shard_batch
+from paddle_vl_sp.sequence.padding import source_positions
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How this batch is cut over the ranks that share it."""
+
+    chosen: ChosenAttention
+    layout: SeqLayout  # of the padded sequence; this rank's share before a tensor-parallel cut
+    tensor_cut: tuple[int, int]  # rank and size of that
+    bounds: tuple[int, ...] | None  # of packed segments, before padding
+    rows: int  # B of the batch; packed rows are joined to one
+    length: int  # S of the batch
+
+    @property
+    def group(self) -> Group:
+        return self.chosen.group
+
+    @property
+    def own_layout(self) -> SeqLayout:
+        """With the tensor-parallel cut of sequence parallelism."""
+        rank, size = self.tensor_cut
+        return replace(self.layout, sp_rank=rank, sp_size=size) if size > 1 else self.layout
+
+    def joined(self, x: Tensor) -> Tensor:
+        """[..., B, S] -> [..., 1, B * S] where packed rows are joined."""
+        if self.bounds is None or self.rows == 1:
+            return x
+        return x.reshape([*x.shape[:-2], 1, self.rows * self.length])
+
+    def own(self, x: Tensor, fill: float) -> Tensor:
+        """[..., B, S] -> this rank's [..., B, S_local], or [..., 1, S_local] of joined rows."""
+        real = self.chosen.bounds_of_batch(self.joined(x).shape[-1], self.bounds)
+        share: Tensor = shard_batch({"x": self.joined(x)}, self.layout, cu_seqlens=real, padding={"x": fill})["x"]
+        return share
+
+    def padded(self, ids: Tensor, fill: int) -> npt.NDArray[np.int64]:
+        """The whole ids on the host, [B, S padded]: what plans are made of. One host sync."""
+        rows = self.joined(ids).numpy()
+        real = np.asarray(self.chosen.bounds_of_batch(rows.shape[-1], self.bounds))
+        source = source_positions(real, self.layout)
+        padded: npt.NDArray[np.int64] = np.where(source < 0, fill, rows[:, np.maximum(source, 0)])
+        return padded
+
+    @cached_property
+    def cut(self) -> Cut:
+        return Cut(self.chosen, self.layout, self.bounds)
+
+    @cached_property
+    def marker(self) -> Tensor:
+        """What stands for the cut in the place of row indices."""
+        return self.cut.marker()
+
+    def require_attention(self, model: Any) -> None:
+        """After a forward: whether an attention of ours saw the cut."""
+        if not self.cut.seen_by:
+            raise ValueError(
+                f"context parallelism cut the batch of {type(model).__name__}, and no attention crossed the ranks: its "
+                "attention function, or its core attention, is none that was there when context_parallel= was given; "
+                "use one of PaddleFormers' own"
+            )
+
+
+STEP: Handover[Step] = Handover("context_parallel_step")
+
+
+def step_of(setting: ContextParallel, config: Any, given: Mapping[str, Any]) -> Step:
+    """Of a batch by its arguments; config: the text model's."""
+    _refuse_config(config)
+    _check_attention(config)
+    ids, indices = given["input_ids"], given.get(INDICES)
+    _check_mask(given.get("attention_mask"), indices, given.get("labels"))
+    rows, length = ids.shape
+    bounds = None
+    if indices is not None:
+        if indices.ndim == 4 and indices.shape[1:] != [1, length, 1]:
+            raise ValueError(
+                f"{INDICES} must be [B, 1, {length}, 1] for context parallelism, got {list(indices.shape)}: pack with "
+                "one causal mask for all heads"
+            )
+        bounds = boundaries(indices.numpy(), length)
+    chosen = setting.choose(
+        config.num_attention_heads // _tensor_parallel(config),
+        max(config.num_key_value_heads // _tensor_parallel(config), 1),
+        rows * length if bounds else length,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        batch=1 if bounds else rows,
+    )
+    say_once(chosen)
+    whole = rows * length if bounds else length
+    rank, size = _sequence_parallel(config)
+    layout = chosen.layout(whole, bounds, sp_rank=rank, sp_size=size)
+    before = replace(layout, sp_rank=0, sp_size=1) if size > 1 else layout
+    return Step(chosen, before, (rank, size), bounds, rows, length)
+
+
+def own_labels(step: Step, labels: Tensor) -> Tensor:
+    return step.own(labels, IGNORE)
+
+
+def _check_attention(config: Any) -> None:
+    """The plain classes take their attention from a table, in which ours stand for all that were there."""
+    from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS
+
+    name = getattr(config, "_attn_implementation", None)
+    if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], OURS):
+        raise ValueError(
+            f"context parallelism knows nothing of the attention {name!r}, which was registered after it was turned on: "
+            "register it first, or use one of PaddleFormers' own"
+        )
+
+
+def _sequence_parallel(config: Any) -> tuple[int, int]:
+    """This rank, and how many there are, in the tensor-parallel group where it cuts the sequence once more."""
+    if not getattr(config, "sequence_parallel", False):
+        return 0, 1
+    group = require_tensor_parallel_group()
+    return group.rank, group.nranks
+
+
+def _tensor_parallel(config: Any) -> int:
+    return int(getattr(config, "tensor_model_parallel_size", 1) or 1)
+
+
+def _refuse_config(config: Any) -> None:
+    refused = {
+        "attention_dropout": "attention dropout",
+        "num_nextn_predict_layers": "multi-token prediction",
+    }
+    for name, what in refused.items():
+        if getattr(config, name, None):
+            raise ValueError(f"context parallelism takes no {what}, got {name}={getattr(config, name)}: turn it off")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError("context parallelism takes no sliding windows, and layer_types has sliding_attention")
+    if (getattr(config, "pipeline_model_parallel_size", 1) or 1) > 1:
+        raise ValueError(
+            f"context parallelism with pipeline_model_parallel_size={config.pipeline_model_parallel_size}: the cut of "
+            "a batch does not travel from stage to stage; use one stage"
+        )
+    if (getattr(config, "expert_model_parallel_size", 1) or 1) > 1 and _tensor_parallel(config) < 2:
+        raise ValueError(
+            f"context parallelism with expert_model_parallel_size={config.expert_model_parallel_size} and no tensor "
+            "parallelism: PaddleFleet zeroes padding rows by whole ids there; use tensor parallelism with it"
+        )
+
+
+def _check_mask(mask: Tensor | None, indices: Tensor | None, labels: Tensor | None) -> None:
+    """Padding at the end is no matter to causal attention; anything else is."""
+    if mask is None or indices is not None:
+        return
+    if mask.ndim != 2:
+        raise ValueError(
+            f"context parallelism takes an attention_mask [B, S], got {list(mask.shape)}: leave it out, or pack and "
+            f"give {INDICES}"
+        )
+    kept = mask.astype("bool").numpy()
+    if (kept[:, 1:] & ~kept[:, :-1]).any():
+        raise ValueError(
+            "context parallelism takes padding at the end of a row only, and attention_mask has some in front: pad on "
+            "the right"
+        )
+    if labels is not None and not kept.all() and (labels.numpy()[~kept] != IGNORE).any():
+        raise ValueError(
+            f"labels at padding, where attention_mask is 0, must be {IGNORE}: under context parallelism the mask is "
+            "not applied, since nothing behind the padding counts"
+        )

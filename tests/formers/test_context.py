@@ -1,0 +1,255 @@
+"""Context parallelism of PaddleFormers' models in one process: what it refuses, and where it leaves all alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS
+from paddleformers.nn.criterion.interface import CriterionLayer
+from training import SAMPLES, upstream_and_patched
+
+from arrays import same_bits
+from paddle_vl_sp.attention import ContextParallel
+from paddle_vl_sp.formers import UpstreamChanged, apply_to_paddleformers, apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
+from paddle_vl_sp.formers.context import install, marker
+from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.bounds import boundaries
+from paddle_vl_sp.formers.context.step import Step
+from paddle_vl_sp.testing import FakeGroup
+
+TWO = ContextParallel("gather", group=FakeGroup(0, 2))
+
+
+def batch_of(model, kind="image", **more):
+    batch = tiny.draw_batch(SAMPLES[kind], 64)
+    return batch | {"position_ids": tiny.positions(model, batch)} | more
+
+
+def trained():
+    model = tiny.tiny_qwen3_vl()
+    loss = model(**batch_of(model)).loss
+    loss.backward()
+    return [loss.numpy(), *tiny.gradients_of(model).values()]
+
+
+@pytest.mark.parametrize("setting", ["auto", "ring", ContextParallel("ulysses", group=FakeGroup(0, 1))], ids=str)
+def test_one_rank_alone_is_upstream(setting):
+    """Bit-exact: no topology, or a group of one."""
+    upstream, _ = upstream_and_patched(trained)
+    with apply_to_qwen3_vl(context_parallel=setting):
+        assert same_bits(trained(), upstream)
+
+
+def test_what_is_changed_is_put_back():
+    """Attention functions, criterion, forwards: the same objects; applied twice, the second is undone alone."""
+    before = dict(ALL_ATTENTION_FUNCTIONS), CriterionLayer.__dict__["forward"]
+    with apply_to_qwen3_vl(context_parallel="auto") as report:
+        assert "Qwen3VLForConditionalGenerationDeprecated.forward" in report.replaced
+        with apply_to_qwen3_vl(context_parallel=TWO):
+            assert dict(ALL_ATTENTION_FUNCTIONS) != before[0]
+        assert CriterionLayer.__dict__["forward"] is not before[1]
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before[0]
+    assert CriterionLayer.__dict__["forward"] is before[1]
+
+
+def test_a_changed_criterion_is_an_error_also_when_not_strict(monkeypatch):
+    """The sequence would be cut and the loss would be each rank's own."""
+    monkeypatch.setattr(CriterionLayer, "forward", lambda self, logits, labels, loss_mask=None: logits.sum())
+    with pytest.raises(UpstreamChanged, match=r"CriterionLayer.forward has fingerprint"):
+        apply_to_qwen3_vl(strict=False, context_parallel="auto")
+    apply_to_qwen3_vl(strict=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rings", r"attention must be one of 'auto', 'gather', .* got 'rings'"),
+        ("both", r'attention="both" needs groups='),
+        (3, r"context_parallel must be a word or a ContextParallel, got 3"),
+    ],
+)
+def test_a_setting_that_says_nothing(setting, message):
+    with pytest.raises(ValueError, match=message):
+        apply_to_qwen3_vl(context_parallel=setting)
+
+
+def _without_labels(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+REFUSED = {
+    "attention dropout": (
+        {"attention_dropout": 0.1},
+        {},
+        r"takes no attention dropout, got attention_dropout=0.1",
+    ),
+    "padding in front": ({}, {"attention_mask": "front"}, r"padding at the end of a row only"),
+    "labels at padding": (
+        {},
+        {"attention_mask": "behind"},
+        r"labels at padding, where attention_mask is 0, must be -100",
+    ),
+    "a mask of four axes": (
+        {},
+        {"attention_mask": "square"},
+        r"takes an attention_mask \[B, S\], got \[2, 1, 64, 64\]",
+    ),
+    "indices that pack nothing": ({}, {INDICES: "reverse"}, r"of sample 0 are no packed causal segments"),
+    "indices of four bounds": ({}, {INDICES: "four"}, r"must be \[B, 1, 64, 1\] .* got \[2, 1, 64, 4\]"),
+    "embeddings": ({}, {"inputs_embeds": "embeds"}, r"by its input_ids, and this batch has inputs_embeds"),
+    "stages": ({"pipeline_model_parallel_size": 2}, {}, r"pipeline_model_parallel_size=2: the cut"),
+    "experts": ({"expert_model_parallel_size": 2}, {}, r"expert_model_parallel_size=2 and no tensor"),
+    "windows": ({"layer_types": ["sliding_attention"] * 4}, {}, r"takes no sliding windows"),
+    "more tokens": ({"num_nextn_predict_layers": 1}, {}, r"takes no multi-token prediction, got num_nextn"),
+}
+
+
+def special(word, model):
+    mask = np.ones((2, 64), dtype="int64")
+    if word == "front":
+        mask[0, :3] = 0
+    elif word == "behind":
+        mask[0, -3:] = 0
+    rows = np.arange(64, dtype="int32")[::-1].reshape(1, 1, 64, 1)
+    return {
+        "front": lambda: mask,
+        "behind": lambda: mask,
+        "square": lambda: np.ones((2, 1, 64, 64), dtype="float32"),
+        "reverse": lambda: np.tile(rows, (2, 1, 1, 1)),
+        "four": lambda: np.zeros((2, 1, 64, 4), dtype="int32"),
+        "embeds": lambda: np.zeros((2, 64, 64), dtype="float32"),
+    }[word]()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_takes_not_is_refused_by_name(case):
+    """Before anything is cut or sent."""
+    text, more, message = REFUSED[case]
+    model = tiny.tiny_qwen3_vl()
+    for name, value in text.items():
+        setattr(model.config.text_config, name, value)
+    batch = batch_of(model)
+    if case == "embeddings":
+        batch = {key: value for key, value in batch.items() if "pixel" not in key and "grid" not in key}
+    batch |= {name: paddle.to_tensor(special(word, model)) for name, word in more.items()}
+    with apply_to_qwen3_vl(context_parallel=TWO), pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+def test_an_axis_without_a_setting_is_refused(monkeypatch):
+    """Upstream trains each rank on its own part alone, without a word."""
+    topology = SimpleNamespace(get_sep_parallel_world_size=lambda: 2)
+    monkeypatch.setattr("paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology)
+    for build, apply in ((tiny.tiny_qwen3_vl, apply_to_qwen3_vl), (tiny.tiny_qwen2_5_vl, apply_to_qwen2_5_vl)):
+        model = build()
+        batch = tiny.draw_batch(SAMPLES["image"], 64, frames_apart=False)
+        with apply(), pytest.raises(ValueError, match=r"sep_parallel_size=2 with Qwen.*PADDLE_VL_SP_CONTEXT_PARALLEL"):
+            model(**batch)
+
+
+def test_a_part_of_the_model_alone_is_not_cut():
+    """In training its ranks' gradients would be summed all the same."""
+    model = tiny.tiny_qwen3_vl()
+    batch = _without_labels(batch_of(model))
+    with apply_to_qwen3_vl(context_parallel=TWO), pytest.raises(ValueError, match=r"trains on a batch that is not cut"):
+        model.model(**batch)
+
+
+def test_evaluation_without_labels_and_generation_are_whole():
+    """Bit-exact: each rank computes all of it, and nothing is sent."""
+    model = tiny.tiny_qwen3_vl()
+    model.eval()
+    prompt = _without_labels(batch_of(model))
+
+    def results():
+        with paddle.no_grad():
+            logits = model(**prompt).logits.numpy()
+            tokens, _ = model.generate(**_without(prompt, "position_ids"), max_new_tokens=3)
+        return logits, tokens.numpy()
+
+    upstream = results()
+    with apply_to_qwen3_vl(context_parallel=TWO):
+        assert same_bits(results(), upstream)
+
+
+def _without(batch, name):
+    return {key: value for key, value in batch.items() if key != name}
+
+
+def test_an_attention_that_came_later_is_noticed():
+    """It would take the marker for row indices."""
+    model = tiny.tiny_qwen3_vl()
+    with apply_to_qwen3_vl(context_parallel=TWO):
+        name = "of somebody"
+        ALL_ATTENTION_FUNCTIONS.register(
+            name, lambda module, q, k, v, **_: (v.transpose([0, 2, 1, 3]).flatten(2), None)
+        )
+        for layer in model.model.language_model.layers:
+            layer.self_attn.config._attn_implementation = name
+        try:
+            with pytest.raises(ValueError, match=r"no attention crossed the ranks"):
+                model(**batch_of(model, "text"))
+        finally:
+            ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+
+
+def test_a_cut_that_no_attention_saw():
+    """On PaddleFleet the attention is a class, which may be another than the one that crosses the ranks."""
+    step = Step(SimpleNamespace(), SimpleNamespace(local_len=4), (0, 1), None, 1, 8)
+    with pytest.raises(ValueError, match=r"cut the batch of Linear, and no attention crossed the ranks"):
+        step.require_attention(paddle.nn.Linear(1, 1))
+    marker.cut_in(step.marker, "an attention")
+    step.require_attention(None)
+
+
+def test_a_cut_that_is_forgotten(monkeypatch):
+    """A backward after very many forwards."""
+    monkeypatch.setattr(marker, "KEPT", 2)
+    cut = marker.Cut(None, SimpleNamespace(local_len=4), None)
+    first = cut.marker()
+    assert marker.cut_in(first, None) is cut
+    for _ in range(2):
+        cut.marker()
+    with pytest.raises(ValueError, match=r"is not known any more: more than 2 forwards"):
+        marker.cut_in(first, None)
+
+
+@pytest.mark.parametrize("indices", [None, paddle.zeros([1, 1, 4, 1], dtype="int32"), paddle.ones([0])], ids=str)
+def test_row_indices_are_no_marker(indices):
+    assert marker.cut_in(indices, None) is None
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(1, 5), max_size=4), st.integers(0, 4)), min_size=1, max_size=3))
+def test_boundaries_of_packed_rows(rows):
+    """Exact: segments of each row, and its padding as one more; rows one after the other."""
+    length = max(sum(lengths) + padding for lengths, padding in rows) or 1
+    indices, wanted = np.tile(np.arange(length), (len(rows), 1)), [0]
+    for number, (lengths, _) in enumerate(rows):
+        begin = 0
+        for size in lengths:
+            indices[number, begin : begin + size] = begin + size
+            begin += size
+            wanted.append(number * length + begin)
+        if begin < length:
+            wanted.append((number + 1) * length)
+    assert boundaries(indices[:, None, :, None], length) == tuple(wanted)
+
+
+@pytest.mark.parametrize("row", [[4, 3, 3, 4], [2, 3, 3, 4], [1, 3, 2, 4], [9, 9, 9, 9]])
+def test_other_masks_are_refused(row):
+    with pytest.raises(ValueError, match="of sample 0 are no packed causal segments"):
+        boundaries(np.array(row), 4)
+
+
+def test_the_trainer_leaves_the_batch_whole():
+    """Its splitting along the sequence is switched off for models that cut themselves, and for no other."""
+    seen = []
+    args = SimpleNamespace(split_inputs_sequence_dim=True)
+    get = install.whole_inputs(lambda self, inputs: seen.append(self.args.split_inputs_sequence_dim))
+    with apply_to_paddleformers(families="qwen3_vl", context_parallel=TWO):
+        for model in (tiny.tiny_qwen3_vl(), paddle.nn.Linear(2, 2)):
+            get(SimpleNamespace(model=model, args=args), {})
+    assert (seen, args.split_inputs_sequence_dim) == ([False, True], True)

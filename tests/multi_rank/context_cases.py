@@ -1,0 +1,181 @@
+"""Context parallelism of PaddleFormers' plain models on real ranks: one batch after the other, against one process."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from paddle_vl_sp.attention import ContextParallel
+from paddle_vl_sp.attention.groups import SequenceGroups
+from paddle_vl_sp.formers import apply_to_paddleformers, tiny
+from paddle_vl_sp.formers.context import plain
+from paddle_vl_sp.plan import VisualPlan
+from paddle_vl_sp.testing.subgroup import SubGroup
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    samples: tuple
+    seq_len: int = 64
+    model: str = "tiny_qwen3_vl"
+    text: dict = dataclasses.field(default_factory=dict)
+    segments: tuple = ()  # of each sample: the ends of packed segments; what follows the last is padding
+    has_positions: bool = True
+    labeled: int = 10**6  # the first positions, which keep their labels
+    num_padded: int = 0
+    vision_dp: bool = False
+
+    def batch(self, model):
+        batch = tiny.draw_batch(self.samples, self.seq_len, seed=1, frames_apart="2_5" not in self.model)
+        labels = np.full_like(batch["labels"].numpy(), -100)
+        labels[:, : self.labeled] = batch["labels"].numpy()[:, : self.labeled]
+        for row, ends in zip(labels, self.segments, strict=False):
+            row[ends[-1] :] = -100
+        labels[0, self.seq_len - self.num_padded :] = -100
+        batch["labels"] = paddle.to_tensor(labels)
+        if self.has_positions:
+            batch["position_ids"] = tiny.positions(model, batch)
+        if self.segments:
+            batch["attn_mask_startend_row_indices"] = paddle.to_tensor(self.row_indices())
+        if self.num_padded:
+            mask = np.ones_like(labels)
+            mask[0, -self.num_padded :] = 0
+            batch["attention_mask"] = paddle.to_tensor(mask)
+        return batch
+
+    def row_indices(self):
+        """As PaddleFormers' collator makes them: [B, 1, S, 1], the padding's rows are the positions themselves."""
+        rows = np.tile(np.arange(self.seq_len, dtype=np.int32), (len(self.samples), 1))
+        for row, ends in zip(rows, self.segments, strict=True):
+            for begin, end in zip((0, *ends), ends, strict=False):
+                row[begin:end] = end
+        return rows[:, None, :, None]
+
+
+IMAGES, BOTH = (("image",), ("image", "image")), (("image", "video"), ("video",))
+CASES = (
+    Case("images", IMAGES),
+    Case("images and videos, padded to divide", BOTH, 61),
+    Case("videos of three samples", (("video",), ("video", "video"), ())),
+    Case("text only", ((), ())),
+    Case("one rank without labels", IMAGES, labeled=8),
+    Case("one rank without visual tokens", (("image",),), 160),
+    Case("packed", (("image", "image"),), segments=((23, 64),)),
+    Case("packed rows with their own segments and padding", IMAGES, 63, segments=((20, 45), (31, 40, 58))),
+    Case("no positions", IMAGES, has_positions=False),
+    Case("full recompute", BOTH, text=RECOMPUTE),
+    Case("padding behind", IMAGES, num_padded=9),
+    Case("shared tower", BOTH, vision_dp=True),
+    Case("filtered labels", (("image", "image"),), text={"use_filtered_label_loss": True}, labeled=8),
+    Case("Qwen2.5-VL", BOTH, 61, "tiny_qwen2_5_vl"),
+    Case("Qwen2.5-VL, packed", IMAGES, 63, "tiny_qwen2_5_vl", segments=((20, 45), (31, 40, 58))),
+    Case("Qwen2.5-VL, shared tower", BOTH, model="tiny_qwen2_5_vl", vision_dp=True),
+)
+
+
+def trained(case, setting, group):
+    """Loss and gradients, summed over the group."""
+    with apply_to_paddleformers(
+        families=FAMILIES, context_parallel=setting, vision_dp=case.vision_dp and bool(setting)
+    ):
+        model = getattr(tiny, case.model)(**case.text)
+        loss = model(**case.batch(model)).loss
+        loss.backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = paddle.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        if group is not None:
+            dist.all_reduce(grad, group=group)
+        grads[name] = grad.numpy()
+    return float(loss), grads
+
+
+def errors(got, wanted):
+    """Of the loss, and of the worst parameter's gradient."""
+    (loss, grads), (right_loss, right) = got, wanted
+    worst = max(
+        float(np.linalg.norm(grads[name] - right[name])) / float(np.linalg.norm(right[name]))
+        for name in right
+        if np.linalg.norm(right[name]) > 0
+    )
+    nothing = (
+        max(float(np.abs(grads[name]).max()) for name in right if np.linalg.norm(right[name]) == 0)
+        if any(np.linalg.norm(grad) == 0 for grad in right.values())
+        else 0.0
+    )
+    return abs(loss - right_loss), max(worst, nothing)
+
+
+def on_ranks(kinds, names):
+    paddle.set_device("cpu")
+    group, found = dist.get_group(0), {}
+    for case in (case for case in CASES if case.name in names):
+        wanted = trained(case, None, None)
+        for kind in kinds:
+            found[case.name, kind] = errors(trained(case, ContextParallel(kind, group=group), group), wanted)
+    return found
+
+
+def a_wrong_plan():
+    """Every feature row in the place of the one before it."""
+    return mock.patch.object(plain, "plan_visual", _turned)
+
+
+def _turned(*args, **kwargs):
+    plan = real_plan(*args, **kwargs)
+    rows = np.roll(plan.gather_indices, 1)
+    return VisualPlan.from_indices(plan.update_indices, rows, plan.row_shape, plan.num_features)
+
+
+real_plan = plain.plan_visual
+
+
+def positions_of_the_first():
+    """Every rank takes the rotary positions of the first one."""
+    own = plain.Step.own
+
+    def wrong(self, x, fill):
+        return x[..., : self.layout.local_len] if x.ndim == 3 else own(self, x, fill)
+
+    return mock.patch.object(plain.Step, "own", wrong)
+
+
+def own_means():
+    """Every rank keeps the mean of its own tokens."""
+    from paddle_vl_sp.formers.context import loss
+
+    return mock.patch.object(loss, "global_mean", lambda total, count, group: (total / count, total))
+
+
+FAULTS = {"a wrong plan": a_wrong_plan, "positions of the first": positions_of_the_first, "own means": own_means}
+
+
+def with_faults():
+    paddle.set_device("cpu")
+    group, found = dist.get_group(0), {}
+    wanted = trained(CASES[0], None, None)
+    for name, fault in {"none": contextlib.nullcontext, **FAULTS}.items():
+        with fault():
+            found[name] = errors(trained(CASES[0], ContextParallel("gather", group=group), group), wanted)
+    found["gradients not summed"] = errors(trained(CASES[0], ContextParallel("gather", group=group), None), wanted)
+    return found
+
+
+def of_a_product(names):
+    """Four ranks: ring x Ulysses, and sequence parallelism over tensor-parallel groups inside context parallelism."""
+    paddle.set_device("cpu")
+    group, rank = dist.get_group(0), dist.get_rank()
+    groups = SequenceGroups(
+        ulysses=SubGroup([rank - rank % 2, rank - rank % 2 + 1]), ring=SubGroup([rank % 2, rank % 2 + 2])
+    )
+    both, found = ContextParallel("both", group=group, groups=groups), {}
+    for case in (case for case in CASES if case.name in names):
+        found[case.name] = errors(trained(case, both, group), trained(case, None, None))
+    return found
