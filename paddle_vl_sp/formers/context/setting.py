@@ -20,7 +20,7 @@ def as_setting(given: str | ContextParallel) -> ContextParallel:
     """A word, or the value itself."""
     if not isinstance(given, (str, ContextParallel)):
         raise ValueError(
-            f"context_parallel must be a word or a ContextParallel, got {given!r}: 'auto' takes the ranks of the sep axis"
+            f"context_parallel must be a word or a ContextParallel, got {given!r}: 'auto' is for fleet's sep axis"
         )
     return ContextParallel(given) if isinstance(given, str) else given
 

@@ -130,7 +130,7 @@ def _check_attention(config: Any) -> None:
     name = getattr(config, "_attn_implementation", None)
     if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], OURS):
         raise ValueError(
-            f"context parallelism knows nothing of the attention {name!r}, which was registered after it was turned on: "
+            f"context parallelism knows nothing of the attention {name!r}, registered after it was turned on: "
             "register it first, or use one of PaddleFormers' own"
         )
 
