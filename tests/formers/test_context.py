@@ -184,13 +184,10 @@ def test_an_attention_that_came_later_is_noticed():
     model = tiny.tiny_qwen3_vl()
     with apply_to_qwen3_vl(context_parallel=TWO):
         name = "of somebody"
-        ALL_ATTENTION_FUNCTIONS.register(
-            name, lambda module, q, k, v, **_: (v.transpose([0, 2, 1, 3]).flatten(2), None)
-        )
-        for layer in model.model.language_model.layers:
-            layer.self_attn.config._attn_implementation = name
+        ALL_ATTENTION_FUNCTIONS.register(name, lambda module, q, k, v, **_: (v, None))
+        model.config.text_config._attn_implementation = name
         try:
-            with pytest.raises(ValueError, match=r"no attention crossed the ranks"):
+            with pytest.raises(ValueError, match=r"knows nothing of the attention 'of somebody', registered after"):
                 model(**batch_of(model, "text"))
         finally:
             ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name)
