@@ -74,7 +74,8 @@ def apply_to_paddleformers(
     setting = None if context_parallel is None else as_setting(context_parallel)
     is_cut = setting is not None
     lines: list[Line] = []
-    found = _loaded(wanted, lines, strict)
+    touched = [family for family in wanted if family.methods(is_shared, is_cut)]
+    found = _loaded(touched, lines, strict)
     judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
     changed = {name: judgement.refused for name, judgement in judged.items()}
     changed |= {"criterion": [d.why for d in deviations()] if is_cut else []}

@@ -52,7 +52,7 @@ def test_the_table_is_of_these_edits():
 def test_every_family_has_a_contract_that_the_known_code_keeps():
     """Each clause that can be tried here, those of sharing the tower's work as well."""
     for family in (family for families in FAMILIES.values() for family in families):
-        assert family.contract
+        assert family.contract or not family.replaced
         if family.name != "PaddleOCR-VL":  # wants triton
             assert [why for _, why in try_clauses(family, module_of(family), is_shared=True) if why] == []
 

@@ -7,52 +7,19 @@ from unittest import mock
 import paddle.distributed as dist
 import pytest
 import test_formers
-from paddle.distributed import fleet
-from paddle.distributed.communication import group as groups
 from test_formers import MORE, RIGHT, SAMPLES, SOME, Ranks, of_loaded_plans, of_shared_tower, on_one
 
+from grid import grid_of
 from paddle_vl_sp.formers import apply_to_qwen3_vl
 from paddle_vl_sp.testing import run_ranks, tensor_parallel
-from paddle_vl_sp.testing.subgroup import SubGroup, _EmulatedProcessGroup
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu
 
 COPIES, SIZE = 2, 2
 
 
-class ForLayers(_EmulatedProcessGroup):
-    """With the calls that Paddle's tensor-parallel layers make besides."""
-
-    def all_gather(self, first, second, sync_op=True):
-        if isinstance(first, list):
-            return super().all_gather(first, second, sync_op)
-        return self.all_gather_into_tensor(second, first)  # the older order, of two tensors
-
-    def all_gather_into_tensor_on_calc_stream(self, output, tensor):
-        return self.all_gather_into_tensor(output, tensor)
-
-    def all_reduce_on_calc_stream(self, tensor, op):
-        return self.all_reduce(tensor, op)
-
-
-def sub_group(ranks, *_, **__):
-    """Stands in for new_group: gloo does not always bring up groups of its own on one machine."""
-    if ranks is None or len(ranks) == dist.get_world_size():
-        return dist.get_group(0)
-    is_ours = dist.get_rank() in ranks
-    made = SubGroup(ranks) if is_ours else groups.Group(-1, 5000 + sum(1 << rank for rank in ranks), list(ranks))
-    if is_ours:
-        made._pg = ForLayers(list(ranks))
-    groups._GroupManager.group_map_by_id[made.id] = made
-    return made
-
-
 def init_copies():
     """fleet's own topology; the tensor-parallel group of this rank."""
-    strategy = fleet.DistributedStrategy()
-    strategy.hybrid_configs = {"dp_degree": COPIES, "mp_degree": SIZE, "pp_degree": 1}
-    with mock.patch.object(dist, "new_group", sub_group):
-        fleet.init(is_collective=True, strategy=strategy)
-    return fleet.get_hybrid_communicate_group().get_model_parallel_group()
+    return grid_of(dp_degree=COPIES, mp_degree=SIZE).get_model_parallel_group()
 
 
 def measure():

@@ -2,7 +2,7 @@
 
 from paddle_vl_sp.formers.families import glm_ocr, paddleocr_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_fleet
 
-QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY)
+QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY, qwen3_vl_fleet.MOE)
 FAMILIES = {
     "qwen3_vl": QWEN3_VL,
     "qwen2_5_vl": (qwen2_5_vl.FAMILY,),

@@ -191,6 +191,12 @@ def _check_degree(model: Layer, loaded: LoadedPlans) -> None:
         own_row(loaded.update, group.rank, group.nranks)
 
 
+MOE = Family(  # the rest of it is made of what FAMILY replaces
+    "Qwen3-VL MoE fleet",
+    f"{MODELS}.qwen3_vl_moe.modeling",
+    replaced=(),
+    cut=(Replaced("Qwen3VLMoeForConditionalGeneration.forward", outer_forward, ("8eada67793e30adf",)),),
+)
 FAMILY = Family(
     "Qwen3-VL fleet",  # dense and MoE: both are made of this layer and this model
     f"{MODELS}.qwen3_vl.modeling_fleet",
