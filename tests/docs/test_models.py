@@ -9,7 +9,9 @@ from paddle_vl_sp.formers.families import NOT_SUPPORTED
 
 WORDS = {"tested", "not needed", "upstream fails", "upstream has none", "refused", "not yet"}
 MERGE, LEVELS, WHOLE, BOTH = "merge by one plan", "deepstack", "whole gradients under TP-SP", "image + video"
-SHARED, LOADED, PACKED = "Vision DP", "loader plans", "packed rows"
+SHARED, LOADED, PACKED, CUT = "Vision DP", "loader plans", "packed rows", "context parallel"
+CUT_TWO = "multi_rank/test_context_parallel.py::test_two_ranks"
+CUT_FLEET = "fleet_whole/test_context_whole.py::test_two_ranks"
 ONE_RANK, ON_RANKS = "formers/test_one_rank.py::test_twenty_training_steps", "multi_rank/test_formers.py"
 FLEET = "fleet_whole/test_whole.py::test_one_line_makes_everything_right"
 FLEET_ONE = "fleet_whole/test_whole.py::test_on_one_rank_every_bit_is_upstreams"
@@ -26,6 +28,7 @@ TESTS = {
         SHARED: f"{ON_RANKS}::test_vision_dp_shares_the_images",
         LOADED: f"{ON_RANKS}::test_plans_from_the_loader_change_nothing",
         PACKED: "formers/test_one_rank.py::test_ways_to_call",
+        CUT: CUT_TWO,
     },
     "Qwen3-VL MoE, plain": {
         MERGE: ONE_RANK,
@@ -36,12 +39,14 @@ TESTS = {
         **dict.fromkeys((LEVELS, WHOLE, BOTH, LOADED, PACKED), FLEET),
         MERGE: FLEET_ONE,
         SHARED: REFUSED,
+        CUT: CUT_FLEET,
     },
-    "Qwen3-VL MoE on PaddleFleet": {MERGE: FLEET_ONE, LEVELS: FLEET, WHOLE: FLEET, SHARED: REFUSED},
+    "Qwen3-VL MoE on PaddleFleet": {MERGE: FLEET_ONE, LEVELS: FLEET, WHOLE: FLEET, SHARED: REFUSED, CUT: CUT_FLEET},
     "Qwen2.5-VL": {
         MERGE: f"{QWEN2_5}::test_ten_training_steps",
         LOADED: f"{QWEN2_5}::test_plans_of_the_loader",
         **dict.fromkeys((WHOLE, BOTH, SHARED, PACKED), QWEN2_5_RANKS),
+        CUT: CUT_TWO,
     },
     "GLM-OCR": {
         MERGE: f"{OCR}::test_training_steps",
