@@ -1,7 +1,8 @@
-"""Real processes: gathered attention and the kinds of ContextParallel on 2, 3 and 4 ranks equal the whole on one."""
+"""Real processes: gathered attention, the kinds of ContextParallel, states of Gated DeltaNet, on 2, 3 and 4 ranks."""
 
 from functools import partial
 
+import delta_cases
 import numpy as np
 import paddle
 import paddle.distributed as dist
@@ -234,11 +235,12 @@ FOUR = {
     "both, packed": partial(kind_case, "both", [6, 10, 3], groups=two_by_two, heads=(6, 2)),
     "both, packed, not causal": partial(kind_case, "both", [6, 10, 3], causal=False, groups=two_by_two, heads=(6, 2)),
 }
+CASES |= delta_cases.CASES
 WITHOUT_FOUR = {name: case for name, case in CASES.items() if not name.startswith("ulysses")}  # 6 heads
 LAUNCHES = {
     2: CASES | DIVIDING | {"group of fleet": group_of_fleet},
     3: CASES,
-    4: WITHOUT_FOUR | DIVIDING | FOUR,
+    4: WITHOUT_FOUR | DIVIDING | FOUR | delta_cases.FOUR,
 }
 
 
