@@ -13,6 +13,7 @@ from paddle_vl_sp.attention.groups import group_or_alone
 from paddle_vl_sp.attention.shares import Chain, Integers, chain, check_share, order_of, shares_of_group
 from paddle_vl_sp.attention.state import conv_of_share, delta_rule_of_share
 from paddle_vl_sp.attention.ulysses import heads_to_sequence, sequence_to_heads
+from paddle_vl_sp.attention.visible import Boundaries, each_row
 from paddle_vl_sp.autograd import via_float32
 from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
 from paddle_vl_sp.layout import SeqLayout
@@ -31,7 +32,7 @@ def gated_delta_net_sp(
     group: Group | None,
     conv_weight: Tensor | None = None,
     delta_rule: Callable[..., Tensor] = gated_delta_rule,
-    cu_seqlens: Sequence[int] | None = None,
+    cu_seqlens: Boundaries | None = None,
     layout: SeqLayout | None = None,
     method: str = "ulysses",
 ) -> Tensor:
@@ -45,8 +46,8 @@ def gated_delta_net_sp(
                  causal convolution and silu run first; no tap is lost at a cut. The gradient is partial, of this rank's
                  heads or positions: sum it over the group
     delta_rule   delta_rule(q, k, v, g, beta, cu_seqlens=...), called with the whole sequence and part of the heads
-    cu_seqlens   the boundaries of packed sequences; neither the convolution nor the state crosses them. None: the
-                 layout's
+    cu_seqlens   the boundaries of packed sequences, for all rows of the batch or a list of each row's; neither the
+                 convolution nor the state crosses them. None: the layout's
     layout       any cut; None: contiguous shares as long as this rank's
     method       "ulysses": an all-to-all to the whole sequence with part of the heads, and back; nranks divides Hk and
                  Hv. "state": every rank computes its own positions, and only the states between ranks travel, as many
@@ -62,12 +63,13 @@ def gated_delta_net_sp(
     shares = shares_of_group(layout, group)
     check_share(q.shape[1], shares[group.rank])
     cu_seqlens = layout.cu_seqlens if cu_seqlens is None else cu_seqlens
-    cu_seqlens = SeqLayout(layout.seq_len, cu_seqlens=cu_seqlens).cu_seqlens  # raises before anything is sent
+    rows = [None] if cu_seqlens is None else each_row(cu_seqlens, q.shape[0])
+    bounds = [SeqLayout(layout.seq_len, cu_seqlens=row).cu_seqlens for row in rows]  # raises before anything is sent
     if method == "state":
         _check_rule(delta_rule)
-        links = chain(shares, group.rank, tuple(cu_seqlens or (0, layout.seq_len)))
+        links = chain(shares, group.rank, tuple(tuple(row or (0, layout.seq_len)) for row in bounds))
         return _by_states(q, k, v, g, beta, conv_weight, links, group)
-    return _by_heads(q, k, v, g, beta, conv_weight, delta_rule, cu_seqlens, shares, group)
+    return _by_heads(q, k, v, g, beta, conv_weight, delta_rule, bounds, shares, group)
 
 
 def _by_heads(
@@ -78,7 +80,7 @@ def _by_heads(
     beta: Tensor,
     conv_weight: Tensor | None,
     delta_rule: Callable[..., Tensor],
-    cu_seqlens: Sequence[int] | None,
+    bounds: Sequence[Sequence[int] | None],
     shares: tuple[SeqLayout, ...],
     group: Group,
 ) -> Tensor:
@@ -93,22 +95,30 @@ def _by_heads(
     q, k = to_heads(paddle.concat([q, k], axis=-1)).split(2, axis=-1)
     v = to_heads(v)
     g, beta = to_heads(paddle.stack([g, beta.astype(g.dtype)], axis=-1)).unbind(-1)
-    if weights is not None:
-        q, k, v = (causal_conv(x, weight, cu_seqlens) for x, weight in zip((q, k, v), weights, strict=True))
-    out = delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens)
+    outs = []
+    for i, cu_seqlens in enumerate(bounds):
+        row = [x if len(bounds) == 1 else x[i : i + 1] for x in (q, k, v, g, beta)]
+        if weights is not None:
+            row[:3] = [causal_conv(x, weight, cu_seqlens) for x, weight in zip(row, weights, strict=False)]
+        outs.append(delta_rule(*row, cu_seqlens=cu_seqlens))
+    out = outs[0] if len(outs) == 1 else paddle.concat(outs)
     return heads_to_sequence(_ordered(out, np.argsort(order)), lengths, group)
 
 
 def _by_states(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor | None, links: Chain, group: Group
 ) -> Tensor:
+    """Rows of the batch with boundaries of their own are computed as one row, one after the other."""
+    shape = v.shape
+    if len(links.bounds) > 1:
+        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
     if conv_weight is not None:
         sizes = _channels((q, k, v), conv_weight)
         rows = paddle.concat([x.flatten(2) for x in (q, k, v)], axis=-1)  # [B, S_local, C]
         rows = conv_of_share(rows, conv_weight.reshape([sum(sizes), -1]).astype(rows.dtype), links, group)
         parts = rows.split(sizes, axis=-1)
         q, k, v = (part.reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
-    return delta_rule_of_share(q, k, v, g, beta, links, group)
+    return delta_rule_of_share(q, k, v, g, beta, links, group).reshape(shape)
 
 
 def _ordered(x: Tensor, order: Integers) -> Tensor:

@@ -92,11 +92,31 @@ class Chain:
 
     rank: int
     shares: tuple[SeqLayout, ...]
-    bounds: tuple[int, ...]
+    bounds: tuple[tuple[int, ...], ...]  # one for all rows of the batch; or of each, and the rows follow each other
+
+    @property
+    def local_len(self) -> int:
+        return self.shares[self.rank].local_len * len(self.bounds)
+
+    @cached_property
+    def edges(self) -> list[int]:
+        """Where segments begin, in the row that all rows make, and its end."""
+        length = self.shares[0].seq_len
+        return [i * length + begin for i, row in enumerate(self.bounds) for begin in row[:-1]] + [
+            len(self.bounds) * length
+        ]
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        return pieces(self.shares, self.bounds)
+        found: list[Piece] = []
+        segments = 0
+        for i, row in enumerate(self.bounds):
+            for rank, segment, first, start, length in pieces(self.shares, row):
+                share = self.shares[rank]
+                at = first + i * share.local_len
+                found.append(Piece(rank, segments + segment, at, start + i * share.seq_len, length))
+            segments += len(row) - 1
+        return found
 
     @cached_property
     def passing(self) -> list[Piece]:
@@ -119,7 +139,7 @@ class Chain:
 
 
 @lru_cache(maxsize=16)
-def chain(shares: tuple[SeqLayout, ...], rank: int, bounds: tuple[int, ...]) -> Chain:
+def chain(shares: tuple[SeqLayout, ...], rank: int, bounds: tuple[tuple[int, ...], ...]) -> Chain:
     return Chain(rank, shares, bounds)
 
 
@@ -148,14 +168,14 @@ def halo(links: Chain, taps: int) -> Halo:
     back = taps - 1
     sent = [np.arange(max(p.length - back, 0), p.length) for p in links.passing]  # within each piece
     position = np.concatenate([p.start + rows for p, rows in zip(links.passing, sent, strict=True)] or [np.arange(0)])
-    local_len = links.shares[links.rank].local_len
-    at = np.full(links.bounds[-1] + 1, -1, dtype=np.int64)  # where a position is among the sources
+    local_len = links.local_len
+    at = np.full(links.edges[-1] + 1, -1, dtype=np.int64)  # where a position is among the sources
     at[position] = local_len + np.arange(position.size)
     zero = local_len + position.size
     source, kept, edges = [], [], [0]
     for piece in links.own:
         before = np.arange(piece.start - back, piece.start)
-        inside = before >= links.bounds[piece.segment]
+        inside = before >= links.edges[piece.segment]
         source += [np.where(inside, at[np.maximum(before, 0)], zero), piece.row + np.arange(piece.length)]
         kept.append(edges[-1] + back + np.arange(piece.length))
         edges.append(edges[-1] + back + piece.length)

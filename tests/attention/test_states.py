@@ -22,7 +22,7 @@ def shares_of(length, **cut):
 def test_worked_examples():
     """The examples of the docstrings."""
     shares = shares_of(8, cp_size=2)
-    links = [Chain(rank, shares, (0, 5, 8)) for rank in (0, 1)]
+    links = [Chain(rank, shares, ((0, 5, 8),)) for rank in (0, 1)]
     assert pieces(shares, (0, 5, 8)) == [
         Piece(0, 0, 0, 0, 2), Piece(1, 0, 0, 2, 3), Piece(1, 1, 3, 5, 1), Piece(0, 1, 2, 6, 2)
     ]  # fmt: skip
@@ -33,6 +33,9 @@ def test_worked_examples():
     assert (edge.sent.tolist(), edge.counts, edge.bounds) == ([3], (2, 1), (0, 5, 8))
     assert edge.source.tolist() == [4, 5, 0, 1, 2, 7, 7, 3]
     assert edge.kept.tolist() == [2, 3, 4, 7]
+    two_rows = Chain(1, shares, ((0, 5, 8), (0, 8)))  # the second row, one segment, follows the first
+    assert two_rows.own == [Piece(1, 0, 0, 2, 3), Piece(1, 1, 3, 5, 1), Piece(1, 2, 4, 10, 4)]
+    assert (two_rows.edges, two_rows.local_len) == ([0, 5, 8, 16], 8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,7 +51,7 @@ def test_a_piece_reads_what_is_before_it_in_its_segment(lengths, size, kind, tap
     layout = padded_layout(bounds[-1], cu_seqlens=bounds if packed else None, **cut)
     shares = tuple(layouts_of_all_ranks(layout))
     bounds = layout.cu_seqlens or (bounds if bounds[-1] == layout.seq_len else (*bounds, layout.seq_len))
-    halos = [halo(Chain(rank, shares, bounds), taps) for rank in range(size)]
+    halos = [halo(Chain(rank, shares, (bounds,)), taps) for rank in range(size)]
     sent = np.concatenate([share.positions()[edge.sent] for share, edge in zip(shares, halos, strict=True)])
     for rank, (share, edge) in enumerate(zip(shares, halos, strict=True)):
         own = share.positions()
