@@ -40,12 +40,12 @@ def close(got, expected, what):
     assert error < TOLERANCE, f"{what}: relative error {error:.2e}"
 
 
-def same_as_whole(attend, expected_of, arrays, rows, weight, names):
+def same_as_whole(attend, expected_of, arrays, rows, weight, names, padding=GARBAGE):
     """Output and gradients of the local rows against the same rows of the whole."""
     leaves = [paddle.to_tensor(x, stop_gradient=False) for x in arrays]
     expected = expected_of(*leaves)
     expected_grads = paddle.grad((expected * paddle.to_tensor(weight)).sum(), leaves)
-    local = [cut(x, rows) for x in arrays]
+    local = [cut(x, rows, padding) for x in arrays]
     out = attend(*local)
     grads = paddle.grad((out * cut(weight, rows, 0.0)).sum(), local)
     real = np.flatnonzero(rows >= 0)

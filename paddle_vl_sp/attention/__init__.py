@@ -1,6 +1,7 @@
 """Attention over a sequence that several ranks share: its kinds, its batches and its loss."""
 
-from paddle_vl_sp.attention.context_parallel import ChosenAttention, ContextParallel
+from paddle_vl_sp.attention.chosen import ChosenAttention
+from paddle_vl_sp.attention.context_parallel import ContextParallel
 from paddle_vl_sp.attention.delta import gated_delta_rule
 from paddle_vl_sp.attention.gather import gather_attention
 from paddle_vl_sp.attention.groups import SequenceGroups, choose_degrees, groups_from_fleet, groups_from_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,16 +43,24 @@ def gated_delta_rule(
         out[t] = scale * q[t] @ state                              # scale = 1 / sqrt(Dk) unless given
     """
     bounds = _bounds(q.shape[1], cu_seqlens)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    dtype, heads = v.dtype, v.shape[2]
     with paddle.amp.auto_cast(enable=False):
-        q, k, v, g, beta = (x.astype("float32") for x in (q, k, v, g, beta))
-        if normalize:
-            q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q * scale, k))
+        inputs = delta_inputs(q, k, v, g, beta, scale, normalize)
         segments = [slice(begin, end) for begin, end in pairwise(bounds) if begin < end]
-        outs = [_delta_rule_of_segment(*(x[:, segment] for x in (q, k, v, g, beta))) for segment in segments]
-        return paddle.concat(outs or [v], axis=1).astype(dtype)
+        outs = [delta_rule_of_segment(*(x[:, segment] for x in inputs)) for segment in segments]
+        return paddle.concat(outs or [inputs[2]], axis=1).astype(v.dtype)
+
+
+def delta_inputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, normalize: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All in fp32 with Hv heads; q and k of unit length, q scaled."""
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    heads = v.shape[2]
+    q, k, v, g, beta = (x.astype("float32") for x in (q, k, v, g, beta))
+    if normalize:
+        q, k = (x * paddle.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k = (paddle.repeat_interleave(x, heads // x.shape[2], axis=2) for x in (q * scale, k))
+    return q, k, v, g, beta
 
 
 def causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Sequence[int] | None = None) -> Tensor:
@@ -80,12 +89,28 @@ def _offset_in_segment(length: int, cu_seqlens: Sequence[int] | None) -> npt.NDA
     return np.arange(length, dtype=np.int64) - np.repeat(bounds[:-1], np.diff(bounds))
 
 
-def _delta_rule_of_segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """The rule for one segment: all [B, S, H, ..] in fp32 -> [B, S, H, Dv].
+class Chunks(NamedTuple):
+    """A stretch of positions, chunk by chunk, ready to be scanned from any state: all [B, H, N, C, ..] in fp32."""
 
-    Inside a chunk each write depends on those before it: a unit lower triangular system, solved for all chunks at
-    once. From chunk to chunk only the state is passed on.
-    """
+    q: Tensor  # [.., Dk] with the decay since the chunk began
+    k: Tensor  # [.., Dk] with the decay to the chunk's end
+    values: Tensor  # [.., Dv] what is written where the chunk begins with no state
+    reads: Tensor  # [.., Dk] what is taken off that for the state that it begins with
+    scores: Tensor  # [.., C] of each query with the writes before it
+    total: Tensor  # [.., 1] the log of the decay since the chunk began
+    length: int  # without the zeros at the end
+
+
+def delta_rule_of_segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """The rule for one segment: all [B, S, H, ..] in fp32 -> [B, S, H, Dv]."""
+    chunks = chunked(q, k, v, g, beta)
+    batch, heads, _, _, width = chunks.k.shape
+    return outputs_from(chunks, paddle.zeros([batch, heads, width, v.shape[-1]], "float32"))
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunks:
+    """Inside a chunk each write depends on those before it: a unit lower triangular system, solved for all chunks at
+    once. From chunk to chunk only the state is passed on."""
     length = q.shape[1]
     q, k, v = (_split_into_chunks(x) for x in (q, k, v))  # [B, H, N, C, D]
     g, beta = (_split_into_chunks(x.unsqueeze(-1)) for x in (g, beta))  # [B, H, N, C, 1]
@@ -101,21 +126,38 @@ def _delta_rule_of_segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     values, reads = solved.split([v.shape[-1], k.shape[-1]], axis=-1)
     scores = paddle.matmul(q, k, transpose_y=True) * decay
     from_begin, to_end = paddle.exp(total), paddle.exp(total[:, :, :, -1:] - total)
-    outs = _scan_chunks(q * from_begin, k * to_end, values, reads, scores, total)
-    out = paddle.concat(outs, axis=2)[:, :, :length]  # [B, H, S, Dv]
-    return out.transpose([0, 2, 1, 3])
+    return Chunks(q * from_begin, k * to_end, values, reads, scores, total, length)
 
 
-def _scan_chunks(q: Tensor, k: Tensor, values: Tensor, reads: Tensor, scores: Tensor, total: Tensor) -> list[Tensor]:
-    """Chunk after chunk, passing on the state [B, H, Dk, Dv]: N outputs [B, H, C, Dv]."""
-    batch, heads, chunks, _, width = q.shape
-    state = paddle.zeros([batch, heads, width, values.shape[-1]], "float32")
+def outputs_from(chunks: Chunks, state: Tensor) -> Tensor:
+    """Chunk after chunk from the state [B, H, Dk, Dv] -> [B, S, H, Dv]."""
     outs = []
-    for n in range(chunks):
-        written = values[:, :, n] - paddle.matmul(reads[:, :, n], state)
-        outs.append(paddle.matmul(q[:, :, n], state) + paddle.matmul(scores[:, :, n], written))
-        state = state * paddle.exp(total[:, :, n, -1:]) + paddle.matmul(k[:, :, n], written, transpose_x=True)
-    return outs
+    for n in range(chunks.q.shape[2]):
+        written = chunks.values[:, :, n] - paddle.matmul(chunks.reads[:, :, n], state)
+        outs.append(paddle.matmul(chunks.q[:, :, n], state) + paddle.matmul(chunks.scores[:, :, n], written))
+        state = _next_state(chunks, n, state, written)
+    return paddle.concat(outs, axis=2)[:, :, : chunks.length].transpose([0, 2, 1, 3])
+
+
+def state_map(chunks: Chunks) -> Tensor:
+    """What the chunks make of any state, as a map: state -> map[.., Dv:] @ state + map[.., :Dv]; [B, H, Dk, Dv + Dk].
+
+    Writes are linear in the state, so it is found by a scan from "nothing" (the first Dv columns) and, without writes,
+    from the unit matrix (the others).
+    """
+    batch, heads, _, _, width = chunks.k.shape
+    value_width = chunks.values.shape[-1]
+    start = paddle.concat([paddle.zeros([width, value_width]), paddle.eye(width)], axis=-1)
+    state = start.expand([batch, heads, width, value_width + width])
+    for n in range(chunks.k.shape[2]):
+        values = F.pad(chunks.values[:, :, n], [0, width])  # [B, H, C, Dv + Dk]
+        state = _next_state(chunks, n, state, values - paddle.matmul(chunks.reads[:, :, n], state))
+    return state
+
+
+def _next_state(chunks: Chunks, n: int, state: Tensor, written: Tensor) -> Tensor:
+    decayed = state * paddle.exp(chunks.total[:, :, n, -1:])
+    return decayed + paddle.matmul(chunks.k[:, :, n], written, transpose_x=True)
 
 
 def _split_into_chunks(x: Tensor) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer, PyLayerContext
@@ -14,7 +12,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle_vl_sp.attention import by_rows, flashmask
 from paddle_vl_sp.attention.groups import group_or_alone
 from paddle_vl_sp.attention.ring import check_heads, check_one_row
-from paddle_vl_sp.attention.schedule import ring_share
+from paddle_vl_sp.attention.shares import check_share, rows_in_order, shares_of_group
 from paddle_vl_sp.attention.visible import Boundaries, VisibleRows, row_bounds, visible_by_indices, visible_rows
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm.collectives import Group
@@ -38,8 +36,9 @@ def gather_attention(
     """Attention of this rank's queries with the keys of the whole sequence: [B, S_local, heads, D] in and out.
 
     q            [B, S_local, Hq, D]; k [B, S_local, Hk, D] and v [B, S_local, Hk, Dv], where Hk divides Hq
-    layout       its cp cut (or, without one, its sp cut) is the group's; where there are both, sp is undone before
-    group        the ranks that share the sequence; None is one process that holds all of it
+    layout       any cut
+    group        all ranks of the layout, in the order of cp_rank * sp_size + sp_rank; or its cp ranks, where the sp cut
+                 is undone before. None is one process that holds the whole sequence
     boundaries   of packed segments, in the whole sequence: one list for all rows of the batch, or one for each. What
                  follows the last is a segment by itself: padding. None: the layout's cu_seqlens. So the layout can be
                  cut over the whole row, and no segment needs padding
@@ -54,9 +53,9 @@ def gather_attention(
     group = group_or_alone(group)
     check_heads(q, k, v)
     check_one_row(layout, q)
-    shares = _shares(layout, group)
+    shares = shares_of_group(layout, group)
     share = shares[group.rank]
-    _check_rows(q, share)
+    check_share(q.shape[1], share)
     if startend_row_indices is None:
         bounds = row_bounds(layout.cu_seqlens if boundaries is None else boundaries, q.shape[0], share.seq_len)
         visible = visible_rows(share, causal, bounds, q.place)
@@ -65,7 +64,7 @@ def gather_attention(
         visible = visible_by_indices(share, startend_row_indices)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     kernel: Kernel = flashmask if flashmask.can_run(q, v) else by_rows
-    out: Tensor = _GatherAttention.apply(q, k, v, _Call(visible, _rows_in_order(shares), group, kernel, scale))
+    out: Tensor = _GatherAttention.apply(q, k, v, _Call(visible, rows_in_order(shares), group, kernel, scale))
     return out
 
 
@@ -127,35 +126,6 @@ class _GatherAttention(PyLayer):  # type: ignore[misc]
             grad_q, *partial = call.kernel.backward(grad, q, keys, values, out, lse, call.visible, call.scale)
             grads = [grad_q, *call.own_sum(*partial)]
         return tuple(g.astype(q.dtype) if needed else None for g, needed in zip(grads, ctx.needed, strict=True))
-
-
-@lru_cache(maxsize=16)
-def _rows_in_order(shares: tuple[SeqLayout, ...]) -> UnevenRows:
-    """Where each position of the sequence is among the rows of all ranks."""
-    return UnevenRows(
-        tuple(share.local_len for share in shares), np.argsort(np.concatenate([s.positions() for s in shares]))
-    )
-
-
-def _shares(layout: SeqLayout, group: Group) -> tuple[SeqLayout, ...]:
-    """What each rank of the group holds: the layout's cp cut or, where it has none, its sp cut."""
-    cut = (layout.sp_size, layout.sp_rank) if layout.cp_size == 1 < group.nranks else (layout.cp_size, layout.cp_rank)
-    if cut != (group.nranks, group.rank):
-        raise ValueError(
-            f"the layout's cut is that of rank {cut[1]} of {cut[0]}, but the group says rank {group.rank} of "
-            f"{group.nranks}: make the layout with this group's size and rank"
-        )
-    if layout.cp_size == 1 < group.nranks:
-        return tuple(replace(layout, sp_rank=rank) for rank in range(group.nranks))
-    return tuple(ring_share(layout, rank) for rank in range(group.nranks))
-
-
-def _check_rows(q: Tensor, share: SeqLayout) -> None:
-    if q.shape[1] != share.local_len:
-        raise ValueError(
-            f"q has {q.shape[1]} rows, the layout's share of this rank is {share.local_len}: pass the rank's own share "
-            "of the sequence"
-        )
 
 
 def _check_indices(indices: Tensor, batch: int, length: int, causal: bool, boundaries: Boundaries | None) -> None:

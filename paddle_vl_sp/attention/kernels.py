@@ -27,6 +27,19 @@ class Flash:
     """
 
     name = "flash"
+    axis = 1
+
+    def load(self, x: Tensor, kv_heads: int) -> Tensor:
+        return x
+
+    def store(self, x: Tensor) -> Tensor:
+        return x
+
+    def zeros(self, rows: Tensor, width: int, value: float = 0.0) -> Tensor:
+        return paddle.full([*rows.shape[:3], width], value, "float32")
+
+    def shared(self, grad: Tensor, out: Tensor) -> Tensor:
+        return out
 
     def pieces(self, block: Block) -> Iterable[Block]:
         return (block,)
@@ -35,15 +48,16 @@ class Flash:
         rows = q.shape[1]
         q, k, v = _operands(q, k, v, scale, causal)
         out, _, lse, _ = paddle._C_ops.flash_attn(q, k, v, None, None, 0.0, causal, False, True, "")
-        return out[:, :rows].astype("float32"), lse[:, :, :rows].transpose([0, 2, 1])  # [B, Sq, Hq, D], [B, Sq, Hq]
+        lse = lse[:, :, :rows].transpose([0, 2, 1]).unsqueeze(-1)  # [B, Sq, Hq, 1]
+        return out[:, :rows].astype("float32"), lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shared: Tensor, lse: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, cols, kind = q.shape[1], k.shape[1], q.dtype
         q, k, v = _operands(q, k, v, scale, causal)
-        out, grad = (_pad_rows(x.astype(kind)) for x in (out, grad))
-        lse = _pad_rows(lse).transpose([0, 2, 1]).contiguous()
+        out, grad = (_pad_rows(x.astype(kind)) for x in (shared, grad))
+        lse = _pad_rows(lse.squeeze(-1)).transpose([0, 2, 1]).contiguous()
         seed = paddle.zeros([2], "int64").cpu()  # read only by dropout, which is off
         grads = paddle._C_ops.flash_attn_grad(q, k, v, out, lse, seed, None, grad, 0.0, causal)
         grad_q, grad_k, grad_v = (x[:, :n].astype("float32") for x, n in zip(grads, (rows, cols, cols), strict=True))

@@ -107,12 +107,9 @@ class _Ring:
 class _RingAttention(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: PyLayerContext, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
-        batch, rows, heads, _ = q.shape
-        out = paddle.zeros([batch, rows, heads, v.shape[-1]], "float32")
-        lse = paddle.full([batch, rows, heads], NO_KEY, "float32")
         with paddle.amp.auto_cast(enable=False):
-            _forward(ring, out, lse, q, k, v)
-        result = out.astype(q.dtype)
+            out, lse = _forward(ring, q, k, v)
+        result = ring.kernel.store(out).astype(q.dtype)
         ctx.ring = ring
         ctx.needed = [not x.stop_gradient for x in (q, k, v)]
         ctx.save_for_backward(q, k, v, result.detach(), lse)  # not detached, it would keep its own graph: a leak
@@ -127,16 +124,21 @@ class _RingAttention(PyLayer):  # type: ignore[misc]
         return tuple(g.astype(q.dtype) if needed else None for g, needed in zip(grads, ctx.needed, strict=True))
 
 
-def _forward(ring: _Ring, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    here = [k, v]
+def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its log-sum-exp, in the kernel's form."""
+    kernel, heads, here = ring.kernel, k.shape[2], [k, v]
+    q = kernel.load(q, heads)
+    out, lse = kernel.zeros(q, v.shape[-1]), kernel.zeros(q, 1, NO_KEY)
     for step in range(ring.size):
         last = step == ring.size - 1
         if not last:
             arriving, messages = ring.pass_on(here, step)
-        attend(out, lse, q, here[0], here[1], ring.schedule[ring.source(step)], ring.kernel, ring.scale)
+        keys, values = (kernel.load(x, heads) for x in here)
+        attend(out, lse, q, keys, values, ring.schedule[ring.source(step)], kernel, ring.scale)
         if not last:
             messages.wait()
             here = arriving
+    return out, lse
 
 
 def _backward(
@@ -146,8 +148,10 @@ def _backward(
 
     What a rank's own queries contribute to the gradients of its own keys does not travel: it is added at the end.
     """
-    grad_q = paddle.zeros(q.shape, "float32")
-    here, own = [k, v], _zeros_like([k, v])
+    kernel, heads, here = ring.kernel, k.shape[2], [k, v]
+    q, grad, out = (kernel.load(x, heads) for x in (q, grad, out))
+    grad_q, shared = kernel.zeros(q, q.shape[-1]), kernel.shared(grad, out)
+    own: list[Tensor] = []
     travelling: list[Tensor] = []
     for step in range(ring.size):
         last = step == ring.size - 1
@@ -155,10 +159,13 @@ def _backward(
             arriving, messages = ring.pass_on(here, step)
         if step > 1:
             travelling, grad_messages = ring.pass_on(travelling, step - 1)
-        shares = _zeros_like(here) if step else own
+        keys, values = (kernel.load(x, heads) for x in here)
+        grad_k, grad_v = (kernel.zeros(x, x.shape[-1]) for x in (keys, values))
         blocks = ring.schedule[ring.source(step)]
-        grads = (grad_q, shares[0], shares[1])
-        attend_backward(grads, grad, q, here[0], here[1], out, lse, blocks, ring.kernel, ring.scale)
+        attend_backward((grad_q, grad_k, grad_v), grad, q, keys, values, shared, lse, blocks, kernel, ring.scale)
+        shares = [kernel.store(x) for x in (grad_k, grad_v)]
+        if step == 0:
+            own = shares
         if step > 1:
             grad_messages.wait()
             travelling = _sums(travelling, shares)
@@ -171,15 +178,11 @@ def _backward(
         travelling, grad_messages = ring.pass_on(travelling, ring.size - 1)
         grad_messages.wait()
         own = _sums(own, travelling)
-    return grad_q, own[0], own[1]
+    return kernel.store(grad_q), own[0], own[1]
 
 
 def _sums(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(left, right, strict=True)]
-
-
-def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [paddle.zeros(x.shape, "float32") for x in tensors]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -31,15 +31,20 @@ class VisibleRows(NamedTuple):
     end: Tensor
 
 
+def each_row(boundaries: Boundaries, batch: int) -> list[Sequence[int]]:
+    """One list for all rows of the batch, or one for each."""
+    is_flat = not len(boundaries) or not isinstance(boundaries[0], Sequence | np.ndarray)
+    rows: list[Any] = [boundaries] if is_flat else list(boundaries)
+    if len(rows) not in (1, batch):
+        raise ValueError(f"boundaries of {len(rows)} rows for a batch of {batch}: give one list for all, or one each")
+    return rows
+
+
 def row_bounds(boundaries: Boundaries | None, batch: int, length: int) -> RowBounds | None:
     """The boundaries of each row (or of all, if there is one), where what follows the last is a segment by itself."""
     if boundaries is None:
         return None
-    is_flat = not len(boundaries) or not isinstance(boundaries[0], Sequence | np.ndarray)
-    rows = [boundaries] if is_flat else list(boundaries)
-    if len(rows) not in (1, batch):
-        raise ValueError(f"boundaries of {len(rows)} rows for a batch of {batch}: give one list for all, or one each")
-    return tuple(_one_row(row, length) for row in rows)  # type: ignore[arg-type]
+    return tuple(_one_row(row, length) for row in each_row(boundaries, batch))
 
 
 def _one_row(bounds: Sequence[int], length: int) -> tuple[int, ...]:

@@ -18,14 +18,14 @@ def ring_outputs(x, bounds, size):
     whole = SeqLayout(layouts[0].seq_len, cu_seqlens=layouts[0].cu_seqlens)
     padded = shard_batch({"x": x.transpose([0, 2, 3, 1])}, whole, cu_seqlens=bounds, padding={"x": 50.0})["x"]
     padded = padded.numpy().transpose([0, 3, 1, 2])
-    result = np.full(padded.shape, np.nan, "float32")
+    result, kernel, heads = np.full(padded.shape, np.nan, "float32"), Blockwise(), x.shape[2]
     for layout in layouts:
-        q = paddle.to_tensor(padded[:, layout.positions()])
-        out, lse = paddle.zeros(q.shape), paddle.full(q.shape[:3], NO_KEY)
+        q = kernel.load(paddle.to_tensor(padded[:, layout.positions()]), heads)
+        out, lse = kernel.zeros(q, q.shape[-1]), kernel.zeros(q, 1, NO_KEY)
         for source, blocks in zip(layouts, ring_schedule(layout, True), strict=True):
-            keys = paddle.to_tensor(padded[:, source.positions()])
-            attend(out, lse, q, keys, keys, blocks, Blockwise(), q.shape[-1] ** -0.5)
-        result[:, layout.positions()] = out.numpy()
+            keys = kernel.load(paddle.to_tensor(padded[:, source.positions()]), heads)
+            attend(out, lse, q, keys, keys, blocks, kernel, q.shape[-1] ** -0.5)
+        result[:, layout.positions()] = kernel.store(out).numpy()
     starts = layouts[0].segments()[:, 0]
     real = np.concatenate([s + np.arange(n) for s, n in zip(starts, np.diff(bounds), strict=True)])
     return result[:, real]

@@ -70,16 +70,16 @@ def test_merging_is_softmax_over_both():
     parts = [
         (
             paddle.matmul(paddle.nn.functional.softmax(scores[..., cols], -1), values[cols]),
-            scores[..., cols].logsumexp(-1),
+            scores[..., cols].logsumexp(-1, keepdim=True),
         )
         for cols in (slice(0, 5), slice(5, 6), slice(6, 12))
     ]
     for order in ([0, 1, 2], [2, 0, 1]):
-        out, lse = paddle.zeros([2, 5, 4, 6]), paddle.full([2, 5, 4], blocks.NO_KEY)
+        out, lse = paddle.zeros([2, 5, 4, 6]), paddle.full([2, 5, 4, 1], blocks.NO_KEY)
         for i in order:
             out, lse = merge(out, lse, *parts[i])
         np.testing.assert_allclose(out.numpy(), expected.numpy(), atol=1e-6)
-        np.testing.assert_allclose(lse.numpy(), scores.logsumexp(-1).numpy(), atol=1e-5)
+        np.testing.assert_allclose(lse.numpy(), scores.logsumexp(-1, keepdim=True).numpy(), atol=1e-5)
 
 
 class FlashDouble:
@@ -89,8 +89,10 @@ class FlashDouble:
         assert (seed_offset, mask, dropout, return_softmax, is_test, rng_name) == (None, None, 0.0, False, True, "")
         assert all(x.is_contiguous() and x.dtype == paddle.float16 for x in (q, k, v))
         assert q.shape[1] % 128 == 0
-        out, lse = Blockwise().forward(q, k, v, q.shape[-1] ** -0.5, causal)
-        return out.astype("float16"), None, lse.transpose([0, 2, 1]), paddle.zeros([2], "int64")
+        kernel = Blockwise()
+        out, lse = kernel.forward(*(kernel.load(x, k.shape[2]) for x in (q, k, v)), q.shape[-1] ** -0.5, causal)
+        lse = kernel.store(lse).squeeze(-1).transpose([0, 2, 1])
+        return kernel.store(out).astype("float16"), None, lse, paddle.zeros([2], "int64")
 
     def flash_attn_grad(self, q, k, v, out, lse, seed_offset, mask, grad, dropout, causal):
         assert (mask, dropout) == (None, 0.0)
@@ -98,9 +100,11 @@ class FlashDouble:
         assert all(x.is_contiguous() and x.dtype == paddle.float16 for x in (q, k, v, out, grad))
         assert lse.shape == [q.shape[0], q.shape[2], q.shape[1]]
         assert q.shape[1] % 128 == 0
-        lse = lse.transpose([0, 2, 1])
-        parts = Blockwise().backward(grad, q, k, v, out, lse, q.shape[-1] ** -0.5, causal)
-        return tuple(part.astype("float16") for part in parts)
+        kernel, lse = Blockwise(), lse.transpose([0, 2, 1]).unsqueeze(-1)
+        grad, q, keys, values, out, lse = (kernel.load(x, k.shape[2]) for x in (grad, q, k, v, out, lse))
+        shared = kernel.shared(grad, out)
+        parts = kernel.backward(grad, q, keys, values, shared, lse, q.shape[-1] ** -0.5, causal)
+        return tuple(kernel.store(part).astype("float16") for part in parts)
 
 
 @pytest.mark.parametrize("bounds", [(0, 256), (0, 1, 131, 256)])

@@ -170,19 +170,35 @@ def delta(rows=4, key_heads=2, value_heads=4, **shapes):
     return q, q, v, g, g
 
 
-def test_linear_attention_has_no_ring():
-    """Refused: a state that runs through the sequence cannot go around a ring."""
+def test_linear_attention_and_its_group_must_agree():
+    """Refused with both ranks and sizes, by both methods; and a share of another length."""
+    for method in ("ulysses", "state"):
+        run = partial(gated_delta_net_sp, *delta(), method=method)
+        refused("rank 1 of 2 .*the group says rank 0 of 2", run, group=FakeGroup(0, 2), layout=RING)
+        refused(
+            "q has 4 rows, the layout's share of this rank is 8",
+            run,
+            group=TWO,
+            layout=SeqLayout(16, sp_size=2, sp_rank=1),
+        )
+
+
+def test_states_are_passed_by_the_built_in_rule():
+    """Refused: another rule says nothing of the state that it ends with."""
+    refused('"state" has a delta rule of its own', gated_delta_net_sp, *delta(), group=TWO, method="state",
+            delta_rule=lambda q, k, v, g, beta, cu_seqlens: v)  # fmt: skip
     refused(
-        "linear attention cannot run on a ring.*zigzag, cp_size 2", gated_delta_net_sp, *delta(), group=TWO, layout=RING
+        "method must be one of 'ulysses', 'state', got 'ring'", gated_delta_net_sp, *delta(), group=TWO, method="ring"
     )
-    both = SeqLayout(16, cp_size=2, cp_mode="contiguous", sp_size=2, sp_rank=1)
-    refused("cannot run on a ring.*sp_size alone", gated_delta_net_sp, *delta(), group=TWO, layout=both)
 
 
 def test_linear_attention_heads():
     """Refused with the heads and the ranks."""
     refused(
-        "1 key heads and 4 value heads do not divide over 2 ranks", gated_delta_net_sp, *delta(key_heads=1), group=TWO
+        '1 key heads and 4 value heads do not divide over 2 ranks: use method="state"',
+        gated_delta_net_sp,
+        *delta(key_heads=1),
+        group=TWO,
     )
     refused("3 key heads must divide 4 value heads", gated_delta_net_sp, *delta(key_heads=3), group=TWO)
     refused("g and beta must be .B, S_local, Hv.*g .1, 4, 2.", gated_delta_net_sp, *delta(g=[1, 4, 2]), group=TWO)

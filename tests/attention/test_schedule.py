@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import padded_layout
-from paddle_vl_sp.attention.blocks import Blockwise, attend, attend_backward
+from paddle_vl_sp.attention.blocks import NO_KEY, Blockwise, attend, attend_backward
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import Block, num_pairs, ring_schedule, ring_share, tiles
 
@@ -120,7 +120,7 @@ def test_tiles_cover_a_block_once(block, size):
 @given(layouts())
 def test_the_ring_walked_by_hand_equals_full_attention(case):
     """Forward and backward, 1e-5: each rank's blocks, source after source, with what each source holds."""
-    layout, lengths, causal = case
+    (layout, lengths, causal), kernel = case, Blockwise()
     bounds = tuple(np.cumsum([0, *lengths]).tolist())
     real = np.concatenate([s + np.arange(n) for s, n in zip(layout.segments()[:, 0], lengths, strict=True)])
     rng = np.random.default_rng(0)
@@ -139,18 +139,20 @@ def test_the_ring_walked_by_hand_equals_full_attention(case):
         mine = ring_share(layout, rank)
         at = mine.positions()
         q, weight = paddle.to_tensor(padded[0][:, at]), paddle.to_tensor(padded[3][:, at])
-        out, lse = paddle.zeros(q.shape), paddle.full(q.shape[:3], -float("inf"))
+        q, weight = kernel.load(q, 2), kernel.load(weight, 2)
+        out, lse = kernel.zeros(q, 6), kernel.zeros(q, 1, NO_KEY)
         sources = [ring_share(layout, source).positions() for source in range(layout.cp_size)]
         steps = list(zip(sources, ring_schedule(mine, causal, lengths), strict=True))
         for keys, blocks in steps:
-            attend(out, lse, q, *(paddle.to_tensor(x[:, keys]) for x in padded[1:3]), blocks, Blockwise(), 6**-0.5)
-        outs[:, at] = out.numpy()
+            k, v = (kernel.load(paddle.to_tensor(x[:, keys]), 2) for x in padded[1:3])
+            attend(out, lse, q, k, v, blocks, kernel, 6**-0.5)
+        outs[:, at] = kernel.store(out).numpy()
         for keys, blocks in steps:
-            k, v = (paddle.to_tensor(x[:, keys]) for x in padded[1:3])
-            parts = tuple(paddle.zeros(x.shape) for x in (q, k, v))
-            attend_backward(parts, weight, q, k, v, out, lse, blocks, Blockwise(), 6**-0.5)
+            k, v = (kernel.load(paddle.to_tensor(x[:, keys]), 2) for x in padded[1:3])
+            parts = tuple(kernel.zeros(x, 6) for x in (q, k, v))
+            attend_backward(parts, weight, q, k, v, kernel.shared(weight, out), lse, blocks, kernel, 6**-0.5)
             for grad, where, part in zip(grads, (at, keys, keys), parts, strict=True):
-                grad[:, where] += part.numpy()
+                grad[:, where] += kernel.store(part).numpy()
     np.testing.assert_allclose(outs[:, real], expected.numpy(), atol=1e-5, rtol=1e-4)
     for grad, want in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad[:, real], want.numpy(), atol=2e-5, rtol=1e-4)

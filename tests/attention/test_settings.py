@@ -114,8 +114,8 @@ def test_paddles_search_for_nan_finds_none():
 def test_rows_without_a_key_so_far_take_the_part_as_it_is():
     """Exact, also for parts whose scores are far below or above what exp holds."""
     part = leaf(0, 1, 3, 2, 4).detach()
-    part_lse = paddle.to_tensor([[[-3e4, 3e4], [0.0, 1.0], [-100.0, 100.0]]], dtype="float32")
-    empty = paddle.full([1, 3, 2], blocks.NO_KEY, "float32")
+    part_lse = paddle.to_tensor([[[[-3e4], [3e4]], [[0.0], [1.0]], [[-100.0], [100.0]]]], dtype="float32")
+    empty = paddle.full([1, 3, 2, 1], blocks.NO_KEY, "float32")
     out, lse = blocks.merge(paddle.zeros(part.shape, "float32"), empty, part, part_lse)
     np.testing.assert_array_equal(out.numpy(), part.numpy())
     np.testing.assert_array_equal(lse.numpy(), part_lse.numpy())

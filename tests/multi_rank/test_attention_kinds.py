@@ -1,7 +1,8 @@
-"""Real processes: gathered attention and the kinds of ContextParallel on 2, 3 and 4 ranks equal the whole on one."""
+"""Real processes: gathered attention, the kinds of ContextParallel, states of Gated DeltaNet, on 2, 3 and 4 ranks."""
 
 from functools import partial
 
+import delta_cases
 import numpy as np
 import paddle
 import paddle.distributed as dist
@@ -174,6 +175,35 @@ def kind_case(kind, lengths, *, packed=True, batch=1, causal=True, sp=1, groups=
     )
 
 
+def linear_of(kind, *, heads=(1, 3), sp=1, own_boundaries=False, groups=None):
+    """A Gated DeltaNet layer between attention layers of any kind, with the layout of that kind."""
+    group, length, rows = dist.get_group(0), 19, ROWS if own_boundaries else ([6, 10, 3],)
+    chosen = ContextParallel(kind, group=group, groups=groups() if groups else None).choose(12, 12, length)
+    cu_seqlens = bounds_of(rows[0])
+    layout = chosen.layout(length, cu_seqlens, sp_size=sp)
+    shown = layout if sp == 1 else chosen.layout(layout.seq_len, layout.cu_seqlens)
+    arrays, weighting = delta_cases.arrays_of(length, len(rows), heads)
+    weight = paddle.to_tensor(whole(9, heads[0] * 12 + heads[1] * 5, delta_cases.TAPS))
+    boundaries = [bounds_of(each) for each in rows] if own_boundaries else cu_seqlens
+
+    def expected(*inputs):
+        outs = []
+        for row, lengths in enumerate(rows):
+            ends = bounds_of([*lengths, length - sum(lengths)] if sum(lengths) < length else lengths)
+            outs.append(delta_cases.slow_way(*(x[row : row + 1] for x in inputs), weight=weight, cu_seqlens=ends))
+        return paddle.concat(outs)
+
+    same_as_whole(
+        partial(chosen.gated_delta_net, layout=layout, conv_weight=weight, boundaries=boundaries),
+        expected,
+        arrays,
+        rows_of(shown, np.diff(chosen.bounds_of_batch(length, cu_seqlens)).tolist()),
+        weighting,
+        delta_cases.NAMES,
+        delta_cases.PADDING,
+    )
+
+
 def two_by_two():
     cp_rank, sp_rank = divmod(dist.get_rank(), 2)
     return SequenceGroups(ulysses=SubGroup([2 * cp_rank, 2 * cp_rank + 1]), ring=SubGroup([sp_rank, 2 + sp_rank]))
@@ -223,6 +253,8 @@ for _kind in ("auto", "gather", "ring", "ulysses"):
         f"{_kind}, packed [6, 10, 3]": partial(kind_case, _kind, [6, 10, 3]),
         f"{_kind}, packed, not causal": partial(kind_case, _kind, [6, 10, 3], causal=False),
         f"{_kind}, tensor parallel too": partial(kind_case, _kind, [12, 9], sp=2),
+        f"{_kind}, Gated DeltaNet by states": partial(linear_of, _kind),
+        f"{_kind}, Gated DeltaNet by Ulysses": partial(linear_of, _kind, heads=(12, 12)),
     }
 DIVIDING = {
     "ulysses, own boundaries of each row": partial(rows_with_boundaries_of_their_own, "ulysses"),
@@ -232,13 +264,22 @@ FOUR = {
     "gather, memory": gather_memory,
     "both, B 2": partial(kind_case, "both", [29], packed=False, batch=2, groups=two_by_two, heads=(6, 2)),
     "both, packed": partial(kind_case, "both", [6, 10, 3], groups=two_by_two, heads=(6, 2)),
+    "both, Gated DeltaNet": partial(linear_of, "both", groups=two_by_two),
     "both, packed, not causal": partial(kind_case, "both", [6, 10, 3], causal=False, groups=two_by_two, heads=(6, 2)),
 }
-WITHOUT_FOUR = {name: case for name, case in CASES.items() if not name.startswith("ulysses")}  # 6 heads
+CASES |= delta_cases.CASES | {
+    "gather, Gated DeltaNet, tensor parallel too": partial(linear_of, "gather", sp=2),
+    "gather, Gated DeltaNet, own boundaries of each row": partial(linear_of, "gather", own_boundaries=True),
+    "Ulysses, Gated DeltaNet, own boundaries of each row": partial(
+        linear_of, "gather", own_boundaries=True, heads=(12, 12)
+    ),
+}
+SIX_HEADS = ("ulysses, B 2", "ulysses, packed", "ulysses, tensor")
+WITHOUT_FOUR = {name: case for name, case in CASES.items() if not name.startswith(SIX_HEADS)}
 LAUNCHES = {
     2: CASES | DIVIDING | {"group of fleet": group_of_fleet},
     3: CASES,
-    4: WITHOUT_FOUR | DIVIDING | FOUR,
+    4: WITHOUT_FOUR | DIVIDING | FOUR | delta_cases.FOUR,
 }
 
 

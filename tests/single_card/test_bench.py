@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
+    "attention": ("--local", "16", "--ranks", "2"),
+    "delta": ("--local", "16", "--ranks", "2", "--head-size", "8", "--rounds", "1"),
     "plan": ("--seq", "16384", "--rounds", "1"),
     "rows": ("--seq", "8192", "--hidden", "16", "--rounds", "1"),
     "merge": ("--seq", "4096", "--hidden", "16", "--rounds", "1"),

@@ -14,12 +14,12 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.attention import packed_attention, ring_attention, ulysses_attention
+from paddle_vl_sp.attention import gather_attention, packed_attention, ring_attention, ulysses_attention
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import num_pairs, ring_schedule
-from paddle_vl_sp.comm import exchange
 from paddle_vl_sp.testing import run_ranks
 from timing import add_table, parse_sizes, write_json
+from wire import Counted
 
 MIB = 1 << 20
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,12 +27,13 @@ Shapes = tuple[int, int, int]  # query heads, key heads, head size
 
 
 def measure(local: int, shapes: Shapes) -> dict[str, tuple[float, float, float]]:
-    """On one rank of many: for ring and Ulysses (MiB at the peak above the inputs, MiB sent forward, backward)."""
+    """On one rank of many: for each kind (MiB at the peak above the inputs, MiB sent forward, backward)."""
     group = dist.get_group(0)
     size, rank = group.nranks, group.rank
     ring = SeqLayout(local * size, cp_size=size, cp_rank=rank)
     ulysses = SeqLayout(local * size, sp_size=size, sp_rank=rank)
     return {
+        "gather": _cost(partial(gather_attention, layout=ring, group=group), ring, shapes),
         "ring": _cost(partial(ring_attention, layout=ring, group=group), ring, shapes),
         "Ulysses": _cost(partial(ulysses_attention, group=group), ulysses, shapes),
     }
@@ -52,9 +53,9 @@ def _cost(attention: Attention, layout: SeqLayout, shapes: Shapes) -> tuple[floa
     del whole
     before = _memory("current_value")
     paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
-    with _Counted() as forward:
+    with Counted() as forward:
         out = attention(*local)
-    with _Counted() as backward:
+    with Counted() as backward:
         out.backward(weight)
     return (_memory("peak_value") - before) / MIB, forward.sent / MIB, backward.sent / MIB
 
@@ -82,25 +83,6 @@ def _leaf(x: np.ndarray) -> Tensor:
 
 def _memory(which: str) -> int:
     return int(getattr(paddle.base.core, f"host_memory_stat_{which}")("Allocated", 0))
-
-
-class _Counted:
-    """Counts the bytes of the messages that this rank sends to others."""
-
-    sent = 0
-
-    def __enter__(self) -> _Counted:
-        self.original = exchange.Messages
-
-        def counting(sends, expects, group):  # type: ignore[no-untyped-def]
-            self.sent += sum(x.size * x.element_size() for _, x in sends)
-            return self.original(sends, expects, group)
-
-        exchange.Messages = counting  # type: ignore[misc, assignment]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        exchange.Messages = self.original  # type: ignore[misc]
 
 
 def show_balance(sizes: tuple[int, ...] = (2, 4, 8, 16, 32)) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.attention.context_parallel import ChosenAttention
+from paddle_vl_sp.attention.chosen import ChosenAttention
 from paddle_vl_sp.layout import SeqLayout
 
 FIRST = -(10**9)  # no row index is negative; the numbers count down from here

@@ -7,7 +7,7 @@ from typing import Any
 import paddle.distributed as dist
 
 from paddle_vl_sp.attention import ContextParallel
-from paddle_vl_sp.attention.context_parallel import ChosenAttention
+from paddle_vl_sp.attention.chosen import ChosenAttention
 from paddle_vl_sp.formers.groups import sep_size, topology
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import CONTEXT_PARALLEL

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from paddle import Tensor
 
 from paddle_vl_sp.attention import ContextParallel
-from paddle_vl_sp.attention.context_parallel import ChosenAttention
+from paddle_vl_sp.attention.chosen import ChosenAttention
 from paddle_vl_sp.carried import Handover
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.formers.context.attention import INDICES
