@@ -8,11 +8,13 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from grid import grid_of
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
 from paddle_vl_sp.formers.context import plain
 from paddle_vl_sp.plan import VisualPlan
+from paddle_vl_sp.testing import tensor_parallel
 from paddle_vl_sp.testing.subgroup import SubGroup
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
@@ -123,15 +125,44 @@ def on_ranks(kinds, names):
     return found
 
 
+def of_sequence_parallelism(names):
+    """Two times two ranks: fleet's sep axis, and inside it sequence parallelism over tensor-parallel groups."""
+    paddle.set_device("cpu")
+    with (
+        tensor_parallel.enable_tensor_parallel_on_cpu(),
+        mock.patch.object(tensor_parallel, "_is_gloo", return_value=True),
+    ):
+        cases = [case for case in CASES if case.name in names]
+        wanted = [(tiny.weights_of(getattr(tiny, case.model)()), *trained(case, None, None)) for case in cases]
+        grid = grid_of(dp_degree=1, mp_degree=2, sep_degree=2)
+        return {case.name: _within(case, grid, *on_one) for case, on_one in zip(cases, wanted, strict=True)}
+
+
+def _within(case, grid, weights, loss, right):
+    tensor_group, group = grid.get_model_parallel_group(), grid.get_sep_parallel_group()
+    local = -(-case.seq_len // 4) * 4 // 2  # this rank's part, padded to divide
+    with apply_to_paddleformers(families=FAMILIES, context_parallel="gather"):
+        model = getattr(tiny, case.model)(**case.text, **tiny.tensor_parallel(2, local))
+        tiny.load_weights(model, weights, tensor_group.rank, 2)
+        own_loss = model(**case.batch(model)).loss
+        own_loss.backward()
+    tiny.sum_marked_gradients(model, tensor_group)
+    grads, wanted = {}, {}
+    for name, parameter in model.named_parameters():
+        grad = paddle.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(grad, group=group)
+        grads[name], wanted[name] = grad.numpy(), tiny.cut(name, right[name], tensor_group.rank, 2)
+    return errors((float(own_loss), grads), (loss, wanted))
+
+
 def a_wrong_plan():
-    """Every feature row in the place of the one before it."""
+    """Every feature row one position too early."""
     return mock.patch.object(plain, "plan_visual", _turned)
 
 
 def _turned(*args, **kwargs):
     plan = real_plan(*args, **kwargs)
-    rows = np.roll(plan.gather_indices, 1)
-    return VisualPlan.from_indices(plan.update_indices, rows, plan.row_shape, plan.num_features)
+    return VisualPlan.from_indices(plan.update_indices - 1, plan.gather_indices, plan.row_shape, plan.num_features)
 
 
 real_plan = plain.plan_visual

@@ -3,7 +3,7 @@ process within fp32 rounding (1e-5). On 2, 3 and 4 ranks, each kind of attention
 """
 
 import pytest
-from context_cases import CASES, FAULTS, of_a_product, on_ranks, with_faults
+from context_cases import CASES, FAULTS, of_a_product, of_sequence_parallelism, on_ranks, with_faults
 
 from paddle_vl_sp.testing import run_ranks
 
@@ -28,6 +28,11 @@ def of_four():
 
 
 @pytest.fixture(scope="module")
+def within():
+    return run_ranks(of_sequence_parallelism, 4, [*FEW[:2], "text only", "Qwen2.5-VL"], timeout=200)
+
+
+@pytest.fixture(scope="module")
 def faulty():
     return run_ranks(with_faults, 2, timeout=120)
 
@@ -49,6 +54,12 @@ def test_three_ranks(of_three, name, kind):
 @pytest.mark.parametrize("name", FEW)
 def test_ring_and_ulysses_on_four_ranks(of_four, name):
     for rank in of_four:
+        assert max(rank[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*FEW[:2], "text only", "Qwen2.5-VL"])
+def test_sequence_parallelism_inside(within, name):
+    for rank in within:
         assert max(rank[name]) < 1e-5
 
 
