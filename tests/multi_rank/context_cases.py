@@ -1,6 +1,5 @@
 """Context parallelism of PaddleFormers' plain models on real ranks: one batch after the other, against one process."""
 
-import contextlib
 import dataclasses
 from unittest import mock
 
@@ -192,15 +191,23 @@ def with_faults():
     paddle.set_device("cpu")
     group, found = dist.get_group(0), {}
     wanted = trained(CASES[0], None, None)
-    for name, fault in {"none": contextlib.nullcontext, **FAULTS}.items():
+    for name, fault in FAULTS.items():
         with fault():
             found[name] = errors(trained(CASES[0], ContextParallel("gather", group=group), group), wanted)
     found["gradients not summed"] = errors(trained(CASES[0], ContextParallel("gather", group=group), None), wanted)
     return found
 
 
+def on_two(kinds, names):
+    return {"right": on_ranks(kinds, names), "faults": with_faults()}
+
+
+def on_four(names, within):
+    return {"both": of_a_product(names), "within": of_sequence_parallelism(within)}
+
+
 def of_a_product(names):
-    """Four ranks: ring x Ulysses, and sequence parallelism over tensor-parallel groups inside context parallelism."""
+    """Ring x Ulysses over two times two ranks."""
     paddle.set_device("cpu")
     group, rank = dist.get_group(0), dist.get_rank()
     groups = SequenceGroups(
