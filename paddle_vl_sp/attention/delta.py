@@ -147,7 +147,7 @@ def state_map(chunks: Chunks) -> Tensor:
     """
     batch, heads, _, _, width = chunks.k.shape
     value_width = chunks.values.shape[-1]
-    start = paddle.concat([paddle.zeros([width, value_width]), paddle.eye(width)], axis=-1)
+    start = paddle.concat([paddle.zeros([width, value_width], "float32"), paddle.eye(width, dtype="float32")], axis=-1)
     state = start.expand([batch, heads, width, value_width + width])
     for n in range(chunks.k.shape[2]):
         values = F.pad(chunks.values[:, :, n], [0, width])  # [B, H, C, Dv + Dk]

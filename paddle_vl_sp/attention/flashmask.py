@@ -29,7 +29,9 @@ def backward(
     with paddle.enable_grad():
         again = _attention(q, k, v, visible)
     paddle.autograd.backward([again], [grad.astype(q.dtype)])  # paddle.grad within paddle.grad ends the process
-    grad_q, grad_k, grad_v = (paddle.zeros(x.shape) if x.grad is None else x.grad.astype("float32") for x in inputs)
+    grad_q, grad_k, grad_v = (
+        paddle.zeros(x.shape, "float32") if x.grad is None else x.grad.astype("float32") for x in inputs
+    )
     return apply_scale(grad_q, scale), grad_k, grad_v
 
 

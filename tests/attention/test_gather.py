@@ -226,3 +226,16 @@ def test_boundaries_of_rows():
     assert row_bounds((0, 3, 8), 2, 8) == ((0, 3, 8),)
     assert row_bounds(np.array([0, 3]), 2, 8) == ((0, 3, 8),)
     assert row_bounds([(0, 3), np.array([0, 8])], 2, 8) == ((0, 3, 8), (0, 8))
+
+
+def test_flashmask_is_not_called_without_queries(monkeypatch):
+    """Exact: a rank without positions has an empty output and zeros as gradients of all keys and values."""
+    monkeypatch.setattr(paddle.nn.functional, "flashmask_attention", None)
+    q, k, v = (paddle.rand([2, length, 2, 8]) for length in (0, 5, 5))
+    layout = SeqLayout(5, cp_size=6, cp_rank=5, cp_mode="contiguous", remainder="front")
+    visible = visible_rows(layout, True, None, q.place)
+    out, lse = flashmask.forward(q, k, v, visible, 0.5)
+    assert out.shape == [2, 0, 2, 8]
+    grads = flashmask.backward(out, q, k, v, out, lse, visible, 0.5)
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+    assert not any(x.abs().sum() for x in grads[1:])

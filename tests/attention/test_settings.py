@@ -13,7 +13,9 @@ from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import (
     blocks,
     delta,
+    gated_delta_net_sp,
     gated_delta_rule,
+    gather_attention,
     packed_attention,
     sequence_parallel_loss,
     shard_batch,
@@ -44,13 +46,38 @@ def weights_of_conv():
     return paddle.to_tensor(np.full((2, 8, 4), 0.25, "float32"))
 
 
+def until():
+    """Each key is seen to the end, but for those of the last rows, which nothing sees."""
+    return paddle.to_tensor([70] * 60 + list(range(60, 70)), dtype="int32").reshape([1, 1, 70, 1])
+
+
+def maps_of_the_state(*inputs):
+    """They do not depend on q, which is added so that each input has a gradient."""
+    return delta.state_map(delta.chunked(*delta.delta_inputs(*inputs))) + inputs[0].mean()
+
+
 CASES = {
     "attention": lambda q, k, v: packed_attention(q, k, v, cu_seqlens=(0, 5, 70)),
     "attention, not causal": lambda q, k, v: packed_attention(q, k, v, causal=False),
     "attention, Ulysses": lambda q, k, v: ulysses_attention(q, k, v, group=ONE, layout=LAYOUT),
+    "attention, gathered": lambda q, k, v: gather_attention(q, k, v, layout=LAYOUT, group=ONE),
+    "attention, a row without keys": lambda q, k, v: gather_attention(
+        q, k, v, layout=SeqLayout(70), group=ONE, startend_row_indices=until()
+    ),
     "attention, all scores": full_attention,
     "delta rule": lambda q, k, v: gated_delta_rule(q, k, v, *gates(), cu_seqlens=(0, 5, 70)),
     "delta rule, by position": lambda q, k, v: recurrent_delta_rule(q, k, v, *gates()),
+    "delta rule, states": lambda q, k, v: gated_delta_net_sp(
+        q,
+        k,
+        v,
+        *gates(),
+        group=ONE,
+        layout=LAYOUT,
+        method="state",
+        conv_weight=weights_of_conv().reshape([16, 4]).tile([3, 1]),
+    ),
+    "delta rule, maps of the state": lambda q, k, v: maps_of_the_state(q, k, v, *gates()),
     "convolution": lambda q, k, v: delta.causal_conv(q * k + v, weights_of_conv()),
     "unshard": lambda q, k, v: unshard(q * k + v, LAYOUT, ONE, axis=1),
     "loss": lambda q, k, v: sequence_parallel_loss(q * k + v, paddle.to_tensor(LABELS), group=ONE),
@@ -142,7 +169,7 @@ class MixedPrecision:
         return self.matmul(*low, **options).astype("bfloat16").astype("float32")
 
 
-@pytest.mark.parametrize("case", ["attention", "delta rule"])
+@pytest.mark.parametrize("case", ["attention", "attention, gathered", "delta rule", "delta rule, states"])
 def test_mixed_precision_does_not_lower_what_is_computed_in_float32(case, monkeypatch):
     """The same bits under a double of auto_cast; backward follows the dtypes of forward."""
     expected = out_and_grads(case)
@@ -169,7 +196,7 @@ def test_mixed_precision_is_off_for_the_loss(monkeypatch):
     assert seen == [False, False]
 
 
-@pytest.mark.parametrize("case", ["attention", "loss"])
+@pytest.mark.parametrize("case", ["attention", "attention, gathered", "loss"])
 def test_a_gradient_of_a_gradient_is_refused(case):
     """Without this the second gradient is None, or lacks a part, and nobody says so. Paddle makes an OSError of it."""
     leaves = qkv()
