@@ -139,6 +139,21 @@ def test_what_it_takes_not_is_refused_by_name(case):
         model(**batch)
 
 
+def test_a_part_of_the_logits_is_refused():
+    """Each rank has those of its own part."""
+    model = tiny.tiny_qwen3_vl()
+    with apply_to_qwen3_vl(context_parallel=TWO), pytest.raises(ValueError, match="logits_to_keep under context"):
+        model(**batch_of(model), logits_to_keep=1)
+
+
+def test_a_placeholder_mask_of_the_instance_is_refused():
+    """Only PaddleFormers' own forward would ask it."""
+    model = tiny.tiny_qwen3_vl()
+    model.model.get_placeholder_mask = lambda *args, **kwargs: None
+    with apply_to_qwen3_vl(context_parallel=TWO), pytest.raises(ValueError, match="has its own get_placeholder_mask"):
+        model(**batch_of(model))
+
+
 def test_an_axis_without_a_setting_is_refused(monkeypatch):
     """Upstream trains each rank on its own part alone, without a word."""
     topology = SimpleNamespace(get_sep_parallel_world_size=lambda: 2)

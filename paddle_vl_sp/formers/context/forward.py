@@ -52,6 +52,11 @@ def is_to_be_cut(model: Layer, given: dict[str, Any]) -> bool:
 
 
 def require_ids(model: Layer, given: dict[str, Any]) -> None:
+    kept = given.get("logits_to_keep")
+    if kept is not None and not (isinstance(kept, int) and kept == 0):
+        raise ValueError(
+            "logits_to_keep under context parallelism: each rank has the logits of its own part; leave it out"
+        )
     if given.get("input_ids") is None or given.get("inputs_embeds") is not None:
         raise ValueError(
             f"context parallelism cuts {type(model).__name__} by its input_ids, and this batch has "

@@ -34,6 +34,11 @@ class Placed:
 def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
     """Changes the arguments of an inner forward to those of this rank's part; None for a batch of text."""
     ids, kinds = given["input_ids"], kinds_to_merge(model, given)
+    if not kinds and any(given.get(pixels) is not None for pixels, _, _ in KINDS.values()):
+        raise ValueError(
+            f"context parallelism places features itself, and {type(model).__name__} has its own get_placeholder_mask: "
+            "use PaddleFormers' own, or leave context parallelism out"
+        )
     if given.get("position_ids") is None:
         given["position_ids"] = _positions(model, given)
     own_ids = step.own(ids, 0)
