@@ -1,0 +1,244 @@
+"""Blocks first: parameters of one kind in one step, single ones only where their block disagrees with the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from paddle_vl_sp.audit.entries import ABSENT, EQUAL, MARKED, SHARDED, UNEQUAL, Entry
+from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE, Judgement, Reading, factor_of, judge, times
+from paddle_vl_sp.audit.probe import Difference, Moves, Probe
+from paddle_vl_sp.audit.steps import Steps, blind_moves, moves_of, reach
+
+KINDS = (EQUAL, SHARDED, MARKED, UNEQUAL)
+FEW = 4  # parameters of a block that failed from which on each is looked at alone
+GROSS = 0.25  # of what is expected: a disagreement that curvature does not make
+MINOR = 0.02  # of a bundle's change: parts below it are not judged by it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of one parameter. bundle: how many were judged by their common change; 1 is alone."""
+
+    judgement: Judgement
+    shares: tuple[float, ...]
+    bundle: int = 1
+    is_needed: bool = False  # no gradient, but the loss depends on the parameter
+
+
+class Search:
+    """Judges all entries; `found` is the outcome of each name."""
+
+    def __init__(self, probe: Probe, directions: int, tolerance: float, combine: str) -> None:
+        self.found: dict[str, Outcome] = {}
+        self._probe, self._directions, self._tolerance, self._combine = probe, directions, tolerance, combine
+        self._steps = Steps.of(probe, tolerance)
+        group = probe.group
+        self._rank, self._nranks = (0, 1) if group is None else (group.rank, group.nranks)
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        for kind in KINDS:
+            same = [entry for entry in entries if entry.kind == kind]
+            large = [entry for entry in same if reach(entry, False) >= self._steps.needed]
+            self._look_at(large)
+            self._bundles([entry for entry in same if entry.name not in self.found])
+        self._look_for_dependence([entry for entry in entries if entry.kind == ABSENT])
+
+    def _look_at(self, block: list[Entry]) -> None:
+        if not block:
+            return
+        if len(block) == 1:
+            self._settle(block, self._alone(block))
+            return
+        found = self._of_block(block)
+        if found is not None:
+            self._settle(block, *found)
+        elif len(block) <= FEW:
+            for entry in block:
+                self._settle([entry], self._alone([entry]))
+        else:
+            for part in parts_of(block):
+                self._look_at(part)
+
+    def _settle(
+        self, block: Sequence[Entry], judgement: Judgement | None, factor: float = 1.0, bundle: int = 1
+    ) -> None:
+        """The outcome of those that have none yet; `factor` is what they expect over the truth."""
+        for entry in block:
+            shares = tuple(factor * share for share in entry.shares)
+            self.found.setdefault(entry.name, Outcome(judgement or Judgement(TOO_SMALL), shares, bundle))
+
+    def _of_block(self, block: list[Entry]) -> tuple[Judgement, float] | None:
+        """What is true of every parameter of the block, if all directions agree on one factor."""
+        if len(block) > self._steps.largest_block:
+            return None
+        factors = _factors(block[0].kind, self._nranks, self._combine)
+        part = self._steps.within(len(block))
+        for number in range(1 + self._directions):
+            able = [entry for entry in block if number == 0 or reach(entry, True) >= self._steps.needed]
+            if able:
+                moves = moves_of(able, part, number, self._rank)
+                factors = self._agreeing(moves, factors, 0.7 * self._steps.needed, part * len(able) ** 0.5)
+            if not factors:
+                return None
+        factor, judgement = next(iter(factors.items()))
+        return judgement, factor
+
+    def _agreeing(
+        self, moves: Moves, factors: dict[float, Judgement], smallest: float, largest: float
+    ) -> dict[float, Judgement]:
+        """The factors by which the gradients' numbers are the loss's; the smallest part must be right by itself."""
+
+        def agree(seen: Difference) -> dict[float, Judgement]:
+            allowed = 0.5 * self._tolerance * smallest
+            return {f: each for f, each in factors.items() if abs(seen.expected / f - seen.truth) <= allowed}
+
+        first = self._probe.difference(moves)
+        found = agree(first)
+        nearest = min(abs(first.expected / factor - first.truth) for factor in factors)
+        if found or nearest > GROSS * largest:
+            return found
+        return agree(first.refined(self._probe.difference(moves, 0.5)))
+
+    def _alone(self, bundle: Sequence[Entry]) -> Judgement | None:
+        """One parameter, or several of one kind by their common change; None if the loss does not show enough."""
+        readings: list[Reading] = []
+        kind, ratio = bundle[0].kind, 1.0
+        for number in range(1 + self._directions if len(bundle) == 1 else 1):
+            size = min(self._steps.alone, sum(reach(entry, number > 0) for entry in bundle))
+            if number and size < self._steps.needed / 2:
+                continue
+            reading = self._read(bundle, number, size, ratio, [*readings])
+            readings.append(reading)
+            ratio = min(max(abs(readings[0].truth) / size, 1 / 64), 64.0) if number == 0 else ratio
+            judgement = judge(readings, kind, self._combine, self._tolerance)
+            if judgement is None or judgement.verdict == MIXED:
+                break
+        if judgement is not None and len(bundle) == 1:
+            self._remember_shares(bundle[0], judgement, readings[0])
+        return judgement
+
+    def _read(self, bundle: Sequence[Entry], number: int, size: float, ratio: float, before: list[Reading]) -> Reading:
+        """A second, shorter step unless the first one agrees with a right gradient; a third if those disagree."""
+        moves = moves_of(bundle, size, number, self._rank) if len(bundle) == 1 else _common_moves(bundle, size)
+        first, noise = self._probe.difference(moves), 2 * self._probe.noise
+        reading = Reading(first.truth, first.own, noise, max(abs(first.truth), ratio * size * (number > 0)))
+        allowed = self._tolerance * reading.size
+        distance = abs(first.expected - first.truth)
+        if noise < allowed / 2 and (distance < allowed / 2 or _is_gross(bundle[0], distance, reading)):
+            return reading
+        for scale in (0.5, 0.125):
+            first = first if scale == 0.5 else self._probe.difference(moves, 2 * scale)
+            half = self._probe.difference(moves, scale)
+            best, unit = first.refined(half), 1 / (2 * scale)
+            error = unit * (first.curvature(half) / 3 + 3 * noise)
+            expected = max(abs(best.truth) * unit, ratio * size * (number > 0))
+            reading = Reading(best.truth * unit, best.own * unit, error, expected)
+            if judge([*before, reading], bundle[0].kind, self._combine, self._tolerance) is not None:
+                break
+        return reading
+
+    def _remember_shares(self, entry: Entry, judgement: Judgement, along: Reading) -> None:
+        if entry.kind == SHARDED and judgement.verdict != WHOLE:
+            shares, judgement = self._shard_by_shard(entry, judgement)
+        elif abs(along.truth) > along.error:
+            shares = tuple((along.own / along.truth).tolist())
+        else:
+            shares = entry.shares
+        self.found[entry.name] = Outcome(judgement, shares)
+
+    def _shard_by_shard(self, entry: Entry, judgement: Judgement) -> tuple[tuple[float, ...], Judgement]:
+        """One rank's part moves at a time: what each rank's gradient says over what the loss does."""
+        shares = []
+        for rank in range(self._nranks):
+            only = replace(entry, way=entry.way * float(rank == self._rank))
+            size = min(self._steps.alone, reach(entry, False))
+            seen = self._probe.difference(moves_of([only], size, 0, self._rank))
+            shares.append(seen.expected / seen.truth if abs(seen.truth) > 4 * self._probe.noise else 0.0)
+        return tuple(shares), judgement
+
+    def _bundles(self, small: list[Entry]) -> None:
+        """Parameters too small for a verdict of their own, by the common change of those under one name."""
+        for bundle in _under_one_name(small):
+            most = sum(reach(entry, False) for entry in bundle)
+            seen = [entry for entry in bundle if reach(entry, False) >= MINOR * most]
+            if most >= 2 * self._steps.needed:
+                judgement = self._alone(seen)
+                self._settle(seen, judgement, _factor_of(judgement), len(seen))
+        self._settle(small, None)
+
+    def _look_for_dependence(self, block: list[Entry]) -> None:
+        """Parameters without a gradient on any rank: the loss must not change with them."""
+        if not block:
+            return
+        if not any(self._changes(block, number) for number in (1, 2)):
+            self.found |= {entry.name: Outcome(Judgement(NONE), entry.shares) for entry in block}
+        elif len(block) == 1:
+            self.found[block[0].name] = Outcome(Judgement(NONE), block[0].shares, is_needed=True)
+        else:
+            for part in parts_of(block):
+                self._look_for_dependence(part)
+
+    def _changes(self, block: list[Entry], number: int) -> bool:
+        """Whether the loss goes up on one side and down on the other, and half as much for half the step."""
+        moves = blind_moves(block, number, self._rank)
+        whole = self._probe.difference(moves).truth
+        if abs(whole) <= 6 * self._probe.noise:
+            return False
+        half = self._probe.difference(moves, 0.5).truth
+        return len(block) > 1 or abs(whole - 2 * half) < 0.3 * abs(whole)
+
+
+def parts_of(block: Sequence[Entry]) -> list[list[Entry]]:
+    """The modules that a block consists of, by the names' next part that differs; many of them, in two halves."""
+    names = [entry.name.split(".") for entry in block]
+    depth = 0
+    while len({tuple(name[: depth + 1]) for name in names}) == 1 and any(len(name) > depth + 1 for name in names):
+        depth += 1
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry, name in zip(block, names, strict=True):
+        groups.setdefault(tuple(name[: depth + 1]), []).append(entry)
+    found = list(groups.values())
+    if len(found) == 1:
+        found = [[entry] for entry in block]
+    if len(found) <= FEW:
+        return found
+    middle = len(found) // 2
+    return [[entry for group in half for entry in group] for half in (found[:middle], found[middle:])]
+
+
+def _factors(kind: str, nranks: int, combine: str) -> dict[float, Judgement]:
+    """What `expected` may be, as a factor of the truth, and what that means."""
+    if nranks == 1:
+        return {1.0: Judgement(WHOLE)}
+    n = float(nranks)
+    many, part = Judgement(times(n)), Judgement(times(1 / n))
+    if kind == SHARDED:
+        return {1.0: Judgement(WHOLE), n: many, 1 / n: part}
+    if kind == EQUAL:  # the mean: a part of 1/n on every rank is completed by their sum
+        return {1.0: Judgement(WHOLE), n: many, 1 / n: Judgement(PARTIAL, "sum")}
+    if kind == UNEQUAL:
+        many = Judgement(PARTIAL, "mean") if combine == "mean" else Judgement(MIXED)
+        return {1.0: Judgement(PARTIAL, "sum"), n: many, 1 / n: Judgement(MIXED)}
+    return {1.0: Judgement(PARTIAL, "sum"), n: replace(many, of_sum=True), 1 / n: replace(part, of_sum=True)}
+
+
+def _is_gross(entry: Entry, distance: float, reading: Reading) -> bool:
+    """Of copies that differ it is known that they are not whole: there one step tells partial from mixed."""
+    return entry.kind == UNEQUAL and distance > GROSS * max(reading.size, abs(float(reading.own.sum())))
+
+
+def _factor_of(judgement: Judgement | None) -> float:
+    return 1.0 if judgement is None else factor_of(judgement.verdict) or 1.0
+
+
+def _common_moves(bundle: Sequence[Entry], size: float) -> Moves:
+    """All along their gradients, so that their parts add up to `size`."""
+    most = sum(reach(entry, False) for entry in bundle)
+    return [(entry, entry.way * (min(1.0, size / most) * reach(entry, False) / entry.size**2)) for entry in bundle]
+
+
+def _under_one_name(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """By the first part of the name that tells modules apart."""
+    block = [entry for entry in entries if entry.size]
+    return parts_of(block) if len(block) > 1 else [block] if block else []
