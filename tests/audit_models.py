@@ -8,10 +8,13 @@ from functools import partial
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import test_decoder as decoder
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F  # noqa: N812
 
-from paddle_vl_sp.sequence import sequence_parallel_loss
+from paddle_vl_sp import SeqLayout, plan_visual
+from paddle_vl_sp.attention import ring_attention, ulysses_attention
+from paddle_vl_sp.sequence import padded_layout, sequence_parallel_loss, shard_batch
 
 HIDDEN, INNER, WORDS, ROWS = 16, 32, 24, 20
 
@@ -78,9 +81,9 @@ ENTER = {  # the backward of a tensor that enters tensor-parallel columns
 }
 
 
-def tensor_parallel_mlp(fault="", dtype="float32"):
-    """Two blocks norm -> columns -> rows with a residual way, between an embedding and a head, all but two replicated."""
-    rank, nranks, rng = dist.get_rank(), dist.get_world_size(), np.random.default_rng(0)
+def tensor_parallel_mlp(fault="", seed=0):
+    """Two blocks norm -> columns -> rows with a residual way, between an embedding and a head."""
+    rank, nranks, rng = dist.get_rank(), dist.get_world_size(), np.random.default_rng(seed)
     own = slice(rank * INNER // nranks, (rank + 1) * INNER // nranks)
     weights = {"embed": leaf(rng, WORDS, HIDDEN, scale=1.0)}
     for block in range(2):
@@ -100,7 +103,7 @@ def tensor_parallel_mlp(fault="", dtype="float32"):
         hidden = F.embedding(ids, weights["embed"])
         for block in range(2):
             hidden = _block(weights, block, hidden, fault if block == 1 else "")
-        return F.cross_entropy(paddle.matmul(hidden, weights["head"]), labels).astype(dtype)
+        return F.cross_entropy(paddle.matmul(hidden, weights["head"]), labels)
 
     return loss, list(weights.items()), None
 
@@ -136,6 +139,66 @@ MLP_FAULTS = {  # fault: {parameter: verdict on n ranks}; those not named are ri
 }
 
 
+DECODER_FAULTS = {
+    "missing sum": {"tower": "partial"},
+    "second sum": {"tower": "times n", "head": "times n"},
+    "mean for the sum": {"tower": "partial", "head": "partial"},
+    "factor n": {"tower": "times n", "head": "times n"},
+    "level forgotten": {"tower": "mixed"},
+    "rank forgotten": {"tower": "mixed", "out1": "mixed"},
+    "another's gradient": {"out0": "mixed", "out1": "mixed"},
+    "detached keys": {"qkv1": "mixed"},
+}
+
+
+def small_decoder(attention, fault="", seed=0):
+    """The decoder of test_decoder over ring or Ulysses: every gradient is partial until `after` sums it."""
+    group, nranks = dist.get_group(0), dist.get_world_size()
+    if attention == "ring":
+        layout = padded_layout(32, cp_size=nranks, cp_rank=group.rank)
+        mixed = partial(ring_attention, layout=layout, group=group)
+    else:
+        layout = SeqLayout(32, sp_size=nranks, sp_rank=group.rank)
+        mixed = partial(ulysses_attention, group=group, layout=layout)
+    if fault == "detached keys":
+        mixed = lambda q, k, v, real=mixed: real(q, k.detach(), v)  # noqa: E731
+    arrays, pixels = decoder.batch_of([32], 2)
+    whole = shard_batch(arrays, SeqLayout(32))
+    ids, position_ids, labels = (
+        paddle.to_tensor(shard_batch(arrays, layout, shift_labels=True)[name]) for name in arrays
+    )
+    plan = plan_visual(whole["input_ids"], (decoder.IMAGE, decoder.VIDEO), layout, sequence_first=False).to("cpu")
+    weights, rng = decoder.parameters(), np.random.default_rng(seed)
+    for weight in weights.values() if seed else ():
+        weight.set_value(paddle.to_tensor(0.2 * rng.standard_normal(weight.shape).astype("float32")))
+    mix = partial(decoder.softmax_mix, attention=mixed)
+
+    def loss():
+        visual = decoder.encode(weights, *pixels, whole["input_ids"])
+        logits = decoder.decode(weights, ids, position_ids, visual, plan, mix)
+        value = sequence_parallel_loss(logits, labels, group=group)
+        return around(value, backward=times(float(nranks))) if fault == "factor n" else value
+
+    return loss, list(weights.items()), partial(_reduce, weights, fault)
+
+
+def _reduce(weights, fault):
+    """What a trainer does over context-parallel ranks."""
+    for name, weight in weights.items():
+        if weight.grad is None or (fault == "missing sum" and name == "tower"):
+            continue
+        own = weight.grad.clone()
+        total = (without_rank(1) if fault == "rank forgotten" else summed)(own.clone())
+        if fault == "level forgotten" and name == "tower":
+            total[1] = own[1]
+        factor = {"second sum": dist.get_world_size(), "mean for the sum": 1 / dist.get_world_size()}.get(fault, 1.0)
+        weight.grad.set_value(total * factor)
+    if fault == "another's gradient":
+        one, other = weights["out0"].grad.clone(), weights["out1"].grad.clone()
+        weights["out0"].grad.set_value(other)
+        weights["out1"].grad.set_value(one)
+
+
 def expected(named, faults, nranks):
     """{name: verdict} of a fault, whole where none is named."""
     found = {}
@@ -143,6 +206,3 @@ def expected(named, faults, nranks):
         wrong = faults.get(name) or faults.get(f"{name.partition('.')[0]}.*") or "whole"
         found[name] = wrong.replace("times n", f"times {nranks}")
     return found
-
-
-_ = partial, sequence_parallel_loss

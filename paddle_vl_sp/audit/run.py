@@ -10,7 +10,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.audit.causes import cause_of
 from paddle_vl_sp.audit.entries import MARKED, SHARDED, Entry, check_same_names, entries_of, shards_among, trainable
-from paddle_vl_sp.audit.judge import NONE, PARTIAL, TOO_SMALL, WHOLE
+from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE
 from paddle_vl_sp.audit.probe import Probe
 from paddle_vl_sp.audit.progress import counting
 from paddle_vl_sp.audit.result import Finding, GradientAudit
@@ -20,6 +20,7 @@ from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.collectives import Group
 
 SUMMED_LATER = "summed by Paddle's sequence-parallel hook or the trainer"
+SUMMED_AGAIN = "after the later sum that its mark asks for"
 
 
 def audit_gradients(
@@ -59,7 +60,8 @@ def audit_gradients(
     named = trainable(parameters)
     check_same_names(named, group)
     if isinstance(parameters, Layer):
-        buffers = [*parameters.buffers(), *buffers]
+        # Paddle's BatchNorm keeps its statistics as parameters without gradient
+        buffers = [*(each for each in parameters.parameters() if each.stop_gradient), *parameters.buffers(), *buffers]
     is_first_rank = group is None or group.rank == 0
     with kept([tensor for _, tensor in named], buffers) as before, counting(progress, is_first_rank) as tick:
         probe = Probe(loss, group, before, combine, tick)
@@ -112,13 +114,14 @@ def _finding(entry: Entry, outcome: Outcome, group: Group | None, is_final: bool
 
 def _note(entry: Entry, outcome: Outcome, group: Group | None) -> str:
     judgement, parts = outcome.judgement, []
-    if entry.kind == MARKED:
-        later = "and is summed again later" if judgement.of_sum else SUMMED_LATER
-        parts.append(later if judgement.verdict != TOO_SMALL else "")
+    if entry.kind == MARKED and judgement.verdict != TOO_SMALL:
+        parts.append(SUMMED_AGAIN if judgement.of_sum else SUMMED_LATER)
     elif judgement.completed_by:
         parts.append(f"the {judgement.completed_by} over {_in_words(group)} completes it")
     elif judgement.of_sum:
         parts.append(f"of the ranks' sum over {_in_words(group)}")
+    elif judgement.verdict == MIXED and outcome.off:
+        parts.append(f"off by {outcome.off:.0%} or more")
     if outcome.is_needed:
         parts.append("no rank has a gradient, but the loss depends on it: detached?")
     if entry.kind == SHARDED and judgement.verdict != WHOLE:

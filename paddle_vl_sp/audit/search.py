@@ -18,11 +18,16 @@ MINOR = 0.02  # of a bundle's change: parts below it are not judged by it
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found of one parameter. bundle: how many were judged by their common change; 1 is alone."""
+    """What was found of one parameter.
+
+    bundle  how many were judged by their common change; 1 is alone
+    off     how far a rank's gradient is from the whole one at least, relative, where it was measured
+    """
 
     judgement: Judgement
     shares: tuple[float, ...]
     bundle: int = 1
+    off: float = 0.0
     is_needed: bool = False  # no gradient, but the loss depends on the parameter
 
 
@@ -115,7 +120,7 @@ class Search:
             if judgement is None or judgement.verdict == MIXED:
                 break
         if judgement is not None and len(bundle) == 1:
-            self._remember_shares(bundle[0], judgement, readings[0])
+            self._remember(bundle[0], judgement, readings)
         return judgement
 
     def _read(self, bundle: Sequence[Entry], number: int, size: float, ratio: float, before: list[Reading]) -> Reading:
@@ -138,16 +143,16 @@ class Search:
                 break
         return reading
 
-    def _remember_shares(self, entry: Entry, judgement: Judgement, along: Reading) -> None:
+    def _remember(self, entry: Entry, judgement: Judgement, readings: list[Reading]) -> None:
+        shares, along = entry.shares, readings[0]
         if entry.kind == SHARDED and judgement.verdict != WHOLE:
-            shares, judgement = self._shard_by_shard(entry, judgement)
+            shares = self._shard_by_shard(entry)
         elif abs(along.truth) > along.error:
             shares = tuple((along.own / along.truth).tolist())
-        else:
-            shares = entry.shares
-        self.found[entry.name] = Outcome(judgement, shares)
+        off = max(float(abs(reading.own - reading.truth).max()) / (reading.size or 1.0) for reading in readings)
+        self.found[entry.name] = Outcome(judgement, shares, off=off)
 
-    def _shard_by_shard(self, entry: Entry, judgement: Judgement) -> tuple[tuple[float, ...], Judgement]:
+    def _shard_by_shard(self, entry: Entry) -> tuple[float, ...]:
         """One rank's part moves at a time: what each rank's gradient says over what the loss does."""
         shares = []
         for rank in range(self._nranks):
@@ -155,7 +160,7 @@ class Search:
             size = min(self._steps.alone, reach(entry, False))
             seen = self._probe.difference(moves_of([only], size, 0, self._rank))
             shares.append(seen.expected / seen.truth if abs(seen.truth) > 4 * self._probe.noise else 0.0)
-        return tuple(shares), judgement
+        return tuple(shares)
 
     def _bundles(self, small: list[Entry]) -> None:
         """Parameters too small for a verdict of their own, by the common change of those under one name."""

@@ -6,6 +6,7 @@ relative to the parameter's norm, since a loss is straight only over short ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,8 @@ class Steps:
 
 def reach(entry: Entry, is_random: bool) -> float:
     """The largest part of the loss's change that a parameter's steps may have."""
-    return entry.size * (ACROSS * _rms(entry) if is_random else ALONG * _rms(entry) * entry.count**0.5)
+    longest = ACROSS * _rms(entry) if is_random else ALONG * _rms(entry) * math.sqrt(entry.count)
+    return entry.size * longest
 
 
 def _rms(entry: Entry) -> float:
