@@ -8,6 +8,7 @@ from collections.abc import Sequence
 ENABLED, BACKEND, CHECK = "PADDLE_VL_SP", "PADDLE_VL_SP_BACKEND", "PADDLE_VL_SP_CHECK"
 LOG, REPORT = "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT"
 STRICT, VISION_DP, LOADER_PLANS = "PADDLE_VL_SP_STRICT", "PADDLE_VL_SP_VISION_DP", "PADDLE_VL_SP_LOADER_PLANS"
+AUDIT = "PADDLE_VL_SP_AUDIT"
 FAMILIES = "PADDLE_VL_SP_FAMILIES"  # names with commas between; unset or empty: all
 
 SWITCHES = {  # the first word is the default
@@ -19,6 +20,7 @@ SWITCHES = {  # the first word is the default
     STRICT: ("1", "0"),
     VISION_DP: ("0", "1"),
     LOADER_PLANS: ("0", "1"),
+    AUDIT: ("0", "1", "strict"),
 }
 
 

@@ -11,7 +11,6 @@ from audit_models import around, same, times
 from paddle_vl_sp.formers import apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.families import qwen3_vl
 
-
 SEQ_LEN, SAMPLES = 48, [["image"], ["image", "image"]]
 MERGER = "model.visual.deepstack_merger_list.{}.linear_fc2.weight"
 FIRST = "model.language_model.layers.0."

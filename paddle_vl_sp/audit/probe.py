@@ -58,9 +58,16 @@ class Probe:
     """
 
     def __init__(
-        self, loss: Callable[[], Tensor], group: Group | None, before: Before, combine: str, tick: Callable[[], None]
+        self,
+        loss: Callable[[], Tensor],
+        group: Group | None,
+        before: Before,
+        combine: str,
+        has_backward: bool,
+        tick: Callable[[], None],
     ) -> None:
         check_choice("combine", combine, COMBINE)
+        self._has_backward = has_backward
         self.group, self.num_forwards = group, 0
         self._loss, self._before, self._combine, self._tick = loss, before, combine, tick
         self._seen: list[float] = []
@@ -72,10 +79,11 @@ class Probe:
         with _raised() as caught:
             self._before.restore()
             loss = self._loss()
-            _check_loss(loss)
+            _check_loss(loss, self._has_backward)
             self._bits = BITS.get(loss.dtype, self._bits)
             value = float(loss)
-            loss.backward()
+            if not self._has_backward:
+                loss.backward()
             if after is not None:
                 after()
         self.base = self._agreed(caught, value if not caught else 0.0)[0]
@@ -111,7 +119,7 @@ class Probe:
 
     def _forward(self, numbers: Sequence[float]) -> tuple[float, Floats]:
         value = 0.0
-        with _raised() as caught, paddle.no_grad():
+        with _raised() as caught, paddle.set_grad_enabled(self._has_backward):
             self._before.restore()
             value = float(self._loss())
         return self._agreed(caught, value, numbers)
@@ -162,8 +170,8 @@ def _raised() -> Iterator[list[Exception]]:
         caught.append(error)
 
 
-def _check_loss(loss: Tensor) -> None:
-    if not isinstance(loss, Tensor) or loss.size != 1 or loss.stop_gradient:
+def _check_loss(loss: Tensor, has_backward: bool) -> None:
+    if not isinstance(loss, Tensor) or loss.size != 1 or (loss.stop_gradient and not has_backward):
         what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss() must return one number, a tensor with a gradient, got {what}")
 

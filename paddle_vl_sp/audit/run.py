@@ -33,6 +33,7 @@ def audit_gradients(
     sharded: Collection[str] | Callable[[str, Tensor], bool] | None = None,
     after: Callable[[], object] | None = None,
     combine: str = "equal",
+    has_backward: bool = False,
     buffers: Iterable[Tensor] = (),
     progress: bool | None = None,
 ) -> GradientAudit:
@@ -48,6 +49,7 @@ def audit_gradients(
     after       what the trainer does to gradients before the optimizer, such as a reduction: the gradients are judged
                 as it leaves them, and marks for a later sum no longer count
     combine     how the ranks' losses make the one that is trained: "equal" (they are it), "mean" or "sum"
+    has_backward  loss() makes the gradients itself, as a pipeline's training step does; every call then does
     buffers     tensors besides the parameters that a forward changes
     progress    None: a bar on a terminal, if rich is installed
 
@@ -64,7 +66,7 @@ def audit_gradients(
         buffers = [*(each for each in parameters.parameters() if each.stop_gradient), *parameters.buffers(), *buffers]
     is_first_rank = group is None or group.rank == 0
     with kept([tensor for _, tensor in named], buffers) as before, counting(progress, is_first_rank) as tick:
-        probe = Probe(loss, group, before, combine, tick)
+        probe = Probe(loss, group, before, combine, has_backward, tick)
         shards = shards_among(named, group, sharded)
         probe.backward(after)
         marked = set() if after is not None else _marked(named, group)

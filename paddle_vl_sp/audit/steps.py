@@ -57,7 +57,7 @@ def reach(entry: Entry, is_random: bool) -> float:
 
 def _rms(entry: Entry) -> float:
     """Root mean square of the parameter's values, or what it counts as."""
-    return max(entry.weight / max(entry.count, 1) ** 0.5, SMALLEST.get(entry.tensor.ndim, SMALLEST_MATRIX))
+    return max(entry.weight / math.sqrt(max(entry.count, 1)), SMALLEST.get(entry.tensor.ndim, SMALLEST_MATRIX))
 
 
 def moves_of(entries: Sequence[Entry], part: float, number: int, rank: int) -> list[tuple[Entry, Tensor]]:

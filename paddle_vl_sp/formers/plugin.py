@@ -9,8 +9,10 @@ PADDLE_VL_SP_STRICT=0           code of PaddleFormers that is not known is left 
 PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replicated vision tower
 PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
 PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
+PADDLE_VL_SP_AUDIT=1, strict    the gradients are audited before the first step, also with PADDLE_VL_SP=0
 """
 
+from paddle_vl_sp.formers.audit import audit_if_asked
 from paddle_vl_sp.formers.callback import report_if_asked
 from paddle_vl_sp.formers.patch import apply_to_paddleformers
 from paddle_vl_sp.formers.workflow import plan_if_asked
@@ -19,3 +21,4 @@ from paddle_vl_sp.settings import FAMILIES, STRICT, VISION_DP, is_on, names_in
 apply_to_paddleformers(families=names_in(FAMILIES), strict=is_on(STRICT), vision_dp=is_on(VISION_DP))
 plan_if_asked()
 report_if_asked()
+audit_if_asked()
