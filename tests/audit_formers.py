@@ -16,6 +16,7 @@ MERGER = "model.visual.deepstack_merger_list.{}.linear_fc2.weight"
 FIRST = "model.language_model.layers.0."
 QWEN3_VL_FAULTS = {
     "upstream": {MERGER.format(0): "partial", MERGER.format(2): "partial"},
+    "upstream without SP": {FIRST + "self_attn.q_norm.weight": "partial", FIRST + "self_attn.k_norm.weight": "partial"},
     "second sum": {MERGER.format(1): "times n"},
     "mean for the sum": {MERGER.format(1): "partial"},
     "factor n": {MERGER.format(1): "times n"},
@@ -43,8 +44,8 @@ def formers_model(family, fault="", group=None, samples=SAMPLES, seed=2):
     apply = apply_to_qwen3_vl if family == "qwen3_vl" else apply_to_qwen2_5_vl
     make = getattr(tiny, f"tiny_{family}")
     batch = tiny.draw_batch(samples, SEQ_LEN, seed, frames_apart=family == "qwen3_vl")
-    with contextlib.nullcontext() if fault == "upstream" else apply():
-        model = make(**tiny.tensor_parallel(group.nranks, SEQ_LEN))
+    with contextlib.nullcontext() if fault.startswith("upstream") else apply():
+        model = make(**tiny.tensor_parallel(group.nranks, SEQ_LEN, sequence_parallel=not fault.endswith("without SP")))
         tiny.load_weights(model, tiny.weights_of(make()), group.rank, group.nranks)
         for name, parameter in model.named_parameters():
             if fault == "unmarked norms":

@@ -42,6 +42,7 @@ class Entry:
     way: Tensor  # the direction to step along: expected, or where the ranks' gradients cancel, one of them
     size: float  # norm of the way, over all shards
     shares: tuple[float, ...]  # [nranks] each rank's part of `way`; of shards, whether there is any
+    spread: float  # the largest distance of a rank's gradient from the mean, over the mean's norm; of copies
     weight: float  # norm of the parameter, over all shards
     is_strided: bool
 
@@ -128,7 +129,8 @@ def entries_of(named: Named, shards: set[str], marked: set[str], tolerance: floa
         if kind == UNEQUAL and size < CANCELLED * table[:, i, 1].max() ** 0.5:
             way, size, shares = _one_of(own, table[:, i, 1], group)
         weight = float((table[:, i, 5].sum() if name in shards else table[0, i, 5]) ** 0.5)
-        made.append(Entry(name, tensor, kind, own, expected, way, size, shares, weight, _is_strided(tensor)))
+        spread = 0.0 if name in shards else _spread(table[:, i])
+        made.append(Entry(name, tensor, kind, own, expected, way, size, shares, spread, weight, _is_strided(tensor)))
     return made
 
 
@@ -162,14 +164,19 @@ def _copy(
     _own: Tensor, total: Tensor, table: Floats, is_marked: bool, close: float
 ) -> tuple[str, Tensor, float, tuple[float, ...]]:
     """Kind, what is expected of the gradients, its norm, and the ranks' parts of it."""
-    nranks, size, apart = len(table), float(table[0, 4] ** 0.5), float(table[:, 3].max() ** 0.5)
+    nranks, size = len(table), float(table[0, 4] ** 0.5)
     if not table[:, 1].any():
         return ABSENT, total, 0.0, (0.0,) * nranks
-    is_equal = apart * nranks <= close * size and not is_marked
+    is_equal = _spread(table) <= close and not is_marked
     shares = table[:, 2] / size**2 if size else np.zeros(nranks)
     if is_equal:
         return EQUAL, total / nranks, size / nranks, tuple((nranks * shares).tolist())
     return MARKED if is_marked else UNEQUAL, total, size, tuple(shares.tolist())
+
+
+def _spread(table: Floats) -> float:
+    apart, mean = float(table[:, 3].max() ** 0.5), float(table[0, 4] ** 0.5) / len(table)
+    return apart / mean if mean else float("inf") if apart else 0.0
 
 
 def _one_of(own: Tensor, squares: Floats, group: Group | None) -> tuple[Tensor, float, tuple[float, ...]]:

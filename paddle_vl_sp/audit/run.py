@@ -9,7 +9,16 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.audit.causes import cause_of
-from paddle_vl_sp.audit.entries import MARKED, SHARDED, Entry, check_same_names, entries_of, shards_among, trainable
+from paddle_vl_sp.audit.entries import (
+    MARKED,
+    SHARDED,
+    UNEQUAL,
+    Entry,
+    check_same_names,
+    entries_of,
+    shards_among,
+    trainable,
+)
 from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE
 from paddle_vl_sp.audit.probe import Probe
 from paddle_vl_sp.audit.progress import counting
@@ -122,6 +131,8 @@ def _note(entry: Entry, outcome: Outcome, group: Group | None) -> str:
         parts.append(f"the {judgement.completed_by} over {_in_words(group)} completes it")
     elif judgement.of_sum:
         parts.append(f"of the ranks' sum over {_in_words(group)}")
+    elif judgement.verdict == MIXED and entry.kind == UNEQUAL:
+        parts.append(f"the ranks' gradients differ by {entry.spread:.0%} of their mean")
     elif judgement.verdict == MIXED and outcome.off:
         parts.append(f"off by {outcome.off:.0%} or more")
     if outcome.is_needed:

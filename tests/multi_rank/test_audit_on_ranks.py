@@ -61,10 +61,9 @@ def formers_case(family, fault):
     says(audit, audit_formers.FAULTS[family].get(fault, {}))
     assert audit.ok == (not fault)
     language = [finding.name for finding in audit.wrong if "language_model" in finding.name]
-    assert bool(language) == (fault in ("unmarked norms", "upstream")), language
-    if fault == "upstream":
-        assert "apply_to_qwen3_vl()" in str(audit)
-        assert "q_norm/k_norm under TP" in str(audit)
+    assert bool(language) == (fault == "unmarked norms" or fault.startswith("upstream")), language
+    assert ("apply_to_qwen3_vl()" in str(audit)) == (fault == "upstream")
+    assert ("q_norm/k_norm under TP" in str(audit)) == bool(language)
 
 
 def is_looked_at(name):
@@ -166,10 +165,8 @@ def refusals():
 
 MLP = [(mlp_case, (fault,)) for fault in ("", *models.MLP_FAULTS)]
 DECODER = [(decoder_case, ("ring", fault)) for fault in ("", "missing sum", "factor n", "detached keys")]
-DECODER += [
-    (decoder_case, ("ulysses", fault)) for fault in ("", "level forgotten", "rank forgotten", "another's gradient")
-]
-FORMERS = [("qwen3_vl", fault) for fault in ("", "upstream", "unmarked norms")]
+DECODER += [(decoder_case, ("ulysses", fault)) for fault in ("", "level forgotten", "another's gradient")]
+FORMERS = [("qwen3_vl", fault) for fault in ("", "upstream", "upstream without SP", "unmarked norms")]
 FORMERS += [("qwen2_5_vl", fault) for fault in ("", "marked tower")]
 TWO_RANKS = {"mlp " + words[0]: partial(case, *words) for case, words in MLP}
 TWO_RANKS |= {" ".join(words): partial(case, *words) for case, words in DECODER}
