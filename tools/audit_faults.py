@@ -1,6 +1,6 @@
 """audit_gradients on four models: right versions must not be named, planted faults must be, each with its verdict.
 
-python tools/audit_faults.py docs/audit-faults.csv            about twenty minutes on two cores
+python tools/audit_faults.py docs/audit-faults.csv            half an hour on two cores
 python tools/audit_faults.py docs/audit-faults.csv --read     the sums of a CSV that is there
 
 What is right is told by the gradients themselves: those of the right version, compared parameter by parameter. Errors
@@ -31,6 +31,7 @@ from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, 
 CLEARLY_RIGHT, CLEARLY_WRONG = 0.02, 0.12
 SEEDS = {"mlp": range(8), "ring": range(4), "ulysses": range(4), "qwen3_vl": range(6), "qwen2_5_vl": range(6)}
 KINDS = ([["image"], ["image", "image"]], [["image"], []], [["image", "image"], ["image"]], [["video"], ["image"]])
+QUICK = ("unmarked norms", "marked tower", "upstream without SP", "missing sum")  # of few forwards: also on four ranks
 FIELDS = ("model", "ranks", "fault", "seed", "parameters", "right", "wrong", "found", "named", "other verdict")
 FIELDS += ("false alarms", "not judged", "forwards", "seconds")
 
@@ -134,10 +135,12 @@ def row_of(model, fault, seed, group):
 
 
 def measure(nranks, model):
-    """On every rank: rows of the right version for every seed, and of every fault."""
+    """On every rank: rows of the right version for every seed, and of every fault; the slow models on two ranks only."""
     with enable_tensor_parallel_on_cpu():
         group = init_tensor_parallel(nranks)
-        cases = [("", seed) for seed in SEEDS[model]] + [(fault, 0) for fault in faults_of(model)]
+        cases = [("", seed) for seed in SEEDS[model]] + [
+            (fault, 0) for fault in faults_of(model) if nranks == 2 or fault in QUICK or "qwen" not in model
+        ]
         return [row_of(model, fault, seed, group) for fault, seed in cases]
 
 

@@ -18,9 +18,13 @@ from paddle_vl_sp.settings import check_choice
 
 COMBINE = ("equal", "mean", "sum")
 SAME_LOSS = 1e-3  # relative: losses of ranks that differ by more are not one loss
-BITS = {paddle.float64: 52, paddle.float32: 23, paddle.float16: 10, paddle.bfloat16: 7}
+BITS = 23  # of float32
 COARSE = 10  # trailing zero bits that all losses share, from which on they were rounded to fewer bits
-JITTER_SEED = 1_000_003
+NOISE_SEED = 1_000_003
+SHORT = 8  # bits: a step of 2^-8 flips the roundings of bfloat16, and is short against the loss's curvature
+SHORT_BFLOAT16 = 6  # of bfloat16 values two roundings: this step and its half move them exactly
+NOISY = 10.0  # times the resolution: from there on the noise is measured again
+MORE_NOISE = 3  # times
 
 Moves = Sequence[tuple[Entry, Tensor]]
 
@@ -29,11 +33,13 @@ Moves = Sequence[tuple[Entry, Tensor]]
 class Difference:
     """(L(p + v) - L(p - v)) / 2, and the same by the gradients.
 
+    middle    (L(p + v) + L(p - v)) / 2
     truth     by the loss
     own       [nranks] by each rank's gradient; of shards, by all ranks' together
     expected  by what is expected of the gradients
     """
 
+    middle: float
     truth: float
     own: Floats
     expected: float
@@ -41,6 +47,7 @@ class Difference:
     def refined(self, half: Difference) -> Difference:
         """Without the curvature's part, which goes with the cube of the step: this and one of half the step."""
         return Difference(
+            half.middle,
             (8 * half.truth - self.truth) / 3,
             (8 * half.own - self.own) / 3,
             (8 * half.expected - self.expected) / 3,
@@ -71,7 +78,6 @@ class Probe:
         self.group, self.num_forwards = group, 0
         self._loss, self._before, self._combine, self._tick = loss, before, combine, tick
         self._seen: list[float] = []
-        self._bits = BITS[paddle.float32]
         self.base = self.noise = self.scale = 0.0
 
     def backward(self, after: Callable[[], object] | None) -> None:
@@ -80,7 +86,6 @@ class Probe:
             self._before.restore()
             loss = self._loss()
             _check_loss(loss, self._has_backward)
-            self._bits = BITS.get(loss.dtype, self._bits)
             value = float(loss)
             if not self._has_backward:
                 loss.backward()
@@ -89,14 +94,26 @@ class Probe:
         self.base = self._agreed(caught, value if not caught else 0.0)[0]
 
     def measure_noise(self, entries: Sequence[Entry]) -> None:
-        """How much the loss moves by itself: the same forward again, steps of one rounding, the digits it has."""
+        """How much the loss moves by itself: the same forward again, steps that roundings make uneven, its digits."""
         again = self._forward([])[0]
-        moves = [(entry, _jitter(entry, number)) for number, entry in enumerate(entries)]
-        jitter = self.difference(moves)
+        uneven = self._unevenness(entries, 0)
         # a loss near zero is made of larger terms: the parameters' reach says how large
         self.scale = max(abs(self.base), 0.01 * max(entry.size * entry.weight for entry in entries)) or 1.0
-        resolution = self.scale * 2.0 ** -min(self._bits, 23) * 2.0 ** self._coarse_bits()
-        self.noise = max(resolution, abs(again - self.base), abs(jitter.truth - jitter.expected))
+        resolution = self.scale * 2.0 ** (self._coarse_bits() - BITS)
+        if uneven > NOISY * resolution:
+            uneven = max(uneven, *(self._unevenness(entries, number) for number in range(1, 1 + MORE_NOISE)))
+        self.noise = max(resolution, abs(again - self.base), uneven)
+
+    def _unevenness(self, entries: Sequence[Entry], number: int) -> float:
+        """How far the loss is from a parabola along a short random step, as the deviation of one loss.
+
+        Five points, whatever the gradients are; the divisors are the deviations of sums of independent errors.
+        """
+        moves = [(entry, _short_step(entry, number)) for entry in entries]
+        whole, half = self.difference(moves), self.difference(moves, 0.5)
+        odd = abs(whole.truth - 2 * half.truth) / 2.5**0.5
+        even = abs(whole.middle - self.base - 4 * (half.middle - self.base)) / 17.5**0.5
+        return float(max(odd, even))
 
     def difference(self, moves: Moves, scale: float = 1.0) -> Difference:
         """Two forwards, with the parameters moved by scale * v and by -scale * v."""
@@ -115,7 +132,7 @@ class Probe:
             for (entry, _), value in zip(moves, saved, strict=True):
                 assign(entry.tensor, value)
         of_shards = float(table[:, 1].sum())
-        return Difference((up - down) / 2, table[:, 0] + of_shards, float(table[0, 2]) + of_shards)
+        return Difference((up + down) / 2, (up - down) / 2, table[:, 0] + of_shards, float(table[0, 2]) + of_shards)
 
     def _forward(self, numbers: Sequence[float]) -> tuple[float, Floats]:
         value = 0.0
@@ -189,9 +206,11 @@ def _foretold(entry: Entry, way: Tensor) -> Floats:
     return np.array([own, 0.0, float((entry.expected * way).sum())])
 
 
-def _jitter(entry: Entry, number: int) -> Tensor:
-    """A step of about one rounding of each value, up or down."""
-    signs = np.random.default_rng([JITTER_SEED, number]).integers(0, 2, entry.tensor.shape) * 2 - 1
-    bits = BITS.get(entry.tensor.dtype, 23)
-    step: Tensor = entry.tensor.detach().astype("float32") * (2.0 ** -min(bits, 23))
-    return step * paddle.to_tensor(signs.astype("float32"), place=step.place)
+def _short_step(entry: Entry, number: int) -> Tensor:
+    """Each value up or down by a power of two, a small part of it."""
+    signs = np.random.default_rng([NOISE_SEED, number, *entry.name.encode()]).integers(0, 2, entry.tensor.shape) * 2 - 1
+    value = entry.tensor.detach().astype("float32")
+    bits = SHORT_BFLOAT16 if entry.tensor.dtype == paddle.bfloat16 else SHORT
+    step = 2.0 ** (value.abs().clip(min=1e-30).log2().floor() - bits)
+    moved: Tensor = step * paddle.to_tensor(signs.astype("float32"), place=step.place)
+    return moved

@@ -18,6 +18,7 @@ class Finding:
     is_right whether the optimizer will see the whole gradient
     note     what completes it, or how it was judged
     cause    a known one, with what to do, or ""
+    together how many parameters were judged by their common change; 1 is alone
     """
 
     name: str
@@ -26,6 +27,7 @@ class Finding:
     is_right: bool
     note: str = ""
     cause: str = ""
+    together: int = 1
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _finding(entry: Entry, outcome: Outcome, group: Group | None, is_final: bool
     if verdict == NONE:
         is_right = not outcome.is_needed
     cause = "" if is_right else cause_of(entry.name, verdict, entry.is_strided and is_final)
-    return Finding(entry.name, verdict, outcome.shares, is_right, _note(entry, outcome, group), cause)
+    return Finding(entry.name, verdict, outcome.shares, is_right, _note(entry, outcome, group), cause, outcome.bundle)
 
 
 def _note(entry: Entry, outcome: Outcome, group: Group | None) -> str:
@@ -140,7 +140,8 @@ def _note(entry: Entry, outcome: Outcome, group: Group | None) -> str:
     if entry.kind == SHARDED and judgement.verdict != WHOLE:
         parts.append("each rank's own shard")
     if outcome.bundle > 1:
-        parts.append(f"judged together with {outcome.bundle - 1} others")
+        one = ": one of them at least" if judgement.verdict == MIXED else ""
+        parts.append(f"judged together with {outcome.bundle - 1} others{one}")
     return ", ".join(part for part in parts if part)
 
 

@@ -12,6 +12,7 @@ from paddle_vl_sp.audit.steps import Steps, blind_moves, moves_of, reach
 
 KINDS = (EQUAL, SHARDED, MARKED, UNEQUAL)
 FEW = 4  # parameters of a block that failed from which on each is looked at alone
+FEWEST = 8  # parameters that a block must be able to have; else the loss is too noisy to judge single ones by it
 GROSS = 0.25  # of what is expected: a disagreement that curvature does not make
 MINOR = 0.02  # of a bundle's change: parts below it are not judged by it
 
@@ -44,6 +45,10 @@ class Search:
     def run(self, entries: Sequence[Entry]) -> None:
         for kind in KINDS:
             same = [entry for entry in entries if entry.kind == kind]
+            if self._steps.largest_block < FEWEST:
+                self._look_at_together([entry for entry in same if entry.size])
+                self._settle(same, None)
+                continue
             large = [entry for entry in same if reach(entry, False) >= self._steps.needed]
             self._look_at(large)
             self._bundles([entry for entry in same if entry.name not in self.found])
@@ -165,12 +170,37 @@ class Search:
     def _bundles(self, small: list[Entry]) -> None:
         """Parameters too small for a verdict of their own, by the common change of those under one name."""
         for bundle in _under_one_name(small):
-            most = sum(reach(entry, False) for entry in bundle)
-            seen = [entry for entry in bundle if reach(entry, False) >= MINOR * most]
-            if most >= 2 * self._steps.needed:
-                judgement = self._alone(seen)
-                self._settle(seen, judgement, _factor_of(judgement), len(seen))
+            self._judge_together(bundle)
         self._settle(small, None)
+
+    def _judge_together(self, bundle: list[Entry]) -> Judgement | None:
+        """The verdict of their common change for those that have a share in it; None where it is too small."""
+        most = sum(reach(entry, False) for entry in bundle)
+        seen = [entry for entry in bundle if reach(entry, False) >= MINOR * most]
+        if most < 2 * self._steps.needed:
+            return None
+        judgement = self._alone(seen)
+        self._settle(seen, judgement, _factor_of(judgement), len(seen))
+        return judgement
+
+    def _look_at_together(self, bundle: list[Entry]) -> None:
+        """With a noisy loss: all of one kind by their common change, then the modules of those that are mixed.
+
+        Where a mixed bundle has no part that is wrong by itself, all of the bundle is named.
+        """
+        judgement = self._judge_together(bundle) if bundle else None
+        if judgement is None or judgement.verdict != MIXED or len(bundle) == 1:
+            return
+        named = {entry.name: self.found.pop(entry.name, None) for entry in bundle}
+        for part in parts_of(bundle):
+            self._look_at_together(part)
+        if not any(self._is_wrong(entry) for entry in bundle):
+            self.found |= {name: outcome for name, outcome in named.items() if outcome is not None}
+
+    def _is_wrong(self, entry: Entry) -> bool:
+        """Whether the entry has an outcome that its kind should not have."""
+        right = {EQUAL: WHOLE, SHARDED: WHOLE, MARKED: PARTIAL}.get(entry.kind)
+        return entry.name in self.found and self.found[entry.name].judgement.verdict not in (right, TOO_SMALL)
 
     def _look_for_dependence(self, block: list[Entry]) -> None:
         """Parameters without a gradient on any rank: the loss must not change with them."""

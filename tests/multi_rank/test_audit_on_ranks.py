@@ -40,6 +40,7 @@ def mlp_case(fault):
     audit = audited(loss, named, after)
     assert audit.verdicts == models.expected(named, models.MLP_FAULTS.get(fault, {}), group().nranks)
     assert audit.ok == (not fault)
+    assert fault or audit.num_forwards <= 20
 
 
 def decoder_case(attention, fault):
@@ -115,6 +116,23 @@ def strided_all_reduce():
     assert "strided gradient in fused_allreduce_gradients" in str(audit)
 
 
+def copies_that_differ():
+    """Known to be wrong where no step shows it: across the gradient, or where the ranks' gradients cancel."""
+    loss, named, _ = models.tensor_parallel_mlp()
+    tensors, sign = dict(named), 1.0 - 2.0 * (dist.get_rank() == 1)
+
+    def after():
+        norm, head = tensors["1.norm"].grad, tensors["head"].grad
+        across = paddle.flip(head, [1])
+        across = across - head * ((across * head).sum() / head.square().sum())
+        head.set_value(head + 0.3 * sign * across)
+        norm.set_value(sign * norm)
+
+    audit = audited(loss, named, after, directions=0)
+    assert {finding.name: finding.verdict for finding in audit.wrong} == {"1.norm": "mixed", "head": "mixed"}
+    assert "the ranks' gradients differ by" in str(audit)
+
+
 def tensor_parallel_dropout():
     """The generators of fleet's tracker draw the same in every forward, and go on as if nothing had been."""
     from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
@@ -177,6 +195,7 @@ TWO_RANKS |= {
         unreduced_data_parallel,
         reduced_data_parallel,
         strided_all_reduce,
+        copies_that_differ,
         tensor_parallel_dropout,
         refusals,
     )
