@@ -135,7 +135,7 @@ def row_of(model, fault, seed, group):
 
 
 def measure(nranks, model):
-    """On every rank: rows of the right version for every seed, and of every fault; the slow models on two ranks only."""
+    """On every rank: rows of the right version for every seed, and of faults; of slow models some on four."""
     with enable_tensor_parallel_on_cpu():
         group = init_tensor_parallel(nranks)
         cases = [("", seed) for seed in SEEDS[model]] + [

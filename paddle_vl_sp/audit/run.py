@@ -8,6 +8,7 @@ from typing import Any
 from paddle import Tensor
 from paddle.nn import Layer
 
+from paddle_vl_sp.audit.alone import Outcome
 from paddle_vl_sp.audit.causes import cause_of
 from paddle_vl_sp.audit.entries import (
     MARKED,
@@ -23,7 +24,7 @@ from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE
 from paddle_vl_sp.audit.probe import Probe
 from paddle_vl_sp.audit.progress import counting
 from paddle_vl_sp.audit.result import Finding, GradientAudit
-from paddle_vl_sp.audit.search import Outcome, Search
+from paddle_vl_sp.audit.search import Search
 from paddle_vl_sp.audit.state import kept
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.collectives import Group

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from paddle_vl_sp.audit.alone import GROSS, Alone, Outcome
 from paddle_vl_sp.audit.entries import ABSENT, EQUAL, MARKED, SHARDED, UNEQUAL, Entry
-from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE, Judgement, Reading, factor_of, judge, times
+from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE, Judgement, factor_of, times
 from paddle_vl_sp.audit.probe import Difference, Moves, Probe
 from paddle_vl_sp.audit.steps import Steps, blind_moves, moves_of, reach
 
 KINDS = (EQUAL, SHARDED, MARKED, UNEQUAL)
 FEW = 4  # parameters of a block that failed from which on each is looked at alone
 FEWEST = 8  # parameters that a block must be able to have; else the loss is too noisy to judge single ones by it
-GROSS = 0.25  # of what is expected: a disagreement that curvature does not make
-MINOR = 0.02  # of a bundle's change: parts below it are not judged by it
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found of one parameter.
-
-    bundle  how many were judged by their common change; 1 is alone
-    off     how far a rank's gradient is from the whole one at least, relative, where it was measured
-    """
-
-    judgement: Judgement
-    shares: tuple[float, ...]
-    bundle: int = 1
-    off: float = 0.0
-    is_needed: bool = False  # no gradient, but the loss depends on the parameter
+MINOR = 0.02  # of a bundle's largest part: parts below it are not judged by the bundle
 
 
 class Search:
@@ -39,8 +24,8 @@ class Search:
         self.found: dict[str, Outcome] = {}
         self._probe, self._directions, self._tolerance, self._combine = probe, directions, tolerance, combine
         self._steps = Steps.of(probe, tolerance)
-        group = probe.group
-        self._rank, self._nranks = (0, 1) if group is None else (group.rank, group.nranks)
+        self._single = Alone(probe, self._steps, directions, tolerance, combine)
+        self._rank, self._nranks = probe.rank, probe.nranks
 
     def run(self, entries: Sequence[Entry]) -> None:
         for kind in KINDS:
@@ -111,61 +96,10 @@ class Search:
         return agree(first.refined(self._probe.difference(moves, 0.5)))
 
     def _alone(self, bundle: Sequence[Entry]) -> Judgement | None:
-        """One parameter, or several of one kind by their common change; None if the loss does not show enough."""
-        readings: list[Reading] = []
-        kind, ratio = bundle[0].kind, 1.0
-        for number in range(1 + self._directions if len(bundle) == 1 else 1):
-            size = min(self._steps.alone, sum(reach(entry, number > 0) for entry in bundle))
-            if number and size < self._steps.needed / 2:
-                continue
-            reading = self._read(bundle, number, size, ratio, [*readings])
-            readings.append(reading)
-            ratio = min(max(abs(readings[0].truth) / size, 1 / 64), 64.0) if number == 0 else ratio
-            judgement = judge(readings, kind, self._combine, self._tolerance)
-            if judgement is None or judgement.verdict == MIXED:
-                break
+        judgement, readings = self._single.judge(bundle)
         if judgement is not None and len(bundle) == 1:
-            self._remember(bundle[0], judgement, readings)
+            self.found[bundle[0].name] = self._single.outcome(bundle[0], judgement, readings)
         return judgement
-
-    def _read(self, bundle: Sequence[Entry], number: int, size: float, ratio: float, before: list[Reading]) -> Reading:
-        """A second, shorter step unless the first one agrees with a right gradient; a third if those disagree."""
-        moves = moves_of(bundle, size, number, self._rank) if len(bundle) == 1 else _common_moves(bundle, size)
-        first, noise = self._probe.difference(moves), 2 * self._probe.noise
-        reading = Reading(first.truth, first.own, noise, max(abs(first.truth), ratio * size * (number > 0)))
-        allowed = self._tolerance * reading.size
-        distance = abs(first.expected - first.truth)
-        if noise < allowed / 2 and (distance < allowed / 2 or _is_gross(bundle[0], distance, reading)):
-            return reading
-        for scale in (0.5, 0.125):
-            first = first if scale == 0.5 else self._probe.difference(moves, 2 * scale)
-            half = self._probe.difference(moves, scale)
-            best, unit = first.refined(half), 1 / (2 * scale)
-            error = unit * (first.curvature(half) / 3 + 3 * noise)
-            expected = max(abs(best.truth) * unit, ratio * size * (number > 0))
-            reading = Reading(best.truth * unit, best.own * unit, error, expected)
-            if judge([*before, reading], bundle[0].kind, self._combine, self._tolerance) is not None:
-                break
-        return reading
-
-    def _remember(self, entry: Entry, judgement: Judgement, readings: list[Reading]) -> None:
-        shares, along = entry.shares, readings[0]
-        if entry.kind == SHARDED and judgement.verdict != WHOLE:
-            shares = self._shard_by_shard(entry)
-        elif abs(along.truth) > along.error:
-            shares = tuple((along.own / along.truth).tolist())
-        off = max(float(abs(reading.own - reading.truth).max()) / (reading.size or 1.0) for reading in readings)
-        self.found[entry.name] = Outcome(judgement, shares, off=off)
-
-    def _shard_by_shard(self, entry: Entry) -> tuple[float, ...]:
-        """One rank's part moves at a time: what each rank's gradient says over what the loss does."""
-        shares = []
-        for rank in range(self._nranks):
-            only = replace(entry, way=entry.way * float(rank == self._rank))
-            size = min(self._steps.alone, reach(entry, False))
-            seen = self._probe.difference(moves_of([only], size, 0, self._rank))
-            shares.append(seen.expected / seen.truth if abs(seen.truth) > 4 * self._probe.noise else 0.0)
-        return tuple(shares)
 
     def _bundles(self, small: list[Entry]) -> None:
         """Parameters too small for a verdict of their own, by the common change of those under one name."""
@@ -176,7 +110,8 @@ class Search:
     def _judge_together(self, bundle: list[Entry]) -> Judgement | None:
         """The verdict of their common change for those that have a share in it; None where it is too small."""
         most = sum(reach(entry, False) for entry in bundle)
-        seen = [entry for entry in bundle if reach(entry, False) >= MINOR * most]
+        largest = max(reach(entry, False) for entry in bundle)
+        seen = [entry for entry in bundle if reach(entry, False) >= MINOR * largest]
         if most < 2 * self._steps.needed:
             return None
         judgement = self._alone(seen)
@@ -258,19 +193,8 @@ def _factors(kind: str, nranks: int, combine: str) -> dict[float, Judgement]:
     return {1.0: Judgement(PARTIAL, "sum"), n: replace(many, of_sum=True), 1 / n: replace(part, of_sum=True)}
 
 
-def _is_gross(entry: Entry, distance: float, reading: Reading) -> bool:
-    """Of copies that differ it is known that they are not whole: there one step tells partial from mixed."""
-    return entry.kind == UNEQUAL and distance > GROSS * max(reading.size, abs(float(reading.own.sum())))
-
-
 def _factor_of(judgement: Judgement | None) -> float:
     return 1.0 if judgement is None else factor_of(judgement.verdict) or 1.0
-
-
-def _common_moves(bundle: Sequence[Entry], size: float) -> Moves:
-    """All along their gradients, so that their parts add up to `size`."""
-    most = sum(reach(entry, False) for entry in bundle)
-    return [(entry, entry.way * (min(1.0, size / most) * reach(entry, False) / entry.size**2)) for entry in bundle]
 
 
 def _under_one_name(entries: Iterable[Entry]) -> list[list[Entry]]:

@@ -15,6 +15,7 @@ from paddle_vl_sp.comm.collectives import Group, all_reduce_sum, has_peers
 from paddle_vl_sp.formers.changes import replace
 from paddle_vl_sp.formers.groups import topology
 from paddle_vl_sp.log import logger
+from paddle_vl_sp.report import paused
 from paddle_vl_sp.settings import AUDIT, setting
 
 _audited: WeakSet[Any] = WeakSet()  # trainers
@@ -51,7 +52,8 @@ def audit_step(trainer: Any, model: Any, inputs: Any, step: Callable[[], Tensor]
     loss = step if is_pipeline else _loss_of(trainer, model, inputs)
     after = _sum_over_sep(list(trainer.model.parameters()), group)
     try:
-        audit = audit_gradients(loss, trainer.model, group, after=after, has_backward=is_pipeline)
+        with paused():
+            audit = audit_gradients(loss, trainer.model, group, after=after, has_backward=is_pipeline)
     except ValueError as error:  # raised by all ranks of the group
         if setting(AUDIT) == "strict":
             raise

@@ -165,6 +165,56 @@ def test_a_bfloat16_model_is_judged_by_what_its_parameters_really_did():
     assert audit_gradients(lambda: loss(0.3), [("weight", weight)], None).verdicts == {"weight": "mixed"}
 
 
+def rounded_block(weights, x, labels):
+    """The loss of two layers whose activations have the eight bits of bfloat16."""
+    for weight in weights[:-1]:
+        x = F.gelu(paddle.matmul(x, weight)).astype("bfloat16").astype("float32")
+    return F.cross_entropy(paddle.matmul(x, weights[-1]), labels)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_noisy_loss_is_judged_by_modules(factor):
+    """Right gradients are not named; of wrong ones the module is, or the parameter where it stands out."""
+    paddle.seed(5)
+    weights = [(paddle.randn([64, 64]) / 8).detach() for _ in range(4)]
+    for weight in weights:
+        weight.stop_gradient = False
+    x, labels = paddle.randn([32, 64]), paddle.randint(0, 64, [32])
+
+    def after():
+        for weight in weights[:2]:
+            weight.grad.set_value(weight.grad * factor)
+
+    named = [(f"layers.{i // 2}.{i % 2}", weight) for i, weight in enumerate(weights)]
+    audit = audit_gradients(lambda: rounded_block(weights, x, labels), named, None, after=after)
+    assert audit.noise > 1e-5
+    assert audit.ok == (factor == 1.0)
+    assert {finding.name for finding in audit.wrong if finding.together == 1} <= {"layers.0.0", "layers.0.1"}
+    assert "whole" in audit.verdicts.values() or factor != 1.0
+
+
+@pytest.mark.parametrize(("count", "wrong", "most"), [(2000, None, 20), (500, 321, 120)])
+def test_many_parameters(count, wrong, most):
+    """The clean case costs ten to twenty forwards, whatever their number; one that is wrong is found by halving."""
+    paddle.seed(6)
+    scales = [(1 + 0.01 * paddle.randn([8])).detach() for _ in range(count)]
+    for scale in scales:
+        scale.stop_gradient = False
+    x = paddle.rand([16, 8]) + 0.5
+
+    def loss():
+        hidden = x
+        for i, scale in enumerate(scales):
+            hidden = hidden * (scale if i != wrong else 0.5 * scale + 0.5 * scale.detach())
+        return F.softplus(hidden).mean()
+
+    audit = audit_gradients(loss, [(f"layers.{i // 10}.{i % 10}", scale) for i, scale in enumerate(scales)], None)
+    assert [finding.name for finding in audit.wrong] == (
+        [] if wrong is None else [f"layers.{wrong // 10}.{wrong % 10}"]
+    )
+    assert audit.num_forwards <= most
+
+
 def test_steps_smaller_than_a_rounding_count_as_what_they_move():
     """A straight loss of bfloat16 weights, which a step of a thousandth moves by a rounding or not at all: exact."""
     paddle.seed(4)
