@@ -10,6 +10,7 @@ between CLEARLY_RIGHT and CLEARLY_WRONG are near the audit's tolerance and are n
 import argparse
 import contextlib
 import csv
+import itertools
 import platform
 import sys
 import time
@@ -134,13 +135,12 @@ def row_of(model, fault, seed, group):
     return {field: about.get(field, row[field]) for field in FIELDS}
 
 
-def measure(nranks, model):
-    """On every rank: rows of the right version for every seed, and of faults; of slow models some on four."""
+def measure(nranks, model, is_right):
+    """On every rank: rows of the right version for every seed, or of faults; of slow models some on four."""
     with enable_tensor_parallel_on_cpu():
         group = init_tensor_parallel(nranks)
-        cases = [("", seed) for seed in SEEDS[model]] + [
-            (fault, 0) for fault in faults_of(model) if nranks == 2 or fault in QUICK or "qwen" not in model
-        ]
+        faults = [fault for fault in faults_of(model) if nranks == 2 or fault in QUICK or "qwen" not in model]
+        cases = [("", seed) for seed in SEEDS[model]] if is_right else [(fault, 0) for fault in faults]
         return [row_of(model, fault, seed, group) for fault, seed in cases]
 
 
@@ -152,10 +152,9 @@ def write(file):
         out.write(f"# {words}\n")
         writer = csv.DictWriter(out, FIELDS)
         writer.writeheader()
-        for nranks in (2, 4):
-            for model in SEEDS:
-                writer.writerows(run_ranks(audit_faults.measure, nranks, nranks, model, timeout=3000)[0])
-                out.flush()
+        for is_right, nranks, model in itertools.product((True, False), (2, 4), SEEDS):
+            writer.writerows(run_ranks(audit_faults.measure, nranks, nranks, model, is_right, timeout=3000)[0])
+            out.flush()
 
 
 def sums(file):

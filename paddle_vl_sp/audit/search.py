@@ -11,7 +11,7 @@ from paddle_vl_sp.audit.judge import MIXED, NONE, PARTIAL, TOO_SMALL, WHOLE, Jud
 from paddle_vl_sp.audit.probe import Difference, Moves, Probe
 from paddle_vl_sp.audit.steps import Steps, blind_moves, moves_of, reach
 
-KINDS = (EQUAL, SHARDED, MARKED, UNEQUAL)
+RIGHT = {EQUAL: Judgement(WHOLE), SHARDED: Judgement(WHOLE), MARKED: Judgement(PARTIAL, "sum")}  # may share a block
 FEW = 4  # parameters of a block that failed from which on each is looked at alone
 FEWEST = 8  # parameters that a block must be able to have; else the loss is too noisy to judge single ones by it
 MINOR = 0.02  # of a bundle's largest part: parts below it are not judged by the bundle
@@ -28,32 +28,39 @@ class Search:
         self._rank, self._nranks = probe.rank, probe.nranks
 
     def run(self, entries: Sequence[Entry]) -> None:
-        for kind in KINDS:
-            same = [entry for entry in entries if entry.kind == kind]
-            if self._steps.largest_block < FEWEST:
-                self._look_at_together([entry for entry in same if entry.size])
-                self._settle(same, None)
-                continue
-            large = [entry for entry in same if reach(entry, False) >= self._steps.needed]
-            self._look_at(large)
-            self._bundles([entry for entry in same if entry.name not in self.found])
+        if self._steps.largest_block < FEWEST:
+            for kind in (*RIGHT, UNEQUAL):
+                self._look_at_together([entry for entry in entries if entry.kind == kind and entry.size])
+        else:
+            large = [entry for entry in entries if entry.kind != ABSENT and reach(entry, False) >= self._steps.needed]
+            self._look_at([entry for entry in large if entry.kind in RIGHT])
+            self._look_at([entry for entry in large if entry.kind == UNEQUAL])
+            for kind in (*RIGHT, UNEQUAL):
+                self._bundles([entry for entry in entries if entry.kind == kind and entry.name not in self.found])
         self._look_for_dependence([entry for entry in entries if entry.kind == ABSENT])
+        self._settle(entries, None)
 
     def _look_at(self, block: list[Entry]) -> None:
-        if not block:
+        """A block of several kinds is right or not; one of a kind may be wrong in one way."""
+        by_kind = _by_kind(block)
+        if len(block) < 2:
+            self._settle(block, self._alone(block) if block else None)
             return
-        if len(block) == 1:
-            self._settle(block, self._alone(block))
-            return
-        found = self._of_block(block)
+        factors = _factors(block[0].kind, self._nranks, self._combine) if len(by_kind) == 1 else {1.0: Judgement(WHOLE)}
+        found = self._of_block(block, factors)
         if found is not None:
-            self._settle(block, *found)
-        elif len(block) <= FEW:
-            for entry in block:
-                self._settle([entry], self._alone([entry]))
+            for kind, same in by_kind.items():
+                self._settle(same, RIGHT[kind] if len(by_kind) > 1 else found[0], found[1])
+        elif len(block) > self._steps.largest_block:
+            self._look_at_each(parts_of(block))
+        elif len(by_kind) > 1:
+            self._look_at_each(by_kind.values())
         else:
-            for part in parts_of(block):
-                self._look_at(part)
+            self._look_at_each([[entry] for entry in block] if len(block) <= FEW else parts_of(block))
+
+    def _look_at_each(self, parts: Iterable[list[Entry]]) -> None:
+        for part in parts:
+            self._look_at(part)
 
     def _settle(
         self, block: Sequence[Entry], judgement: Judgement | None, factor: float = 1.0, bundle: int = 1
@@ -63,11 +70,10 @@ class Search:
             shares = tuple(factor * share for share in entry.shares)
             self.found.setdefault(entry.name, Outcome(judgement or Judgement(TOO_SMALL), shares, bundle))
 
-    def _of_block(self, block: list[Entry]) -> tuple[Judgement, float] | None:
+    def _of_block(self, block: list[Entry], factors: dict[float, Judgement]) -> tuple[Judgement, float] | None:
         """What is true of every parameter of the block, if all directions agree on one factor."""
         if len(block) > self._steps.largest_block:
             return None
-        factors = _factors(block[0].kind, self._nranks, self._combine)
         part = self._steps.within(len(block))
         for number in range(1 + self._directions):
             able = [entry for entry in block if number == 0 or reach(entry, True) >= self._steps.needed]
@@ -105,7 +111,6 @@ class Search:
         """Parameters too small for a verdict of their own, by the common change of those under one name."""
         for bundle in _under_one_name(small):
             self._judge_together(bundle)
-        self._settle(small, None)
 
     def _judge_together(self, bundle: list[Entry]) -> Judgement | None:
         """The verdict of their common change for those that have a share in it; None where it is too small."""
@@ -134,8 +139,8 @@ class Search:
 
     def _is_wrong(self, entry: Entry) -> bool:
         """Whether the entry has an outcome that its kind should not have."""
-        right = {EQUAL: WHOLE, SHARDED: WHOLE, MARKED: PARTIAL}.get(entry.kind)
-        return entry.name in self.found and self.found[entry.name].judgement.verdict not in (right, TOO_SMALL)
+        judgement = self.found[entry.name].judgement if entry.name in self.found else Judgement(TOO_SMALL)
+        return judgement.verdict != TOO_SMALL and judgement != RIGHT.get(entry.kind)
 
     def _look_for_dependence(self, block: list[Entry]) -> None:
         """Parameters without a gradient on any rank: the loss must not change with them."""
@@ -175,6 +180,13 @@ def parts_of(block: Sequence[Entry]) -> list[list[Entry]]:
         return found
     middle = len(found) // 2
     return [[entry for group in half for entry in group] for half in (found[:middle], found[middle:])]
+
+
+def _by_kind(block: Iterable[Entry]) -> dict[str, list[Entry]]:
+    kinds: dict[str, list[Entry]] = {}
+    for entry in block:
+        kinds.setdefault(entry.kind, []).append(entry)
+    return kinds
 
 
 def _factors(kind: str, nranks: int, combine: str) -> dict[float, Judgement]:

@@ -40,7 +40,7 @@ def mlp_case(fault):
     audit = audited(loss, named, after)
     assert audit.verdicts == models.expected(named, models.MLP_FAULTS.get(fault, {}), group().nranks)
     assert audit.ok == (not fault)
-    assert fault or audit.num_forwards <= 20
+    assert fault or audit.num_forwards <= 12
 
 
 def decoder_case(attention, fault):
