@@ -14,6 +14,7 @@ from paddle_vl_sp.formers.families import qwen3_vl
 SEQ_LEN, SAMPLES = 48, [["image"], ["image", "image"]]
 MERGER = "model.visual.deepstack_merger_list.{}.linear_fc2.weight"
 FIRST = "model.language_model.layers.0."
+RIGHT = {FIRST + "input_layernorm.weight": "partial", FIRST + "self_attn.o_proj.weight": "whole"}  # the first is marked
 QWEN3_VL_FAULTS = {
     "upstream": {MERGER.format(0): "partial", MERGER.format(2): "partial"},
     "upstream without SP": {FIRST + "self_attn.q_norm.weight": "partial", FIRST + "self_attn.k_norm.weight": "partial"},

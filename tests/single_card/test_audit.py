@@ -1,6 +1,7 @@
 """audit_gradients in one process: what it finds, what it says, and that it leaves everything as it was."""
 
 import random
+import sys
 
 import numpy as np
 import paddle
@@ -13,6 +14,7 @@ from paddle_vl_sp.audit import causes as known_causes
 from paddle_vl_sp.audit.entries import EQUAL, MARKED, SHARDED, UNEQUAL, entries_of
 from paddle_vl_sp.audit.judge import Reading, factor_of, judge
 from paddle_vl_sp.audit.probe import Probe
+from paddle_vl_sp.audit.progress import counting
 from paddle_vl_sp.audit.state import Before
 
 LAYERS = ("first", "norm", "last")
@@ -287,6 +289,19 @@ def test_what_is_refused(small, change, words):
     given = {"loss": small.loss, "parameters": small, "group": None} | change
     with pytest.raises(ValueError, match=words):
         audit_gradients(given.pop("loss"), given.pop("parameters"), given.pop("group"), **given)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_count_of_forwards(monkeypatch, rich, capsys):
+    """A function to call after each, on whichever rank and terminal, with rich or without it."""
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    for wanted, is_first_rank in ((None, True), (True, True), (True, False), (False, True)):
+        with counting(wanted, is_first_rank) as tick:
+            tick()
+        assert ("1 forwards" in capsys.readouterr().err) <= (rich and bool(wanted) and is_first_rank)
 
 
 def reading(own, truth, error=1e-4, size=1.0):
