@@ -18,12 +18,14 @@ class Outcome:
     """What was found of one parameter.
 
     bundle  how many were judged by their common change; 1 is alone
+    within  how large an error of this one would have shown there, relative
     off     how far a rank's gradient is from the whole one at least, relative, where it was measured
     """
 
     judgement: Judgement
     shares: tuple[float, ...]
     bundle: int = 1
+    within: float = 0.0
     off: float = 0.0
     is_needed: bool = False  # no gradient, but the loss depends on the parameter
 

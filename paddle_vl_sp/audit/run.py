@@ -141,8 +141,9 @@ def _note(entry: Entry, outcome: Outcome, group: Group | None) -> str:
     if entry.kind == SHARDED and judgement.verdict != WHOLE:
         parts.append("each rank's own shard")
     if outcome.bundle > 1:
-        one = ": one of them at least" if judgement.verdict == MIXED else ""
-        parts.append(f"judged together with {outcome.bundle - 1} others{one}")
+        others = f"judged together with {outcome.bundle - 1} others"
+        is_mixed = judgement.verdict == MIXED
+        parts.append(f"{others}: one of them at least" if is_mixed else f"{others}, to {outcome.within:.0%} of its own")
     return ", ".join(part for part in parts if part)
 
 

@@ -14,6 +14,7 @@ from paddle_vl_sp.audit.steps import Steps, blind_moves, moves_of, reach
 RIGHT = {EQUAL: Judgement(WHOLE), SHARDED: Judgement(WHOLE), MARKED: Judgement(PARTIAL, "sum")}  # may share a block
 FEW = 4  # parameters of a block that failed from which on each is looked at alone
 FEWEST = 8  # parameters that a block must be able to have; else the loss is too noisy to judge single ones by it
+MODULES = 16  # that a noisy loss is asked for, at most about twice as many
 MINOR = 0.02  # of a bundle's largest part: parts below it are not judged by the bundle
 
 
@@ -30,7 +31,8 @@ class Search:
     def run(self, entries: Sequence[Entry]) -> None:
         if self._steps.largest_block < FEWEST:
             for kind in (*RIGHT, UNEQUAL):
-                self._look_at_together([entry for entry in entries if entry.kind == kind and entry.size])
+                same = [entry for entry in entries if entry.kind == kind and entry.size]
+                self._look_at_together(same, _common_reach(same))
         else:
             large = [entry for entry in entries if entry.kind != ABSENT and reach(entry, False) >= self._steps.needed]
             self._look_at([entry for entry in large if entry.kind in RIGHT])
@@ -63,12 +65,17 @@ class Search:
             self._look_at(part)
 
     def _settle(
-        self, block: Sequence[Entry], judgement: Judgement | None, factor: float = 1.0, bundle: int = 1
+        self,
+        block: Sequence[Entry],
+        judgement: Judgement | None,
+        factor: float = 1.0,
+        bundle: int = 1,
+        within: float = 0.0,
     ) -> None:
         """The outcome of those that have none yet; `factor` is what they expect over the truth."""
         for entry in block:
             shares = tuple(factor * share for share in entry.shares)
-            self.found.setdefault(entry.name, Outcome(judgement or Judgement(TOO_SMALL), shares, bundle))
+            self.found.setdefault(entry.name, Outcome(judgement or Judgement(TOO_SMALL), shares, bundle, within))
 
     def _of_block(self, block: list[Entry], factors: dict[float, Judgement]) -> tuple[Judgement, float] | None:
         """What is true of every parameter of the block, if all directions agree on one factor."""
@@ -112,35 +119,26 @@ class Search:
         for bundle in _under_one_name(small):
             self._judge_together(bundle)
 
-    def _judge_together(self, bundle: list[Entry]) -> Judgement | None:
-        """The verdict of their common change for those that have a share in it; None where it is too small."""
-        most = sum(reach(entry, False) for entry in bundle)
-        largest = max(reach(entry, False) for entry in bundle)
+    def _judge_together(self, bundle: list[Entry]) -> None:
+        """The verdict of their common change, for those that have a share in it, unless that is too small."""
+        most, largest = _common_reach(bundle), max(reach(entry, False) for entry in bundle)
         seen = [entry for entry in bundle if reach(entry, False) >= MINOR * largest]
-        if most < 2 * self._steps.needed:
-            return None
-        judgement = self._alone(seen)
-        self._settle(seen, judgement, _factor_of(judgement), len(seen))
-        return judgement
+        if most >= 2 * self._steps.needed:
+            judgement = self._alone(seen)
+            for entry in seen:
+                within = self._tolerance * most / reach(entry, False)
+                self._settle([entry], judgement, _factor_of(judgement), len(seen), within)
 
-    def _look_at_together(self, bundle: list[Entry]) -> None:
-        """With a noisy loss: all of one kind by their common change, then the modules of those that are mixed.
-
-        Where a mixed bundle has no part that is wrong by itself, all of the bundle is named.
-        """
-        judgement = self._judge_together(bundle) if bundle else None
-        if judgement is None or judgement.verdict != MIXED or len(bundle) == 1:
-            return
-        named = {entry.name: self.found.pop(entry.name, None) for entry in bundle}
-        for part in parts_of(bundle):
-            self._look_at_together(part)
-        if not any(self._is_wrong(entry) for entry in bundle):
-            self.found |= {name: outcome for name, outcome in named.items() if outcome is not None}
-
-    def _is_wrong(self, entry: Entry) -> bool:
-        """Whether the entry has an outcome that its kind should not have."""
-        judgement = self.found[entry.name].judgement if entry.name in self.found else Judgement(TOO_SMALL)
-        return judgement.verdict != TOO_SMALL and judgement != RIGHT.get(entry.kind)
+    def _look_at_together(self, bundle: list[Entry], total: float) -> None:
+        """With a noisy loss: the smallest modules that can be judged by their common change, MODULES or so of them."""
+        modules = parts_of(bundle) if len(bundle) > 1 and _common_reach(bundle) > total / MODULES else []
+        able = [module for module in modules if _common_reach(module) >= 2 * self._steps.needed]
+        names = {entry.name for module in able for entry in module}
+        for module in able:
+            self._look_at_together(module, total)
+        rest = [entry for entry in bundle if entry.name not in names]
+        if rest:
+            self._judge_together(rest)
 
     def _look_for_dependence(self, block: list[Entry]) -> None:
         """Parameters without a gradient on any rank: the loss must not change with them."""
@@ -203,6 +201,10 @@ def _factors(kind: str, nranks: int, combine: str) -> dict[float, Judgement]:
         many = Judgement(PARTIAL, "mean") if combine == "mean" else Judgement(MIXED)
         return {1.0: Judgement(PARTIAL, "sum"), n: many, 1 / n: Judgement(MIXED)}
     return {1.0: Judgement(PARTIAL, "sum"), n: replace(many, of_sum=True), 1 / n: replace(part, of_sum=True)}
+
+
+def _common_reach(bundle: Sequence[Entry]) -> float:
+    return sum(reach(entry, False) for entry in bundle)
 
 
 def _factor_of(judgement: Judgement | None) -> float:
