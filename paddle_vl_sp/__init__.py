@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from paddle_vl_sp.lazy import MovedModule, lazy_exports
 
 if TYPE_CHECKING:
+    from paddle_vl_sp.audit import GradientAudit, audit_gradients
     from paddle_vl_sp.backends.load import backend
     from paddle_vl_sp.comm.agree import agree
     from paddle_vl_sp.comm.gather import all_gather_rows
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "GradientAudit",
     "PatchReport",
     "RunReport",
     "SeqLayout",
@@ -41,6 +43,7 @@ __all__ = [
     "apply_to_paddleformers",
     "apply_to_qwen2_5_vl",
     "apply_to_qwen3_vl",
+    "audit_gradients",
     "backend",
     "check_replicas",
     "complete_grad",
@@ -60,6 +63,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "GradientAudit": "audit",
         "PatchReport": "formers",
         "RunReport": "report",
         "SeqLayout": "layout",
@@ -71,6 +75,7 @@ __getattr__, __dir__ = lazy_exports(
         "apply_to_paddleformers": "formers",
         "apply_to_qwen2_5_vl": "formers",
         "apply_to_qwen3_vl": "formers",
+        "audit_gradients": "audit",
         "backend": "backends.load",
         "check_replicas": "comm.replicas",
         "complete_grad": "comm.grads",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,17 @@ def note_shared(imbalance: float) -> None:
     logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
     for report in _open if _is_training() else ():
         report._shares.append((report.num_forwards, imbalance))
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No open report counts the forwards inside."""
+    opened = _open[:]
+    _open.clear()
+    try:
+        yield
+    finally:
+        _open[:] = opened
 
 
 def summary_line(summary: dict[str, Any]) -> str:

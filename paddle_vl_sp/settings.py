@@ -10,6 +10,7 @@ LOG, REPORT = "PADDLE_VL_SP_LOG", "PADDLE_VL_SP_REPORT"
 STRICT, VISION_DP, LOADER_PLANS = "PADDLE_VL_SP_STRICT", "PADDLE_VL_SP_VISION_DP", "PADDLE_VL_SP_LOADER_PLANS"
 PROBE = "PADDLE_VL_SP_PROBE"
 CONTEXT_PARALLEL = "PADDLE_VL_SP_CONTEXT_PARALLEL"
+AUDIT = "PADDLE_VL_SP_AUDIT"
 FAMILIES = "PADDLE_VL_SP_FAMILIES"  # names with commas between; unset or empty: all
 
 SWITCHES = {  # the first word is the default
@@ -23,6 +24,7 @@ SWITCHES = {  # the first word is the default
     LOADER_PLANS: ("0", "1"),
     CONTEXT_PARALLEL: ("0", "auto", "gather", "ring", "ulysses"),
     PROBE: ("cached", "always", "never"),
+    AUDIT: ("0", "1", "strict"),
 }
 
 

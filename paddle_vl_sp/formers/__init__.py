@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paddle_vl_sp.carried import plans_of_all_ranks
+from paddle_vl_sp.formers.causes import name_causes
 from paddle_vl_sp.formers.changes import revert
 from paddle_vl_sp.formers.loader import PlanningCollate
 from paddle_vl_sp.formers.patch import UpstreamChanged, apply_to_paddleformers, apply_to_qwen2_5_vl, apply_to_qwen3_vl
@@ -32,6 +33,8 @@ __all__ = [
 
 
 DiffersFromUpstream = CheckFailed
+
+name_causes()
 
 # PaddleFormers' trainer imports a lot that its models do not need
 __getattr__, __dir__ = lazy_exports(__name__, {"VisualReport": "callback", "report_to": "callback"})

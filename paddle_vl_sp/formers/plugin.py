@@ -11,8 +11,10 @@ PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replic
 PADDLE_VL_SP_CONTEXT_PARALLEL=auto   the ranks of sep_parallel_size share each sequence; or gather, ring, ulysses
 PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
 PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
+PADDLE_VL_SP_AUDIT=1, strict    the gradients are audited before the first step, also with PADDLE_VL_SP=0
 """
 
+from paddle_vl_sp.formers.audit import audit_if_asked
 from paddle_vl_sp.formers.callback import report_if_asked
 from paddle_vl_sp.formers.patch import apply_to_paddleformers
 from paddle_vl_sp.formers.workflow import plan_if_asked
@@ -27,3 +29,4 @@ apply_to_paddleformers(
 )
 plan_if_asked()
 report_if_asked()
+audit_if_asked()

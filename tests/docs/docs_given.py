@@ -26,6 +26,30 @@ class Decoder(nn.Layer):
         self.head = nn.Linear(width, vocabulary)
 
 
+class Trained(Decoder):
+    """With the loss of a batch, as PaddleFormers' models have it."""
+
+    def forward(self, ids, labels):
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = hidden + nn.functional.gelu(layer(hidden))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.head(hidden), labels))
+
+
+def own_audit():
+    """A model whose copies see the same batch, and a batch for each rank."""
+    paddle.seed(0)
+    ids = paddle.to_tensor(IDS)
+    group = paddle.distributed.get_group(0)
+    own = ids.roll(group.rank, axis=1)
+    return {
+        "model": Trained(),
+        "group": group,
+        "batch": {"ids": ids, "labels": ids.roll(-1, axis=1)},
+        "own_batch": {"ids": own, "labels": own.roll(-1, axis=1)},
+    }
+
+
 def a_shared_tower():
     paddle.seed(0)
     group = paddle.distributed.get_group(0)

@@ -7,14 +7,14 @@ pytest.importorskip("paddlefleet", reason="the command line builds the fleet cla
 import whole
 
 import yaml_runs
-from paddle_vl_sp.settings import CHECK, ENABLED, LOADER_PLANS
+from paddle_vl_sp.settings import AUDIT, CHECK, ENABLED, LOADER_PLANS
 
 RUNS = {  # name: ranks, switches
     "one rank": (1, {}),
-    "plugin": (2, {}),
+    "plugin": (2, {AUDIT: "strict"}),
     "plans": (2, {LOADER_PLANS: "1"}),
     "plans, checked": (2, {LOADER_PLANS: "1", CHECK: "1"}),
-    "upstream": (2, {ENABLED: "0", LOADER_PLANS: "1"}),
+    "upstream": (2, {ENABLED: "0", LOADER_PLANS: "1", AUDIT: "1"}),
 }
 
 
@@ -44,3 +44,11 @@ def test_upstream_the_copies_drift(found):
     assert between > 1e-3
     assert from_one > 1e-3
     assert "the data loader plans" not in found["upstream"][1]
+
+
+def test_the_audit_sees_both(found):
+    """In the log of the first rank: no wrong gradient with the plugin, deepstack's without it."""
+    assert f"{AUDIT}: gradients over ranks 0, 1: nothing wrong found" in found["plugin"][1]
+    told = found["upstream"][1]
+    assert f"{AUDIT}: gradients over ranks 0, 1: " in told
+    assert "deepstack features under TP-SP: apply_to_qwen3_vl()" in told
