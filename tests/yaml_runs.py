@@ -22,7 +22,7 @@ def trained_in_all_ways(folder, model_type, runs):
     """{name: (weights at the end by rank, the log of the first rank)} for runs {name: (ranks, switches)}.
 
     The first one writes the weights that all begin with. Ranks are tensor-parallel, with sequence parallelism; those of
-    context parallelism, which a switch asks for, share the axis of sep_parallel_size.
+    context parallelism, which a switch asks for, share the axis of sep_parallel_size. That and one rank evaluate, too.
     """
     yaml = yaml_data.write(folder, TESTS / "cpu_plugin.py", model_type)
     return {name: trained(folder, yaml, model_type, name, *run) for name, run in runs.items()}
@@ -64,6 +64,8 @@ def trained(folder, yaml, model_type, name, nranks, switches):
         command += [f"sep_parallel_size={nranks}"]
     else:
         command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
+    if CONTEXT_PARALLEL in switches or nranks == 1:
+        command += ["do_eval=true", "evaluation_strategy=steps"]
     processes = [
         subprocess.Popen(
             command,
@@ -104,3 +106,9 @@ def said_syncs(log):
     """The host syncs that the report of the run counted."""
     (count,) = re.findall(r"host syncs to plan: (\d+)", log)
     return int(count)
+
+
+def said_evaluation(log):
+    """The loss of the evaluation at the end."""
+    (loss,) = re.findall(r"eval_loss: ([\d.]+)", log)
+    return float(loss)

@@ -63,7 +63,7 @@ def refuse_what_nobody_cuts(model: Any) -> None:
 
 def refuse_what_has_no_cut(model: Any) -> None:
     """For a family without context parallelism, whose ranks would all train on the whole batch, or on any parts."""
-    if model.training and (sep_size() > 1 or context_parallel() is not None):
+    if (sep_size() > 1 or context_parallel() is not None) and model.training:
         raise ValueError(
             f"{type(model).__name__} has no context parallelism: leave sep_parallel_size and {CONTEXT_PARALLEL} out"
         )
