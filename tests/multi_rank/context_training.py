@@ -93,7 +93,7 @@ def trained(way, folder, nranks, resumed=None):
         "gradient_accumulation_steps": ACCUMULATED,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
-        "adam_epsilon": 1e-5,  # with less, AdamW makes whole steps of gradients that are nothing but rounding
+        "adam_epsilon": 1e-4,  # with less, AdamW makes whole steps of gradients that are nothing but rounding
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",
