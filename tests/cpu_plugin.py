@@ -3,6 +3,7 @@
 VLSP_MODEL   the model_type of the checkpoint
 VLSP_START   the file of whole weights that a run begins with; one that is not there yet is written
 VLSP_END     the file, by rank, of the weights it ends with
+VLSP_TENSOR_PARALLEL   over how many of the ranks the weights are cut: all, or 1
 """
 
 import importlib
@@ -23,6 +24,7 @@ from yaml_data import MODELS
 
 FIXED_START = 151652
 RANK, NRANKS = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+TENSOR_PARALLEL = int(os.environ["VLSP_TENSOR_PARALLEL"])
 MODEL = os.environ["VLSP_MODEL"]
 ON_FLEET = MODEL == "qwen3_vl"
 
@@ -54,12 +56,13 @@ def from_pretrained(cls, *_, config=None, **__):
 
 
 def load(model, weights):
+    rank = RANK % TENSOR_PARALLEL
     if not ON_FLEET:
-        tiny.load_weights(model, weights, RANK, NRANKS)
+        tiny.load_weights(model, weights, rank, TENSOR_PARALLEL)
         return
     import whole
 
-    whole.load(model, weights, whole.SETTINGS[0], RANK, NRANKS)
+    whole.load(model, weights, whole.SETTINGS[0], rank, TENSOR_PARALLEL)
 
 
 def with_weights(original):

@@ -15,6 +15,9 @@ SIZE = {"shortest_edge": 28 * 28, "longest_edge": 256 * 256}
 SETTINGS = """
 train_dataset_type: messages
 train_dataset_prob: "1.0"
+eval_dataset_type: messages
+eval_dataset_prob: "1.0"
+eval_steps: 4
 max_seq_len: 192
 template_backend: custom
 dataset_type: map
@@ -25,6 +28,7 @@ fine_tuning: full
 stage: VL-SFT
 do_train: true
 per_device_train_batch_size: 2
+per_device_eval_batch_size: 2
 max_steps: 4
 logging_steps: 1
 save_strategy: "no"
@@ -61,6 +65,7 @@ def write(folder, plugin, model_type):
         "template": template,
         "model_name_or_path": checkpoint,
         "train_dataset_path": data,
+        "eval_dataset_path": data,
         "custom_register_path": plugin,
     }
     file = folder / "x.yaml"

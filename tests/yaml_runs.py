@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import yaml_data
-from paddle_vl_sp.settings import REPORT
+from paddle_vl_sp.settings import CONTEXT_PARALLEL, REPORT
 
 TESTS = Path(__file__).parent
 LIMIT = 240
@@ -21,7 +21,8 @@ LAST = "train_steps_per_second"
 def trained_in_all_ways(folder, model_type, runs):
     """{name: (weights at the end by rank, the log of the first rank)} for runs {name: (ranks, switches)}.
 
-    The first one writes the weights that all begin with.
+    The first one writes the weights that all begin with. Ranks are tensor-parallel, with sequence parallelism; those of
+    context parallelism, which a switch asks for, share the axis of sep_parallel_size. That and one rank evaluate, too.
     """
     yaml = yaml_data.write(folder, TESTS / "cpu_plugin.py", model_type)
     return {name: trained(folder, yaml, model_type, name, *run) for name, run in runs.items()}
@@ -44,11 +45,12 @@ def trained(folder, yaml, model_type, name, nranks, switches):
     endpoints = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
     for each in sockets:
         each.close()
-    files = {
+    given = {
         "VLSP_MODEL": model_type,
         "VLSP_START": folder / "start.npz",
         "VLSP_END": folder / name,
         "VLSP_CHECKPOINT": folder / "checkpoint",
+        "VLSP_TENSOR_PARALLEL": nranks if CONTEXT_PARALLEL not in switches else 1,
     }
     command = [
         sys.executable,
@@ -58,11 +60,16 @@ def trained(folder, yaml, model_type, name, nranks, switches):
         str(yaml),
         f"output_dir={folder / 'out' / name}",
     ]
-    command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
+    if CONTEXT_PARALLEL in switches:
+        command += [f"sep_parallel_size={nranks}"]
+    else:
+        command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
+    if CONTEXT_PARALLEL in switches or nranks == 1:
+        command += ["do_eval=true", "evaluation_strategy=steps"]
     processes = [
         subprocess.Popen(
             command,
-            env=environment(rank, nranks, endpoints) | switches | {key: str(file) for key, file in files.items()},
+            env=environment(rank, nranks, endpoints) | switches | {key: str(value) for key, value in given.items()},
             stdout=(folder / f"{name}-{rank}.log").open("w"),
             stderr=subprocess.STDOUT,
             cwd=folder,
@@ -78,7 +85,7 @@ def trained(folder, yaml, model_type, name, nranks, switches):
     for code, log in zip(codes, logs, strict=True):
         # gloo may abort a process that ends after its peers: what the run does last, it has done
         assert code == 0 or (code == -signal.SIGABRT and LAST in log), f"{name}: {codes}\n{log[-3000:]}"
-    return [dict(np.load(f"{files['VLSP_END']}-{rank}.npz")) for rank in range(nranks)], logs[0]
+    return [dict(np.load(f"{given['VLSP_END']}-{rank}.npz")) for rank in range(nranks)], logs[0]
 
 
 def distances(one, ranks, tower, cut):
@@ -99,3 +106,9 @@ def said_syncs(log):
     """The host syncs that the report of the run counted."""
     (count,) = re.findall(r"host syncs to plan: (\d+)", log)
     return int(count)
+
+
+def said_evaluation(log):
+    """The loss of the evaluation at the end."""
+    (loss,) = re.findall(r"eval_loss: ([\d.]+)", log)
+    return float(loss)

@@ -69,7 +69,8 @@ class VisualEmbedding:
         out = merge(dict_args, visual, plan, packed_seq_params)
         if plan.num_features:
             plan, group = plan.to(out["hidden_states"].place), embedding_share(self).group
-            note_forward(plan, num_levels=visual.num_levels, group=group, syncs=syncs)
+            if not dict_args.get(PART):  # which is counted where it is cut
+                note_forward(plan, num_levels=visual.num_levels, group=group, syncs=syncs)
             stages = pipeline_size(self.config)
             out |= indices_to_carry(plan, stages) | {MASK: mask_to_carry(out[MASK], stages)}
         return out

@@ -7,13 +7,14 @@ pytest.importorskip("paddlefleet", reason="the command line builds the fleet cla
 import whole
 
 import yaml_runs
-from paddle_vl_sp.settings import AUDIT, CHECK, ENABLED, LOADER_PLANS
+from paddle_vl_sp.settings import AUDIT, CHECK, CONTEXT_PARALLEL, ENABLED, LOADER_PLANS
 
 RUNS = {  # name: ranks, switches
     "one rank": (1, {}),
     "plugin": (2, {AUDIT: "strict"}),
     "plans": (2, {LOADER_PLANS: "1"}),
     "plans, checked": (2, {LOADER_PLANS: "1", CHECK: "1"}),
+    "context parallel": (2, {CONTEXT_PARALLEL: "auto"}),
     "upstream": (2, {ENABLED: "0", LOADER_PLANS: "1", AUDIT: "1"}),
 }
 
@@ -36,6 +37,17 @@ def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
     assert between == 0
     assert from_one < 1e-5
     assert yaml_runs.said_syncs(found[name][1]) == (3 if name == "plugin" else 0)
+
+
+def test_context_parallel_the_weights_are_those_of_one_rank(found):
+    """fp32, after AdamW: all weights equal bit for bit on both ranks, within 1e-5 of one rank's; evaluation too."""
+    (one,), one_log = found["one rank"]
+    ranks, log = found["context parallel"]
+    between, from_one = yaml_runs.distances(one, ranks, "", lambda key, weights, _: weights[key])
+    assert between == 0
+    assert from_one < 1e-5
+    assert abs(yaml_runs.said_evaluation(log) - yaml_runs.said_evaluation(one_log)) < 1e-5
+    assert log.count("context parallelism, ulysses over 2 ranks: ") == 1
 
 
 def test_upstream_the_copies_drift(found):

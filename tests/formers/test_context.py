@@ -14,7 +14,7 @@ from training import SAMPLES, upstream_and_patched
 from arrays import same_bits
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers import UpstreamChanged, apply_to_paddleformers, apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
-from paddle_vl_sp.formers.context import install, marker
+from paddle_vl_sp.formers.context import install, marker, setting
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.bounds import boundaries
 from paddle_vl_sp.formers.context.step import Step
@@ -265,3 +265,30 @@ def test_the_trainer_leaves_the_batch_whole():
         for model in (tiny.tiny_qwen3_vl(), paddle.nn.Linear(2, 2)):
             get(SimpleNamespace(model=model, args=args), {})
     assert (seen, args.split_inputs_sequence_dim) == ([False, True], True)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_family_without_context_parallelism_is_refused(monkeypatch, axis):
+    """By an axis of two ranks alone as well: they would train on the whole batch each, and the gradients be summed."""
+    topology = SimpleNamespace(get_sep_parallel_world_size=lambda: axis)
+    monkeypatch.setattr("paddle.distributed.fleet.get_hybrid_communicate_group", lambda: topology)
+    model = tiny.tiny_glm_ocr()
+    with (
+        apply_to_paddleformers(families="glm_ocr", context_parallel=TWO if axis == 1 else None),
+        pytest.raises(ValueError, match=r"GlmOcrModel has no context parallelism: leave sep_parallel_size and"),
+    ):
+        model(**tiny.draw_batch([["image"]], 64))
+
+
+def test_what_was_chosen_is_said_once_for_each_kind(monkeypatch):
+    """Its reason has figures of the batch's length, which differ from batch to batch."""
+    said = []
+    monkeypatch.setattr(setting.logger, "info", lambda *args: said.append(args[0] % args[1:]))
+    monkeypatch.setattr(setting, "_said", set())
+    for length in (64, 128000):
+        setting.say_once(ContextParallel("auto", group=FakeGroup(0, 2)).choose(4, 4, length))
+    setting.say_once(TWO.choose(4, 4, 64))
+    assert [line.partition(":")[0] for line in said] == [
+        "context parallelism, ulysses over 2 ranks",
+        "context parallelism, gather over 2 ranks",
+    ]

@@ -1,18 +1,20 @@
 """Qwen2.5-VL by `paddleformers-cli train x.yaml` on two CPU ranks, with the plugin and switches only, against one rank.
 
-PaddleFormers' own example of sequence-parallel VL training is of this model, which needs no PaddleFleet.
+PaddleFormers' own example of sequence-parallel VL training is of this model, which needs no PaddleFleet. The same under
+context parallelism, with `sep_parallel_size: 2` in the YAML.
 """
 
 import pytest
 
 import yaml_runs
 from paddle_vl_sp.formers import tiny
-from paddle_vl_sp.settings import CHECK, ENABLED, LOADER_PLANS, VISION_DP
+from paddle_vl_sp.settings import CHECK, CONTEXT_PARALLEL, ENABLED, LOADER_PLANS, VISION_DP
 
 RUNS = {  # name: ranks, switches
     "one rank": (1, {ENABLED: "0"}),
     "plugin": (2, {}),
     "all switches": (2, {LOADER_PLANS: "1", VISION_DP: "1", CHECK: "1"}),
+    "context parallel": (2, {CONTEXT_PARALLEL: "auto", LOADER_PLANS: "1", VISION_DP: "1"}),
 }
 
 
@@ -34,3 +36,14 @@ def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
     assert (
         f"Qwen2.5-VL: {1 if name == 'plugin' else 2} replaced" in log
     )  # its forward; and its constructor, which shares
+
+
+def test_context_parallel_the_weights_are_those_of_one_rank(found):
+    """fp32, after AdamW: all weights equal bit for bit on both ranks, within 1e-5 of one rank's; evaluation too."""
+    (one,), one_log = found["one rank"]
+    ranks, log = found["context parallel"]
+    between, from_one = yaml_runs.distances(one, ranks, "", lambda key, weights, _: weights[key])
+    assert between == 0
+    assert from_one < 1e-5
+    assert abs(yaml_runs.said_evaluation(log) - yaml_runs.said_evaluation(one_log)) < 1e-5
+    assert log.count("context parallelism, ulysses over 2 ranks: ") == 1

@@ -12,6 +12,7 @@ from paddle_vl_sp.formers.context.plain import PADDING
 from paddle_vl_sp.formers.context.step import Step
 from paddle_vl_sp.interleave import order_on_host
 from paddle_vl_sp.plan import plan_visual
+from paddle_vl_sp.report import note_forward
 
 KINDS = ("image", "video")
 
@@ -31,6 +32,7 @@ def part_of(step: Step, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     whole, place = step.padded(ids, PADDING), given[f"{kinds[0]}_embeds"].place
     is_cut = step.tensor_cut[1] > 1
     plan = plan_visual(whole, wanted, step.own_layout, sequence_first=is_cut, num_features=num_features).to(place)
+    note_forward(plan, group=step.group)
     part |= {PART: True, UPDATE: plan.update_indices, GATHER: plan.gather_indices}
     if len(kinds) > 1:
         part[ORDER] = paddle.to_tensor(order_on_host(whole, wanted)[0], place=place)

@@ -9,17 +9,20 @@ from typing import Any
 
 from paddle.nn import Layer
 
+from paddle_vl_sp.carried import Handover
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
 from paddle_vl_sp.formers.context.step import STEP, own_labels, step_of
 
 LABELS = "labels"
+WHOLE_EVALUATION: Handover[bool] = Handover("whole_evaluation")  # who evaluates needs the logits of all positions
 
 
 def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Under context parallelism cuts the whole batch: its loss is that of all ranks, its logits are this rank's.
 
-    A forward with a cache, or one in evaluation without labels, as in generate(), is not cut: each rank computes all.
+    A forward with a cache, or one in evaluation without labels, as in generate(), or for the trainer's predictions, is
+    not cut: each rank computes all.
     """
     signature = inspect.signature(original)
 
@@ -48,7 +51,8 @@ def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_to_be_cut(model: Layer, given: dict[str, Any]) -> bool:
     has_cache = given.get("past_key_values") is not None or bool(given.get("use_cache"))
-    return not has_cache and (model.training or given.get(LABELS) is not None)
+    is_for_loss = given.get(LABELS) is not None and not WHOLE_EVALUATION.get()
+    return not has_cache and (model.training or is_for_loss)
 
 
 def require_ids(model: Layer, given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What context parallelism changes besides the models: attention, the criterion's mean, the trainer's split."""
+"""What context parallelism changes besides the models: attention, the criterion's mean, two methods of the trainer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers.changes import Change, keep, replace
 from paddle_vl_sp.formers.context.attention import core_forward, crossing
+from paddle_vl_sp.formers.context.forward import WHOLE_EVALUATION
 from paddle_vl_sp.formers.context.loss import criterion_forward
 from paddle_vl_sp.formers.context.setting import turn_off, turn_on
 from paddle_vl_sp.formers.known import OURS, Deviation, Replaced, original_of
@@ -62,6 +63,7 @@ def install(setting: ContextParallel, made: list[Change]) -> None:
         (_class_in(CRITERION, "CriterionLayer"), "forward", criterion_forward),
         (_class_in(FLEET_ATTENTION, "DotProductAttention"), "forward", core_forward),
         (_class_in(TRAINER, "Trainer"), "_get_inputs_list", whole_inputs),
+        (_class_in(TRAINER, "Trainer"), "prediction_step", whole_predictions),
     ):
         change = None if module is None else replace(module, name, make)
         if change is not None:
@@ -85,6 +87,19 @@ def whole_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             self.args.split_inputs_sequence_dim = asked
 
     return _get_inputs_list
+
+
+def whole_predictions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Has every rank evaluate whole batches where the logits are asked for, which are of its own part otherwise."""
+
+    @functools.wraps(original)
+    def prediction_step(
+        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        with WHOLE_EVALUATION.given(not prediction_loss_only):
+            return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+
+    return prediction_step
 
 
 def cuts_by_itself(model: Any) -> bool:

@@ -17,6 +17,7 @@ from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.step import Step
 from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kinds_to_merge
 from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
 
 PADDING = -1  # no placeholder
@@ -51,6 +52,7 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
         plan = plan_visual(whole, wanted, step.layout, sequence_first=False, num_features=main.shape[0])
         placed = Placed(levels, is_any_of(own_ids, wanted), plan.to(embeds.place))
         embeds = replace_rows(embeds, main, placed.plan)
+        note_forward(placed.plan, num_levels=len(levels), group=step.group)
         given |= dict.fromkeys([KINDS[kind][0] for kind in kinds])
     given |= {
         "input_ids": None,

@@ -13,7 +13,7 @@ from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import CONTEXT_PARALLEL
 
 _on: list[ContextParallel] = []  # the last one counts
-_said: set[str] = set()
+_said: set[tuple[str, int]] = set()
 
 
 def as_setting(given: str | ContextParallel) -> ContextParallel:
@@ -61,12 +61,21 @@ def refuse_what_nobody_cuts(model: Any) -> None:
         )
 
 
+def refuse_what_has_no_cut(model: Any) -> None:
+    """For a family without context parallelism, whose ranks would all train on the whole batch, or on any parts."""
+    if (sep_size() > 1 or context_parallel() is not None) and model.training:
+        raise ValueError(
+            f"{type(model).__name__} has no context parallelism: leave sep_parallel_size and {CONTEXT_PARALLEL} out"
+        )
+
+
 def _is_one_process() -> bool:
     return topology() is None and dist.get_world_size() == 1
 
 
 def say_once(chosen: ChosenAttention) -> None:
-    line = str(chosen)
-    if line not in _said:
-        _said.add(line)
-        logger.info("context parallelism, %s", line)
+    """Each kind with the reason of the first batch that it was chosen for: the figures are of the length."""
+    which = chosen.kind, chosen.group.nranks
+    if which not in _said:
+        _said.add(which)
+        logger.info("context parallelism, %s", chosen)

@@ -15,6 +15,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import tiny
+from paddle_vl_sp.formers.context.setting import refuse_what_has_no_cut
 from paddle_vl_sp.formers.contracts import equals_ours, fails_on_videos
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
 from paddle_vl_sp.formers.merge import hide_pixels, kinds_to_merge, merge
@@ -27,6 +28,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        refuse_what_has_no_cut(self)
         loaded = LoadedPlans.pop_from(kwargs)
         call = signature.bind(self, *args, **kwargs)
         given = call.arguments

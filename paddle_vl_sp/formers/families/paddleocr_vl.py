@@ -9,6 +9,7 @@ from typing import Any
 
 from paddle.nn import Layer
 
+from paddle_vl_sp.formers.context.setting import refuse_what_has_no_cut
 from paddle_vl_sp.formers.contracts import never_reads
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced
 
@@ -19,6 +20,7 @@ def refusing_videos(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        refuse_what_has_no_cut(self)
         if signature.bind(self, *args, **kwargs).arguments.get("pixel_values_videos") is not None:
             raise ValueError(
                 f"{type(self).__name__} with videos: PaddleFormers' forward drops them without a word, and their "

@@ -145,7 +145,8 @@ def _of_this_rank(mask: Tensor, levels: list[Tensor], sequence_parallel: bool) -
     group = require_tensor_parallel_group() if sequence_parallel else None
     plan, syncs = _own_plan(mask, levels[0].shape[0], visual, group)
     syncs += visual.syncs if visual else 0
-    note_forward(plan, num_levels=len(levels), group=group, syncs=syncs)
+    if not (visual and visual.is_part):  # which is counted where it is placed
+        note_forward(plan, num_levels=len(levels), group=group, syncs=syncs)
     return plan, complete_grad(levels, plan, group)
 
 
