@@ -8,6 +8,7 @@ import paddle
 import paddle.distributed as dist
 
 from grid import grid_of
+from paddle_vl_sp import audit_gradients
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
@@ -199,7 +200,24 @@ def with_faults():
 
 
 def on_two(kinds, names):
-    return {"right": on_ranks(kinds, names), "faults": with_faults()}
+    return {"right": on_ranks(kinds, names), "faults": with_faults(), "audit": audited()}
+
+
+def audited():
+    """What the audit says, which knows no reference: of the ranks' own gradients, and of their sums."""
+    group, case = dist.get_group(0), CASES[1]
+    with apply_to_paddleformers(families=FAMILIES, context_parallel=ContextParallel("ring", group=group)):
+        model = tiny.tiny_qwen3_vl()
+        batch = case.batch(model)
+
+        def sum_over_ranks():
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad, group=group)
+
+        found = [
+            audit_gradients(lambda: model(**batch).loss, model, group, after=after) for after in (None, sum_over_ranks)
+        ]
+    return [sorted(set(audit.verdicts.values())) for audit in found], [audit.ok for audit in found]
 
 
 def on_four(names, within):

@@ -58,3 +58,12 @@ def test_sequence_parallelism_inside(of_four, name):
 def test_faults_are_seen(of_two, fault):
     """What a wrong wiring does to the same figures: a thousand times the bar and more."""
     assert max(of_two[0]["faults"][fault]) > 1e-2
+
+
+def test_the_audit_says_the_same(of_two):
+    """Without a reference: each rank's gradients are partial, and their sums are whole."""
+    for rank in of_two:
+        verdicts, is_ok = rank["audit"]
+        assert is_ok == [False, True]
+        assert set(verdicts[0]) <= {"partial", "too small to judge"}
+        assert set(verdicts[1]) <= {"whole", "too small to judge"}
