@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         PatchReport,
         apply_to_paddleformers,
         apply_to_qwen2_5_vl,
+        apply_to_qwen3_next,
         apply_to_qwen3_vl,
         revert,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "all_gather_rows",
     "apply_to_paddleformers",
     "apply_to_qwen2_5_vl",
+    "apply_to_qwen3_next",
     "apply_to_qwen3_vl",
     "backend",
     "check_replicas",
@@ -70,6 +72,7 @@ __getattr__, __dir__ = lazy_exports(
         "all_gather_rows": "comm.gather",
         "apply_to_paddleformers": "formers",
         "apply_to_qwen2_5_vl": "formers",
+        "apply_to_qwen3_next": "formers",
         "apply_to_qwen3_vl": "formers",
         "backend": "backends.load",
         "check_replicas": "comm.replicas",

@@ -26,6 +26,7 @@ import paddle
 DOUBLE = Path(__file__).parent / "fleet" / "double"
 # Module -> the names read from it that the double has not; a capital letter makes a class, a small one a function.
 NAMES: dict[str, tuple[str, ...]] = {
+    "paddlefleet_ops": ("is_deep_ep_available", "deep_gemm"),
     "paddlefleet.tensor_parallel.layers": ("ColumnParallelLinear", "RowParallelLinear"),
     "paddlefleet.fusions": (),
     "paddlefleet.fusions.fused_bias_dropout": ("get_bias_dropout_add",),
@@ -74,6 +75,8 @@ def _missing(name: str) -> Any:
 def _stand_in(module: str, name: str) -> Any:
     if name in ENUMS:
         return ENUMS[name]
+    if name == "is_deep_ep_available":
+        return lambda: False
     if not name[0].isupper():
         return _missing(f"{module}.{name}")
     bases = (object,) if name in PLAIN_CLASSES else (paddle.nn.Layer,)
@@ -94,7 +97,8 @@ def _fill_up() -> None:
             module.__spec__.has_location = True
             module.__path__ = []
             sys.modules[path] = module
-            setattr(import_module(parent), leaf, module)
+            if parent:
+                setattr(import_module(parent), leaf, module)
         for name in names:
             setattr(import_module(path), name, _stand_in(path, name))
 
@@ -126,5 +130,5 @@ def drop_double() -> None:
     """Other tests of the same run must not see it."""
     sys.path.remove(str(DOUBLE))
     for name in list(sys.modules):
-        if name.split(".")[0] == "paddlefleet" or name.startswith("paddle_vl_sp.fleet"):
+        if name.split(".")[0] in ("paddlefleet", "paddlefleet_ops") or name.startswith("paddle_vl_sp.fleet"):
             del sys.modules[name]
