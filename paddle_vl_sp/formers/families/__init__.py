@@ -6,11 +6,11 @@ QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY, qwen3_vl_
 FAMILIES = {
     "qwen3_vl": QWEN3_VL,
     "qwen2_5_vl": (qwen2_5_vl.FAMILY,),
+    "glm_ocr": (glm_ocr.FAMILY,),
+    "paddleocr_vl": (paddleocr_vl.FAMILY,),
     "qwen2": (text.QWEN2,),
     "qwen3": (text.QWEN3, text.QWEN3_MOE),
     "qwen3_next": (qwen3_next.FAMILY,),
-    "glm_ocr": (glm_ocr.FAMILY,),
-    "paddleocr_vl": (paddleocr_vl.FAMILY,),
 }
 NOT_SUPPORTED = {  # family: why
     "ernie4_5_moe_vl": "it places rows by experts of its own for each kind of token",

@@ -10,11 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import paddle.nn.functional as F
 from paddle import Tensor
+from paddle.nn import functional as F  # noqa: N812
 
+from paddle_vl_sp.formers import tiny_text
 from paddle_vl_sp.formers.context.forward import linear_inner_forward, outer_forward
 from paddle_vl_sp.formers.context.marker import Cut, cut_in
+from paddle_vl_sp.formers.contracts import equals_ours_on_text, sees_the_cut
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
 
 
@@ -31,7 +33,7 @@ def delta_net_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         cut = cut_in(attention_mask, self)
         if cut is None:
-            return original(self, hidden_states, cache_params, cache_position, attention_mask)  # type: ignore[no-any-return]
+            return original(self, hidden_states, cache_params, cache_position, attention_mask)
         return across_the_ranks(self, hidden_states, cut)
 
     return forward
@@ -59,5 +61,6 @@ FAMILY = Family(
         Replaced("Qwen3NextForCausalLM.forward", outer_forward, ("896d078f58d5468e",)),
         Replaced("Qwen3NextGatedDeltaNet.forward", delta_net_forward, ("1c9aba11803c1108",)),
     ),
+    contract=(equals_ours_on_text(tiny_text.tiny_qwen3_next), sees_the_cut(tiny_text.tiny_qwen3_next)),
     is_optional=True,  # paddlefleet and paddlefleet_ops
 )
