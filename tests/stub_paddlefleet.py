@@ -26,7 +26,6 @@ import paddle
 DOUBLE = Path(__file__).parent / "fleet" / "double"
 # Module -> the names read from it that the double has not; a capital letter makes a class, a small one a function.
 NAMES: dict[str, tuple[str, ...]] = {
-    "paddlefleet_ops": ("is_deep_ep_available", "deep_gemm"),
     "paddlefleet.tensor_parallel.layers": ("ColumnParallelLinear", "RowParallelLinear"),
     "paddlefleet.fusions": (),
     "paddlefleet.fusions.fused_bias_dropout": ("get_bias_dropout_add",),
@@ -52,6 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "paddlefleet.transformer.transformer_config": ("TransformerConfig",),
     "paddlefleet.transformer.transformer_layer": ("TransformerLayerSublayersSpec",),
 }
+OPS = {"paddlefleet_ops": ("is_deep_ep_available", "deep_gemm")}  # a package of its own, which may lack alone
 TELL_THE_TRUTH = (
     "paddleformers.quantization.quantization_utils",
     "paddleformers.transformers.model_utils",
@@ -86,9 +86,9 @@ def _stand_in(module: str, name: str) -> Any:
     return type(name, bases, members)
 
 
-def _fill_up() -> None:
+def _fill_up(modules: dict[str, tuple[str, ...]]) -> None:
     """Adds what PaddleFormers imports to the double's modules, and the modules that the double has not."""
-    for path, names in NAMES.items():
+    for path, names in modules.items():
         parent, _, leaf = path.rpartition(".")
         if find_spec(path) is None:
             module = ModuleType(path)
@@ -107,17 +107,32 @@ def _fill_up() -> None:
 def stubbed_paddlefleet() -> Iterator[bool]:
     """Yields True where the double was put in, False where the real package is installed."""
     if "paddlefleet" in sys.modules or find_spec("paddlefleet") is not None:
-        yield False
+        with _stubbed_ops():
+            yield False
         return
     # These ask whether paddlefleet is there while they are imported: let them see the truth.
     for name in TELL_THE_TRUTH:
         import_module(name)
     use_paddlefleet()
     try:
-        _fill_up()
-        yield True
+        _fill_up(NAMES)
+        with _stubbed_ops():
+            yield True
     finally:
         drop_double()
+
+
+@contextmanager
+def _stubbed_ops() -> Iterator[None]:
+    (name,) = OPS
+    if name in sys.modules or find_spec(name) is not None:
+        yield
+        return
+    _fill_up(OPS)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def use_paddlefleet() -> None:
@@ -130,5 +145,5 @@ def drop_double() -> None:
     """Other tests of the same run must not see it."""
     sys.path.remove(str(DOUBLE))
     for name in list(sys.modules):
-        if name.split(".")[0] in ("paddlefleet", "paddlefleet_ops") or name.startswith("paddle_vl_sp.fleet"):
+        if name.split(".")[0] == "paddlefleet" or name.startswith("paddle_vl_sp.fleet"):
             del sys.modules[name]
