@@ -9,6 +9,7 @@ from training import module_of
 from arrays import same_bits
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers import apply_to_paddleformers, apply_to_qwen3_next, tiny
+from paddle_vl_sp.formers.contracts.ranks import as_rank
 from paddle_vl_sp.formers.families import qwen3_next, text
 from paddle_vl_sp.testing import FakeGroup
 from text_models import BUILDERS
@@ -87,6 +88,17 @@ def test_what_it_takes_not_is_refused_by_name(settings, more, message):
         setattr(model.config, name, value)
     with apply_to_qwen3_next(context_parallel=TWO), pytest.raises(ValueError, match=message):
         model(**batch_of(**more))
+
+
+def test_a_length_that_is_not_this_ranks_part_is_refused():
+    """The plain classes shape the rows of their attention by max_sequence_length under sequence parallelism."""
+    model = BUILDERS["qwen3"]()
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "max_sequence_length": 24}
+    for name, value in parallel.items():
+        setattr(model.config, name, value)
+    told = pytest.raises(ValueError, match=r"need max_sequence_length=12, this rank's part .* of 24, got 24")
+    with apply_to_paddleformers(families="qwen3", context_parallel=TWO), as_rank(0, 2), told:
+        model(**batch_of())
 
 
 def test_what_is_changed():

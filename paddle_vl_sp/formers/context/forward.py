@@ -12,6 +12,7 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.plain import check_tensor_parallel
 from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
 from paddle_vl_sp.formers.context.step import STEP, Step, own_labels, step_of
 
@@ -88,6 +89,7 @@ def _inner_forward(original: Callable[..., Any], mask: Callable[[Step], Tensor |
             refuse_what_nobody_cuts(self)
             return original(*call.args, **call.kwargs)
         given = call.arguments
+        check_tensor_parallel(self.config, step)
         ids, positions = given["input_ids"], given.get("position_ids")
         own = {
             "input_ids": step.own(ids, 0),
