@@ -11,7 +11,7 @@ from paddle_vl_sp.testing import run_ranks
 KINDS = ("gather", "ring", "ulysses")
 NAMES = [case.name for case in CASES]
 PACKED = [case.name for case in CASES if case.segments]
-FEW = ["Qwen3, packed, with padding", "Qwen3-Next", "Qwen3-Next, packed, with padding"]
+FEW = ["Qwen3, packed, with padding", "Qwen3-Next, packed, with padding"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,4 @@ def test_packed_rows_upstream(of_two, name):
 @pytest.mark.parametrize("fault", [*FAULTS, "gradients not summed"])
 def test_faults_are_seen(of_two, fault):
     """What a wrong wiring does to the same figures: a thousand times the bar and more."""
-    faulty = of_two[0][1]
-    check(faulty["none"])
-    assert faulty[fault].others > 1e-2
+    assert of_two[0][1][fault].others > 1e-2

@@ -3,7 +3,6 @@
 Packed rows are compared with their segments, each run alone.
 """
 
-import contextlib
 import dataclasses
 from typing import NamedTuple
 from unittest import mock
@@ -97,20 +96,19 @@ def recomputing(forward):
 OWN_BOUNDS = ((20, 45), (31, 40, 58))
 CASES = (
     Case("Qwen3", "qwen3"),
-    Case("Qwen3, no positions, full recompute", "qwen3", has_positions=False, recomputes=True),
+    Case("Qwen3, no positions, full recompute", "qwen3", has_positions=False, recomputes=True, has_cache=True),
     Case("Qwen3, packed, with padding", "qwen3", segments=OWN_BOUNDS),
     Case("Qwen3, one rank without labels", "qwen3", labeled=8),
-    Case("Qwen3, full recompute with a cache in its configuration", "qwen3", recomputes=True, has_cache=True),
     Case("Qwen2, packed, full recompute", "qwen2", segments=OWN_BOUNDS, recomputes=True),
     Case("Qwen3 MoE, packed, full recompute", "qwen3_moe", segments=OWN_BOUNDS, recomputes=True),
     Case("Qwen3-Next", "qwen3_next"),
-    Case("Qwen3-Next, no positions, full recompute", "qwen3_next", has_positions=False, recomputes=True),
     Case("Qwen3-Next, packed, with padding", "qwen3_next", segments=OWN_BOUNDS),
     Case("Qwen3-Next, packed, full recompute", "qwen3_next", batch=1, segments=((7, 61),), recomputes=True),
     Case("Qwen3-Next, one rank without labels", "qwen3_next", labeled=8),
-    Case("Qwen3-Next, one key head", "qwen3_next", {"linear_num_key_heads": 1}),
+    Case("Qwen3-Next, one key head, no positions", "qwen3_next", {"linear_num_key_heads": 1}, has_positions=False),
 )
 BY_NAME = {case.name: case for case in CASES}
+FAULTY = BY_NAME["Qwen3-Next"]
 
 
 def alone(case, batches):
@@ -174,7 +172,7 @@ def on_ranks(kinds):
             found[case.name, kind] = errors(shared(case, ContextParallel(kind, group=group), group), wanted)
         if case.segments:
             found[case.name, "upstream"] = errors(alone(case, [case.whole()]), wanted)
-    return found, with_faults(group)
+    return found, with_faults(group, alone(FAULTY, FAULTY.apart()))
 
 
 def of_a_product(names):
@@ -198,11 +196,10 @@ def states_of_its_own():
 FAULTS = {"states of its own": states_of_its_own, "own means": own_means}
 
 
-def with_faults(group):
-    case, found = BY_NAME["Qwen3-Next"], {}
-    wanted, setting = alone(case, case.apart()), ContextParallel("gather", group=group)
-    for name, fault in {"none": contextlib.nullcontext, **FAULTS}.items():
+def with_faults(group, wanted):
+    setting, found = ContextParallel("gather", group=group), {}
+    for name, fault in FAULTS.items():
         with fault():
-            found[name] = errors(shared(case, setting, group), wanted)
-    found["gradients not summed"] = errors(shared(case, setting, None), wanted)
+            found[name] = errors(shared(FAULTY, setting, group), wanted)
+    found["gradients not summed"] = errors(shared(FAULTY, setting, None), wanted)
     return found
