@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PatchReport,
         apply_to_paddleformers,
         apply_to_qwen2_5_vl,
+        apply_to_qwen3_next,
         apply_to_qwen3_vl,
         revert,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "all_gather_rows",
     "apply_to_paddleformers",
     "apply_to_qwen2_5_vl",
+    "apply_to_qwen3_next",
     "apply_to_qwen3_vl",
     "audit_gradients",
     "backend",
@@ -74,6 +76,7 @@ __getattr__, __dir__ = lazy_exports(
         "all_gather_rows": "comm.gather",
         "apply_to_paddleformers": "formers",
         "apply_to_qwen2_5_vl": "formers",
+        "apply_to_qwen3_next": "formers",
         "apply_to_qwen3_vl": "formers",
         "audit_gradients": "audit",
         "backend": "backends.load",

@@ -51,6 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "paddlefleet.transformer.transformer_config": ("TransformerConfig",),
     "paddlefleet.transformer.transformer_layer": ("TransformerLayerSublayersSpec",),
 }
+OPS = {"paddlefleet_ops": ("is_deep_ep_available", "deep_gemm")}  # a package of its own, which may lack alone
 TELL_THE_TRUTH = (
     "paddleformers.quantization.quantization_utils",
     "paddleformers.transformers.model_utils",
@@ -74,6 +75,8 @@ def _missing(name: str) -> Any:
 def _stand_in(module: str, name: str) -> Any:
     if name in ENUMS:
         return ENUMS[name]
+    if name == "is_deep_ep_available":
+        return lambda: False
     if not name[0].isupper():
         return _missing(f"{module}.{name}")
     bases = (object,) if name in PLAIN_CLASSES else (paddle.nn.Layer,)
@@ -83,9 +86,9 @@ def _stand_in(module: str, name: str) -> Any:
     return type(name, bases, members)
 
 
-def _fill_up() -> None:
+def _fill_up(modules: dict[str, tuple[str, ...]]) -> None:
     """Adds what PaddleFormers imports to the double's modules, and the modules that the double has not."""
-    for path, names in NAMES.items():
+    for path, names in modules.items():
         parent, _, leaf = path.rpartition(".")
         if find_spec(path) is None:
             module = ModuleType(path)
@@ -94,7 +97,8 @@ def _fill_up() -> None:
             module.__spec__.has_location = True
             module.__path__ = []
             sys.modules[path] = module
-            setattr(import_module(parent), leaf, module)
+            if parent:
+                setattr(import_module(parent), leaf, module)
         for name in names:
             setattr(import_module(path), name, _stand_in(path, name))
 
@@ -103,17 +107,32 @@ def _fill_up() -> None:
 def stubbed_paddlefleet() -> Iterator[bool]:
     """Yields True where the double was put in, False where the real package is installed."""
     if "paddlefleet" in sys.modules or find_spec("paddlefleet") is not None:
-        yield False
+        with _stubbed_ops():
+            yield False
         return
     # These ask whether paddlefleet is there while they are imported: let them see the truth.
     for name in TELL_THE_TRUTH:
         import_module(name)
     use_paddlefleet()
     try:
-        _fill_up()
-        yield True
+        _fill_up(NAMES)
+        with _stubbed_ops():
+            yield True
     finally:
         drop_double()
+
+
+@contextmanager
+def _stubbed_ops() -> Iterator[None]:
+    (name,) = OPS
+    if name in sys.modules or find_spec(name) is not None:
+        yield
+        return
+    _fill_up(OPS)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def use_paddlefleet() -> None:

@@ -8,7 +8,13 @@ from paddle_vl_sp.carried import plans_of_all_ranks
 from paddle_vl_sp.formers.causes import name_causes
 from paddle_vl_sp.formers.changes import revert
 from paddle_vl_sp.formers.loader import PlanningCollate
-from paddle_vl_sp.formers.patch import UpstreamChanged, apply_to_paddleformers, apply_to_qwen2_5_vl, apply_to_qwen3_vl
+from paddle_vl_sp.formers.patch import (
+    UpstreamChanged,
+    apply_to_paddleformers,
+    apply_to_qwen2_5_vl,
+    apply_to_qwen3_next,
+    apply_to_qwen3_vl,
+)
 from paddle_vl_sp.formers.report import PatchReport
 from paddle_vl_sp.lazy import lazy_exports
 from paddle_vl_sp.verify import CheckFailed
@@ -25,6 +31,7 @@ __all__ = [
     "VisualReport",
     "apply_to_paddleformers",
     "apply_to_qwen2_5_vl",
+    "apply_to_qwen3_next",
     "apply_to_qwen3_vl",
     "plans_of_all_ranks",
     "report_to",

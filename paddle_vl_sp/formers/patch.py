@@ -143,6 +143,13 @@ def apply_to_qwen2_5_vl(
     )
 
 
+def apply_to_qwen3_next(
+    model: Layer | None = None, *, strict: bool = True, context_parallel: str | ContextParallel | None = None
+) -> PatchReport:
+    """`apply_to_paddleformers` for Qwen3-Next alone, which has no vision tower: it is for context parallelism."""
+    return apply_to_paddleformers(model, families="qwen3_next", strict=strict, context_parallel=context_parallel)
+
+
 def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:
     names = (families,) if isinstance(families, str) else tuple(FAMILIES if families is None else families)
     for name in names:

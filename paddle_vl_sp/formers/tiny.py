@@ -82,7 +82,7 @@ def tiny_qwen3_vl(seed: int = 0, **text: Any) -> Any:
     from paddleformers.transformers.qwen3_vl.configuration import Qwen3VLConfig
 
     config = Qwen3VLConfig(text_config=TEXT | text, vision_config=dict(VISION), tie_word_embeddings=False, **TOKENS)
-    return _drawn(modeling.Qwen3VLForConditionalGenerationDeprecated, config, seed)
+    return drawn(modeling.Qwen3VLForConditionalGenerationDeprecated, config, seed)
 
 
 def tiny_qwen3_vl_moe(seed: int = 0, **text: Any) -> Any:
@@ -92,7 +92,7 @@ def tiny_qwen3_vl_moe(seed: int = 0, **text: Any) -> Any:
 
     settings = TEXT | EXPERTS | {"rope_parameters": TEXT["rope_scaling"]} | text
     config = Qwen3VLMoeConfig(text_config=settings, vision_config=dict(VISION), tie_word_embeddings=False, **TOKENS)
-    return _drawn(modeling.Qwen3VLMoeForConditionalGenerationDeprecated, config, seed)
+    return drawn(modeling.Qwen3VLMoeForConditionalGenerationDeprecated, config, seed)
 
 
 def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
@@ -103,7 +103,7 @@ def tiny_qwen2_5_vl(seed: int = 0, **text: Any) -> Any:
     known = {key: value for key, value in TEXT.items() if key not in ("rope_scaling", "head_dim")}
     known["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(text_config=known | text, vision_config=WINDOWS, tie_word_embeddings=False, **TOKENS)
-    return _drawn(modeling.Qwen2_5_VLForConditionalGeneration, config, seed)
+    return drawn(modeling.Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
 def tiny_glm_ocr(seed: int = 0) -> Any:
@@ -115,10 +115,11 @@ def tiny_glm_ocr(seed: int = 0) -> Any:
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
     config = GlmOcrConfig(text_config=text, vision_config=TOWER | {"depth": 3, "image_size": 4 * PATCH}, **ids)
-    return _drawn(modeling.GlmOcrForConditionalGeneration, config, seed)
+    return drawn(modeling.GlmOcrForConditionalGeneration, config, seed)
 
 
-def _drawn(model_class: Any, config: Any, seed: int) -> Any:
+def drawn(model_class: Any, config: Any, seed: int) -> Any:
+    """In training mode, with random weights by the seed."""
     paddle.seed(seed)
     model = model_class(config)
     model.train()

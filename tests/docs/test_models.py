@@ -11,6 +11,7 @@ WORDS = {"tested", "not needed", "upstream fails", "upstream has none", "refused
 MERGE, LEVELS, WHOLE, BOTH = "merge by one plan", "deepstack", "whole gradients under TP-SP", "image + video"
 SHARED, LOADED, PACKED, CUT = "Vision DP", "loader plans", "packed rows", "context parallel"
 CUT_TWO = "multi_rank/test_context_parallel.py::test_two_ranks"
+CUT_TEXT = "multi_rank/test_text_context.py::test_two_ranks"
 CUT_FLEET = "fleet_whole/test_context_whole.py::test_two_ranks"
 ONE_RANK, ON_RANKS = "formers/test_one_rank.py::test_twenty_training_steps", "multi_rank/test_formers.py"
 FLEET = "fleet_whole/test_whole.py::test_one_line_makes_everything_right"
@@ -52,6 +53,12 @@ TESTS = {
         MERGE: f"{OCR}::test_training_steps",
         BOTH: f"{OCR}::test_videos_are_refused",
         LOADED: f"{OCR}::test_plans",
+    },
+    **{family: {PACKED: CUT_TEXT, CUT: CUT_TEXT} for family in ("Qwen2, Qwen3, plain", "Qwen3 MoE, plain")},
+    "Qwen3-Next": {
+        PACKED: CUT_TEXT,
+        CUT: CUT_TEXT,
+        WHOLE: "formers/test_text_models.py::test_what_it_takes_not_is_refused_by_name",
     },
     "PaddleOCR-VL": {BOTH: f"{OCR}::test_videos_that_would_be_dropped_are_refused"},
 }

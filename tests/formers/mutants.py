@@ -25,7 +25,7 @@ import paddle
 from training import module_of
 
 from paddle_vl_sp.formers.admission import try_clauses
-from paddle_vl_sp.formers.families import glm_ocr, qwen2_5_vl, qwen3_vl, qwen3_vl_fleet
+from paddle_vl_sp.formers.families import glm_ocr, qwen2_5_vl, qwen3_next, qwen3_vl, qwen3_vl_fleet, text
 
 SAME, OTHER, ELSEWHERE = "same", "other", "elsewhere"
 
@@ -335,6 +335,48 @@ FLEET_MODEL = {
         ],
     },
 }
+WORDS = {
+    SAME: {
+        "other names": [rename("hidden_states", "rows")],
+        "positions made elsewhere": [
+            (
+                "position_ids = paddle.arange(seq_length, dtype='int64').expand((batch_size, seq_length))",
+                "position_ids = paddle.arange(seq_length).expand([batch_size, seq_length])",
+            )
+        ],
+    },
+    OTHER: {
+        "indices lost": [
+            (
+                "attn_mask_startend_row_indices=attn_mask_startend_row_indices_mapping[decoder_layer.attention_type],",
+                "attn_mask_startend_row_indices=None,",
+            ),
+            (
+                "attn_mask_startend_row_indices=attn_mask_startend_row_indices_mapping[decoder_layer.attention_type],",
+                "attn_mask_startend_row_indices=None,",
+            ),
+        ],
+        "own positions": [("if position_ids is None:", "if True:")],
+        "a layer less": [("enumerate(self.layers)", "enumerate(self.layers[:-1])")],
+    },
+}
+MIXED_LAYERS = {
+    SAME: {"other names": [rename("hidden_states", "rows"), rename("layer_mask", "mask_of_layer")]},
+    OTHER: {
+        "the mask lost": [("linear_attn_mask if decoder_layer", "None if decoder_layer")],
+        "keywords lost": [("cache_position=cache_position, **kwargs)", "cache_position=cache_position)")],
+        "own positions": [("if position_ids is None:", "if True:")],
+    },
+}
+DELTA_NET = {
+    SAME: {"other names": [rename("mixed_qkv", "joined")]},
+    OTHER: {
+        "another strength": [("beta = b.sigmoid()", "beta = b.sigmoid() * 0.5")],
+        "another decay": [("F.softplus(a.float() + self.dt_bias)", "F.softplus(a.float())")],
+        "no unit length": [("use_qk_l2norm_in_kernel=True", "use_qk_l2norm_in_kernel=False")],
+        "another activation": [("F.silu(self.conv1d(", "F.relu(self.conv1d(")],
+    },
+}
 
 P, Q, G, F = qwen3_vl.PLAIN, qwen2_5_vl.FAMILY, glm_ocr.FAMILY, qwen3_vl_fleet.FAMILY
 TABLE = (
@@ -348,6 +390,9 @@ TABLE = (
     (F, "Qwen3VLTextTransformerLayer._deepstack_process", FLEET_ADD),
     (F, "Qwen3VLTextTransformerLayer.forward", FLEET_LAYER),
     (F, "Qwen3VLModelDist.forward", FLEET_MODEL),
+    (text.QWEN3, "Qwen3Model.forward", WORDS),
+    (qwen3_next.FAMILY, "Qwen3NextModel.forward", MIXED_LAYERS),
+    (qwen3_next.FAMILY, "Qwen3NextGatedDeltaNet.forward", DELTA_NET),
 )
 MUTANTS = [
     Mutant(family, method, kind, name, tuple(edits))

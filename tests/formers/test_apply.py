@@ -84,7 +84,9 @@ def test_families_by_name():
     revert()
     assert apply_to_qwen2_5_vl().replaced == ["Qwen2_5_VLModel.forward"]
     revert()
-    assert apply_to_paddleformers().replaced == [*report.replaced, "Qwen2_5_VLModel.forward", "GlmOcrModel.forward"]
+    text_only = [f"{name}Model.forward" for name in ("Qwen2", "Qwen3", "Qwen3Moe", "Qwen3Next")]
+    others = ["Qwen2_5_VLModel.forward", "GlmOcrModel.forward", *text_only]
+    assert apply_to_paddleformers().replaced == [*report.replaced, *others]
     revert()
     assert not apply_to_paddleformers(families=()).replaced
     with pytest.raises(ValueError, match="families: qwen3_5 is not supported, it merges by itself"):
@@ -534,7 +536,7 @@ def test_families_that_the_plugin_does_not_know_end_the_run():
     """By PaddleFormers, with our message."""
     with pytest.raises(subprocess.CalledProcessError) as failed:
         ran(PLUGIN, PADDLE_VL_SP_FAMILIES="qwen3_vl, qwen4_vl")
-    assert "'glm_ocr', 'paddleocr_vl', got 'qwen4_vl'" in failed.value.stderr
+    assert "'qwen3', 'qwen3_next', got 'qwen4_vl'" in failed.value.stderr
 
 
 def test_only_the_first_rank_says_what_was_done():

@@ -7,13 +7,14 @@ import paddle
 
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
 from stub_paddlefleet import stubbed_paddlefleet
+from text_models import MODULES
 
 with stubbed_paddlefleet():  # once imported, these modules stay: the MoE and fleet classes can be replaced and used
     from paddleformers.transformers.qwen3_vl import modeling_fleet
     from paddleformers.transformers.qwen3_vl_moe import modeling as moe_modeling
 
 __all__ = ["modeling_fleet", "moe_modeling"]
-KEPT = {module.__name__: module for module in (modeling_fleet, moe_modeling)}
+KEPT = {module.__name__: module for module in (modeling_fleet, moe_modeling)} | MODULES
 
 BUILDERS = {"dense": tiny.tiny_qwen3_vl, "moe": tiny.tiny_qwen3_vl_moe}
 SAMPLES = {

@@ -7,12 +7,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import paddle
+from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import Handover
 from paddle_vl_sp.formers.context.attention import INDICES
+from paddle_vl_sp.formers.context.plain import check_tensor_parallel
 from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
-from paddle_vl_sp.formers.context.step import STEP, own_labels, step_of
+from paddle_vl_sp.formers.context.step import STEP, Step, own_labels, step_of
 
 LABELS = "labels"
 WHOLE_EVALUATION: Handover[bool] = Handover("whole_evaluation")  # who evaluates needs the logits of all positions
@@ -74,8 +77,18 @@ def text_config_of(model: Any) -> Any:
 
 
 def text_inner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Under context parallelism runs on this rank's ids and positions."""
+    """Runs on this rank's ids and positions under context parallelism; without, refuses an axis that nobody uses."""
+    return _inner_forward(original, mask=lambda step: None)
+
+
+def linear_inner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """As `text_inner_forward`, for a model that hands attention_mask to its linear attention, and that alone."""
+    return _inner_forward(original, mask=lambda step: step.marker)
+
+
+def _inner_forward(original: Callable[..., Any], mask: Callable[[Step], Tensor | None]) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    more = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -85,21 +98,24 @@ def text_inner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_what_nobody_cuts(self)
             return original(*call.args, **call.kwargs)
         given = call.arguments
-        if given.get("position_ids") is None:
-            given["position_ids"] = positions_of(given["input_ids"])
-        given |= {
-            "input_ids": step.own(given["input_ids"], 0),
-            "position_ids": step.own(given["position_ids"], 0),
-            "attention_mask": None,
+        check_tensor_parallel(self.config, step)
+        ids, positions = given["input_ids"], given.get("position_ids")
+        own = {
+            "input_ids": step.own(ids, 0),
+            "position_ids": step.own(positions_of(ids) if positions is None else positions.expand(ids.shape), 0),
+            "attention_mask": mask(step),
+            "use_cache": False,
             INDICES: step.marker,
         }
+        named = {name: value for name, value in own.items() if name in signature.parameters}
+        given |= named
+        if len(named) < len(own):
+            given[more] = given.get(more, {}) | {name: own[name] for name in own.keys() - named.keys()}
         return original(*call.args, **call.kwargs)
 
     return forward
 
 
-def positions_of(ids: Any) -> Any:
+def positions_of(ids: Tensor) -> Tensor:
     """0 .. S - 1 in every row: [B, S]"""
-    import paddle
-
     return paddle.arange(ids.shape[1], dtype="int64").expand(ids.shape)

@@ -63,7 +63,7 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
         "use_cache": False,
         INDICES: step.marker,
     }
-    _check_tensor_parallel(shared_tower.text_config(model), step)
+    check_tensor_parallel(shared_tower.text_config(model), step)
     return placed
 
 
@@ -85,7 +85,7 @@ def rows_of_tensor_rank(plan: VisualPlan, tensor_plan: VisualPlan) -> VisualPlan
     return VisualPlan.from_indices(tensor_plan.update_indices, own, tensor_plan.row_shape, plan.num_features)
 
 
-def _check_tensor_parallel(config: Any, step: Step) -> None:
+def check_tensor_parallel(config: Any, step: Step) -> None:
     """The plain classes shape the rows of their attention by max_sequence_length."""
     if not getattr(config, "sequence_parallel", False):
         return

@@ -92,6 +92,7 @@ STEP: Handover[Step] = Handover("context_parallel_step")
 def step_of(setting: ContextParallel, config: Any, given: Mapping[str, Any]) -> Step:
     """Of a batch by its arguments; config: the text model's."""
     _refuse_config(config)
+    _refuse_router_loss(given)
     _check_attention(config)
     ids, indices = given["input_ids"], given.get(INDICES)
     _check_mask(given.get("attention_mask"), indices, given.get("labels"))
@@ -139,6 +140,11 @@ def _sequence_parallel(config: Any) -> tuple[int, int]:
     """This rank, and how many there are, in the tensor-parallel group where it cuts the sequence once more."""
     if not getattr(config, "sequence_parallel", False):
         return 0, 1
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            "context parallelism takes no sequence_parallel with linear attention, for which PaddleFormers joins the "
+            "rows of the batch to one: turn sequence_parallel off"
+        )
     group = require_tensor_parallel_group()
     return group.rank, group.nranks
 
@@ -151,6 +157,7 @@ def _refuse_config(config: Any) -> None:
     refused = {
         "attention_dropout": "attention dropout",
         "num_nextn_predict_layers": "multi-token prediction",
+        "output_router_logits": "loss of the router",
     }
     for name, what in refused.items():
         if getattr(config, name, None):
@@ -167,6 +174,12 @@ def _refuse_config(config: Any) -> None:
             f"context parallelism with expert_model_parallel_size={config.expert_model_parallel_size} and no tensor "
             "parallelism: PaddleFleet zeroes padding rows by whole ids there; use tensor parallelism with it"
         )
+
+
+def _refuse_router_loss(given: Mapping[str, Any]) -> None:
+    """It is made of means over all tokens, and no sum over the ranks."""
+    if {**given, **given.get("kwargs", {})}.get("output_router_logits"):
+        raise ValueError("context parallelism takes no loss of the router, got output_router_logits: leave it out")
 
 
 def _check_mask(mask: Tensor | None, indices: Tensor | None, labels: Tensor | None) -> None:

@@ -34,14 +34,14 @@ def equals_ours(build: Callable[[], Any], frames_apart: bool = True, has_videos:
     def broken(family: Family, module: Any) -> str:
         model = build()
         for name, batch in _batches(frames_apart, has_videos):
-            wanted = _step(model, batch)
+            wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
                 if name != "images and videos":
                     return f"{name}: it fails by itself, {_told(wanted)}"
                 continue
             with ours_in_place(family, module):
-                got = _step(model, batch)
-            why = _difference(wanted, got)
+                got = training_step(model, batch)
+            why = difference(wanted, got)
             if why:
                 return f"{name}: {why}"
         return ""
@@ -54,7 +54,7 @@ def fails_on_videos(build: Callable[[], Any]) -> Clause:
 
     def broken(_: Family, __: Any) -> str:
         batch = tiny.draw_batch(SAMPLES["videos"])
-        return "" if isinstance(_step(build(), batch), Exception) else "it trains on them"
+        return "" if isinstance(training_step(build(), batch), Exception) else "it trains on them"
 
     return Clause(f"{build.__name__}: it fails on videos", broken)
 
@@ -72,11 +72,11 @@ def _batches(frames_apart: bool, has_videos: bool) -> Iterator[tuple[str, Batch]
 
 
 @contextmanager
-def ours_in_place(family: Family, module: Any) -> Iterator[None]:
+def ours_in_place(family: Family, module: Any, is_cut: bool = False) -> Iterator[None]:
     """All methods of the family replaced, known or not."""
     made: list[Change] = []
     try:
-        for method in family.replaced:
+        for method in family.methods(is_cut=is_cut):
             owner, _, name = method.name.partition(".")
             replacement = replace(getattr(module, owner), name, method.make)
             if replacement is not None:
@@ -86,7 +86,7 @@ def ours_in_place(family: Family, module: Any) -> Iterator[None]:
         undo_changes(made)
 
 
-def _step(model: Any, batch: Batch) -> Step | Exception:
+def training_step(model: Any, batch: Batch) -> Step | Exception:
     """Or how it fails."""
     model.clear_gradients(set_to_zero=False)
     paddle.seed(0)
@@ -100,13 +100,20 @@ def _step(model: Any, batch: Batch) -> Step | Exception:
     return {"the loss": loss.numpy(), **grads}
 
 
-def _difference(wanted: Step, got: Step | Exception) -> str:
+def difference(wanted: Step, got: Step | Exception, rounding: float = 0.0) -> str:
+    """ "" where there is none; rounding: how far apart values may be, relative to their size."""
     if isinstance(got, Exception):
         return f"ours raise {_told(got)}"
     if set(wanted) != set(got):
         return f"gradients of other parameters, such as {min(set(wanted) ^ set(got))}"
-    different = [name for name, value in wanted.items() if not np.array_equal(value, got[name])]
+    different = [name for name, value in wanted.items() if not _is_near(value, got[name], rounding)]
     return f"{len(different)} of {len(wanted)} values differ, such as {different[0]}" if different else ""
+
+
+def _is_near(wanted: Any, got: Any, rounding: float) -> bool:
+    if not rounding:
+        return np.array_equal(wanted, got)
+    return bool(np.linalg.norm(got - wanted) <= rounding * np.linalg.norm(wanted))
 
 
 def _told(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """One module a family of models: what of its classes is replaced, and by what."""
 
-from paddle_vl_sp.formers.families import glm_ocr, paddleocr_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_fleet
+from paddle_vl_sp.formers.families import glm_ocr, paddleocr_vl, qwen2_5_vl, qwen3_next, qwen3_vl, qwen3_vl_fleet, text
 
 QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY, qwen3_vl_fleet.MOE)
 FAMILIES = {
@@ -8,6 +8,9 @@ FAMILIES = {
     "qwen2_5_vl": (qwen2_5_vl.FAMILY,),
     "glm_ocr": (glm_ocr.FAMILY,),
     "paddleocr_vl": (paddleocr_vl.FAMILY,),
+    "qwen2": (text.QWEN2,),
+    "qwen3": (text.QWEN3, text.QWEN3_MOE),
+    "qwen3_next": (qwen3_next.FAMILY,),
 }
 NOT_SUPPORTED = {  # family: why
     "ernie4_5_moe_vl": "it places rows by experts of its own for each kind of token",
