@@ -2,8 +2,8 @@
 
     python tools/bench/bench_context.py [docs/context-memory.csv]
 
-PaddleFormers' own Qwen3-VL, tiny, on the CPU: the peak of forward and backward above the model, as the system counts the
-process, each case in new processes. The gradients must be those of one rank.
+PaddleFormers' own Qwen3-VL, tiny, on the CPU: the peak of forward and backward above the model, as the system counts
+the process, each case in new processes. The gradients must be those of one rank.
 """
 
 from __future__ import annotations
