@@ -18,14 +18,18 @@ class ContextParallel:
     attention   "gather", "ring", "ulysses", "both" (ring x Ulysses), or "auto": the one that sends least, see `choose`
     group       the ranks that share a sequence; None: fleet's sep axis, looked up when it is used
     groups      the two groups of "both", whose product is the group: `groups_from_ranks`, `groups_from_fleet`
+    ids         "whole": every rank gives a model the whole batch; "cut": ids, labels and positions are this rank's part
+                already, as `choose(...).layout(...)` cuts
     """
 
     attention: str = "auto"
     group: Group | None = None
     groups: SequenceGroups | None = None
+    ids: str = "whole"
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ("auto", *KINDS))
+        check_choice("ids", self.ids, ("whole", "cut"))
         if self.group is not None and not (hasattr(self.group, "nranks") and hasattr(self.group, "rank")):
             raise ValueError(
                 f"group must be a process group of the ranks that share a sequence, got {type(self.group).__name__}: "

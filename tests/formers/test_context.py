@@ -14,7 +14,7 @@ from training import SAMPLES, upstream_and_patched
 from arrays import same_bits
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers import UpstreamChanged, apply_to_paddleformers, apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
-from paddle_vl_sp.formers.context import install, marker, setting
+from paddle_vl_sp.formers.context import install, marker, setting, together
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.bounds import boundaries
 from paddle_vl_sp.formers.context.step import Step
@@ -152,6 +152,52 @@ def test_a_placeholder_mask_of_the_instance_is_refused():
     model.model.get_placeholder_mask = lambda *args, **kwargs: None
     with apply_to_qwen3_vl(context_parallel=TWO), pytest.raises(ValueError, match="has its own get_placeholder_mask"):
         model(**batch_of(model))
+
+
+ALREADY_CUT = {
+    "no positions": ({"position_ids": None}, r"need the position_ids of their 64 places, got none"),
+    "whole positions": ({"position_ids": [3, 2, 128]}, r"of their 64 places, got \[3, 2, 128\]"),
+    "a mask": ({"attention_mask": [2, 64]}, r"take no attention_mask"),
+    "indices of a part": ({INDICES: [2, 1, 64, 1]}, r"of the whole row, \[1, 1, 128, 1\], got \[2, 1, 64, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", ALREADY_CUT)
+def test_ids_that_are_cut_already_and_miss_something(case, monkeypatch):
+    """All ranks of the group raise it."""
+    more, message = ALREADY_CUT[case]
+    monkeypatch.setattr(together, "agree_on", agreed)
+    model = tiny.tiny_qwen3_vl()
+    batch = batch_of(model) | {
+        name: None if shape is None else paddle.ones(shape, dtype="int32") for name, shape in more.items()
+    }
+    setting = ContextParallel("gather", group=FakeGroup(0, 2), ids="cut")
+    with apply_to_qwen3_vl(context_parallel=setting), pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+def agreed(numbers, error, group):
+    if error is not None:
+        raise error
+    return np.asarray([numbers, [numbers[0], numbers[1] + 1]])
+
+
+def test_ids_that_are_cut_unevenly(monkeypatch):
+    """Both shapes."""
+    monkeypatch.setattr(together, "agree_on", agreed)
+    model = tiny.tiny_qwen3_vl()
+    setting = ContextParallel("gather", group=FakeGroup(0, 2), ids="cut")
+    with apply_to_qwen3_vl(context_parallel=setting), pytest.raises(ValueError, match=r"\[\[2, 64\], \[2, 65\]\]"):
+        model(**batch_of(model))
+
+
+def test_ids_that_no_layout_cuts_so():
+    """61 places on each of two ranks: zigzag wants an even number."""
+    model = tiny.tiny_qwen3_vl()
+    batch = {name: x[..., :61] if x.shape[-1] == 64 else x for name, x in batch_of(model, "text").items()}
+    setting = ContextParallel("gather", group=FakeGroup(0, 2), ids="cut")
+    with pytest.raises(ValueError, match=r"ids of 61 places on each of 2 ranks are no cut .* of 62 places"):
+        together._layout(setting, model.config.text_config, batch)
 
 
 def test_an_axis_without_a_setting_is_refused(monkeypatch):

@@ -13,7 +13,9 @@ from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
 from paddle_vl_sp.formers.context import plain
+from paddle_vl_sp.formers.context.bounds import boundaries
 from paddle_vl_sp.plan import VisualPlan
+from paddle_vl_sp.sequence.batch import shard_batch
 from paddle_vl_sp.testing import tensor_parallel
 from paddle_vl_sp.testing.subgroup import SubGroup
 
@@ -62,7 +64,10 @@ class Case:
 
 
 IMAGES, BOTH = (("image",), ("image", "image")), (("image", "video"), ("video",))
+CUT = ("images", "images and videos", "packed, each segment divides")
 CASES = (
+    Case("images and videos", BOTH),
+    Case("packed, each segment divides", (("image", "image"),), segments=((24, 64),)),
     Case("images", IMAGES),
     Case("images and videos, padded to divide", BOTH, 61),
     Case("videos of three samples", (("video",), ("video", "video"), ())),
@@ -81,6 +86,8 @@ CASES = (
     Case("Qwen2.5-VL, shared tower", BOTH, model="tiny_qwen2_5_vl", vision_dp=True),
 )
 
+IMAGES_CASE = next(case for case in CASES if case.name == "images")
+
 
 def trained(case, setting, group):
     """Loss and gradients, summed over the group."""
@@ -88,7 +95,10 @@ def trained(case, setting, group):
         families=FAMILIES, context_parallel=setting, vision_dp=case.vision_dp and bool(setting)
     ):
         model = getattr(tiny, case.model)(**case.text)
-        loss = model(**case.batch(model)).loss
+        batch = case.batch(model)
+        if setting is not None and setting.ids == "cut":
+            batch = cut_by(setting, batch)
+        loss = model(**batch).loss
         loss.backward()
     grads = {}
     for name, parameter in model.named_parameters():
@@ -97,6 +107,18 @@ def trained(case, setting, group):
             dist.all_reduce(grad, group=group)
         grads[name] = grad.numpy()
     return float(loss), grads
+
+
+def cut_by(setting, batch):
+    """This rank's ids, labels and positions; the rest whole."""
+    indices = batch.get("attn_mask_startend_row_indices")
+    length = batch["input_ids"].shape[1]
+    bounds = None if indices is None else boundaries(indices.numpy(), length)
+    chosen = setting.choose(4, 4, length, head_size=16, batch=batch["input_ids"].shape[0])
+    layout = chosen.layout(length, bounds)
+    cut = ("input_ids", "labels", "position_ids")
+    share = shard_batch({name: batch[name] for name in cut}, layout, cu_seqlens=chosen.bounds_of_batch(length, bounds))
+    return batch | share
 
 
 def errors(got, wanted):
@@ -191,21 +213,32 @@ FAULTS = {"a wrong plan": a_wrong_plan, "positions of the first": positions_of_t
 def with_faults():
     paddle.set_device("cpu")
     group, found = dist.get_group(0), {}
-    wanted = trained(CASES[0], None, None)
+    wanted = trained(IMAGES_CASE, None, None)
     for name, fault in FAULTS.items():
         with fault():
-            found[name] = errors(trained(CASES[0], ContextParallel("gather", group=group), group), wanted)
-    found["gradients not summed"] = errors(trained(CASES[0], ContextParallel("gather", group=group), None), wanted)
+            found[name] = errors(trained(IMAGES_CASE, ContextParallel("gather", group=group), group), wanted)
+    found["gradients not summed"] = errors(trained(IMAGES_CASE, ContextParallel("gather", group=group), None), wanted)
     return found
 
 
 def on_two(kinds, names):
-    return {"right": on_ranks(kinds, names), "faults": with_faults(), "audit": audited()}
+    return {"right": on_ranks(kinds, names), "faults": with_faults(), "audit": audited(), "cut": of_cut_ids(kinds, CUT)}
+
+
+def of_cut_ids(kinds, names):
+    """The batch is cut by the layout of the attention before the model gets it."""
+    group, found = dist.get_group(0), {}
+    for case in (case for case in CASES if case.name in names):
+        wanted = trained(case, None, None)
+        for kind in kinds:
+            setting = ContextParallel(kind, group=group, ids="cut")
+            found[case.name, kind] = errors(trained(case, setting, group), wanted)
+    return found
 
 
 def audited():
     """What the audit says, which knows no reference: of the ranks' own gradients, and of their sums."""
-    group, case = dist.get_group(0), CASES[1]
+    group, case = dist.get_group(0), IMAGES_CASE
     with apply_to_paddleformers(families=FAMILIES, context_parallel=ContextParallel("ring", group=group)):
         model = tiny.tiny_qwen3_vl()
         batch = case.batch(model)

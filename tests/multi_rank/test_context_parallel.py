@@ -3,7 +3,7 @@ process within fp32 rounding (1e-5). On 2, 3 and 4 ranks, each kind of attention
 """
 
 import pytest
-from context_cases import CASES, FAULTS, on_four, on_ranks, on_two
+from context_cases import CASES, CUT, FAULTS, on_four, on_ranks, on_two
 
 from paddle_vl_sp.testing import run_ranks
 
@@ -67,3 +67,11 @@ def test_the_audit_says_the_same(of_two):
         assert is_ok == [False, True]
         assert set(verdicts[0]) <= {"partial", "too small to judge"}
         assert set(verdicts[1]) <= {"whole", "too small to judge"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CUT)
+def test_ids_that_are_cut_already(of_two, name, kind):
+    """Each rank gives its own part of ids, labels and positions."""
+    for rank in of_two:
+        assert max(rank["cut"][name, kind]) < 1e-5

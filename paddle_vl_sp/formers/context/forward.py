@@ -16,6 +16,7 @@ from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.plain import check_tensor_parallel
 from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
 from paddle_vl_sp.formers.context.step import STEP, Step, own_labels, step_of
+from paddle_vl_sp.formers.context.together import put_together
 
 LABELS = "labels"
 WHOLE_EVALUATION: Handover[bool] = Handover("whole_evaluation")  # who evaluates needs the logits of all positions
@@ -39,6 +40,8 @@ def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if setting is None:
             return original(*call.args, **call.kwargs)
         require_ids(self, given)
+        if setting.ids == "cut":
+            given |= put_together(setting, text_config_of(self), given)
         step = step_of(setting, text_config_of(self), given)
         if given.get(LABELS) is not None:
             given[LABELS] = own_labels(step, given[LABELS])

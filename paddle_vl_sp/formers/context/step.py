@@ -105,19 +105,27 @@ def step_of(setting: ContextParallel, config: Any, given: Mapping[str, Any]) -> 
                 "one causal mask for all heads"
             )
         bounds = boundaries(indices.numpy(), length)
-    chosen = setting.choose(
-        config.num_attention_heads // _tensor_parallel(config),
-        max(config.num_key_value_heads // _tensor_parallel(config), 1),
-        rows * length if bounds else length,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        batch=1 if bounds else rows,
-    )
+    chosen = choose(setting, config, rows, length, bounds)
     say_once(chosen)
     whole = rows * length if bounds else length
     rank, size = _sequence_parallel(config)
     layout = chosen.layout(whole, bounds, sp_rank=rank, sp_size=size)
     before = replace(layout, sp_rank=0, sp_size=1) if size > 1 else layout
     return Step(chosen, before, (rank, size), bounds, rows, length)
+
+
+def choose(
+    setting: ContextParallel, config: Any, rows: int, length: int, bounds: tuple[int, ...] | None
+) -> ChosenAttention:
+    """For the heads of this model and this batch; packed rows are joined to one."""
+    ranks = _tensor_parallel(config)
+    return setting.choose(
+        config.num_attention_heads // ranks,
+        max(config.num_key_value_heads // ranks, 1),
+        rows * length if bounds else length,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        batch=1 if bounds else rows,
+    )
 
 
 def own_labels(step: Step, labels: Tensor) -> Tensor:
