@@ -59,11 +59,7 @@ def apply_to_paddleformers(
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
     PADDLE_VL_SP_PROBE=never refuses all code that is not known, without a trial.
     """
-    if importlib.util.find_spec("paddleformers") is None:
-        raise ImportError(
-            "this changes PaddleFormers' classes, and paddleformers is not installed: "
-            'pip install "paddleformers==1.2.0" "pyarrow<26"'
-        )
+    _require_paddleformers()
     wanted = _named(families)
     if switched_off():
         logger.info("PaddleFormers is left as it is: %s=0", ENABLED)
@@ -74,23 +70,12 @@ def apply_to_paddleformers(
     setting = None if context_parallel is None else as_setting(context_parallel)
     is_cut = setting is not None
     lines: list[Line] = []
-    touched = [family for family in wanted if family.methods(is_shared, is_cut)]
-    found = _loaded(touched, lines, strict)
-    judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
-    changed = {name: judgement.refused for name, judgement in judged.items()}
-    changed |= {"criterion": [d.why for d in deviations()] if is_cut else []}
-    if any(changed.values()) and (strict or changed["criterion"]):
-        raise UpstreamChanged(_describe(changed) + "; with strict=False these classes are left alone")
+    found = _loaded([family for family in wanted if family.methods(is_shared, is_cut)], lines, strict)
+    judged = _judged(found, is_shared, is_cut, strict)
     made: list[Change] = []
     try:
         for family, module in found:
-            methods = family.methods(is_shared, is_cut)
-            lines += _replace_all(family, methods, module, judged[family.name], made)
-            lines += _swap_all(family, changed[family.name], made)
-            if is_shared and not family.shared:
-                lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
-            if is_cut and not family.cut:
-                lines.append(Line(family.name, SEQUENCE, LEFT_ALONE, "not cut: it has no context parallelism"))
+            lines += _change(family, module, judged[family.name], is_shared, is_cut, made)
         if setting is not None:
             install(setting, made)
         if vision_dp and model is not None:
@@ -100,8 +85,6 @@ def apply_to_paddleformers(
     except BaseException:
         undo_changes(made)
         raise
-    if any(changed.values()):
-        logger.warning("%s; these classes are left alone", _describe(changed))
     if families is None:
         lines += [Line(name, f"{MODELS}.{name}", UNSUPPORTED, why) for name, why in NOT_SUPPORTED.items()]
     report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
@@ -157,6 +140,42 @@ def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:
             raise ValueError(f"families: {name} is not supported, {NOT_SUPPORTED[name]}: leave it out")
         check_choice("families", name, tuple(FAMILIES))
     return tuple(family for name in dict.fromkeys(names) for family in FAMILIES[name])
+
+
+def _require_paddleformers() -> None:
+    if importlib.util.find_spec("paddleformers") is None:
+        raise ImportError(
+            "this changes PaddleFormers' classes, and paddleformers is not installed: "
+            'pip install "paddleformers==1.2.0" "pyarrow<26"'
+        )
+
+
+def _judged(found: Sequence[tuple[Family, Any]], is_shared: bool, is_cut: bool, strict: bool) -> dict[str, Judgement]:
+    """By family. What is refused is an error if strict, and under context parallelism, where it would be a model that
+    nobody cuts and whose gradients are summed over the axis all the same.
+    """
+    judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
+    refused = {name: judgement.refused for name, judgement in judged.items()}
+    refused |= {"criterion": [deviation.why for deviation in deviations()] if is_cut else []}
+    if any(refused.values()):
+        if is_cut:
+            raise UpstreamChanged(f"{_describe(refused)}; leave context_parallel out, or name other families")
+        if strict:
+            raise UpstreamChanged(f"{_describe(refused)}; with strict=False these classes are left alone")
+        logger.warning("%s; these classes are left alone", _describe(refused))
+    return judged
+
+
+def _change(
+    family: Family, module: Any, judgement: Judgement, is_shared: bool, is_cut: bool, made: list[Change]
+) -> list[Line]:
+    lines = _replace_all(family, family.methods(is_shared, is_cut), module, judgement, made)
+    lines += _swap_all(family, judgement.refused, made)
+    if is_shared and not family.shared:
+        lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
+    if is_cut and not family.cut:
+        lines.append(Line(family.name, SEQUENCE, LEFT_ALONE, "not cut: it has no context parallelism"))
+    return lines
 
 
 def _announce(report: PatchReport) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS
 from paddleformers.nn.criterion.interface import CriterionLayer
+from paddleformers.transformers.qwen3_vl import modeling
 from training import SAMPLES, upstream_and_patched
 
 from arrays import same_bits
@@ -61,6 +62,13 @@ def test_a_changed_criterion_is_an_error_also_when_not_strict(monkeypatch):
     with pytest.raises(UpstreamChanged, match=r"CriterionLayer.forward has fingerprint"):
         apply_to_qwen3_vl(strict=False, context_parallel="auto")
     apply_to_qwen3_vl(strict=False)
+
+
+def test_a_changed_model_is_an_error_also_when_not_strict(monkeypatch):
+    """It would train whole on every rank, and its gradients would be summed."""
+    monkeypatch.setattr(modeling.Qwen3VLTextModel, "_deepstack_process", lambda self, hidden, mask, levels: hidden)
+    with pytest.raises(UpstreamChanged, match=r"_deepstack_process .*; leave context_parallel out"):
+        apply_to_qwen3_vl(strict=False, context_parallel="auto")
 
 
 @pytest.mark.parametrize(
