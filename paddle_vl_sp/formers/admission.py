@@ -27,7 +27,12 @@ from paddle_vl_sp.settings import PROBE, setting
 
 TIMEOUT = 300  # seconds; the clauses take two, the imports ten
 HERE = Path(__file__).parent
+PASSING = (": MemoryError", ": OSError")
 OF_A_RUN = ("PADDLE_", "FLAGS_", "TRAINING_", "POD_", "MASTER_")  # variables that make a process a rank, or strict
+
+
+class TimedOut(RuntimeError):
+    """A trial did not end."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def judge(family: Family, module: Any, is_shared: bool = False, is_cut: bool = F
     if not refused or setting(PROBE) == "never" or not all(deviation.is_text for deviation in deviations):
         return Judgement(refused)
     verdict = verdict_on(family, module, is_shared)
-    if verdict.broken:
+    if verdict.broken or not verdict.tried:
         return Judgement([*refused, *verdict.broken])
     admitted = f"not the known code, but all that is needed of it holds ({verdict.tried} trials)"
     logger.info("%s is admitted: %s; %s", family.name, admitted, "; ".join(refused))
@@ -73,7 +78,9 @@ def verdict_on(family: Family, module: Any, is_shared: bool) -> Verdict:
             return _cached(folder / f"{key}.json") or _kept(
                 folder / f"{key}.json", _tried_elsewhere(family, key, is_shared)
             )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        if isinstance(error, TimedOut):
+            raise
         logger.debug("verdicts are not kept: %s", error)
         return _tried_elsewhere(family, key, is_shared)
 
@@ -88,7 +95,9 @@ def code_key(family: Family, module: Any, is_shared: bool) -> str:
     parts = [family.name, str(is_shared), code_of(inspect.getsource(module)), sys.version]
     parts += [fingerprint(original_of(module, method.name)) for method in methods]
     parts += [_version_of(name) for name in ("paddleformers", "paddlefleet", "paddlepaddle", "paddlepaddle-gpu")]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(HERE.rglob("*.py"))]
+    formers = Path(sys.modules["paddleformers"].__file__ or "").parent
+    folders = (HERE.parent, formers / "nn")  # what the clauses run
+    parts += [path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -110,7 +119,7 @@ def _tried_elsewhere(family: Family, key: str, is_shared: bool) -> Verdict:
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(
+        raise TimedOut(
             f"{family.name} of PaddleFormers is not the code that is known, and trying it took more than {TIMEOUT} "
             f"seconds: run `python -m paddle_vl_sp doctor` once before the training, or set {PROBE}=never"
         ) from error
@@ -127,14 +136,16 @@ def _tried_elsewhere(family: Family, key: str, is_shared: bool) -> Verdict:
 def _cached(path: Path) -> Verdict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Verdict(found["key"], found["tried"], tuple(found["broken"]))
+        if found["key"] != path.stem or not found["tried"] > 0 or not isinstance(found["broken"], list):
+            return None
+        return Verdict(found["key"], found["tried"], tuple(map(str, found["broken"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _kept(path: Path, verdict: Verdict) -> Verdict:
-    """Only what was tried: what could not be is tried again."""
-    if verdict.tried:
+    """Only what was tried: what could not be, or failed for want of memory or disk, is tried again."""
+    if verdict.tried and not any(passing in why for passing in PASSING for why in verdict.broken):
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
         partial.replace(path)

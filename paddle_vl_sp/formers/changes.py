@@ -100,10 +100,24 @@ def share(model: Layer) -> SharedTower | None:
 
 
 def undo_changes(changes: Iterable[Change]) -> None:
+    """In the other order of their making."""
+    changes = list(changes)
+    _refuse_to_leave_a_setting(changes)
     for change in reversed([change for change in _in_place if change in changes]):
         if change.undo():
             _in_place.remove(change)
     shared_tower.stop_where_not_asked_for()
+
+
+def _refuse_to_leave_a_setting(changes: list[Change]) -> None:
+    """A setting that stays on needs every method that was replaced before it."""
+    stays_on = next((c for c in _in_place if getattr(c, "needs_methods", False) and c not in changes), None)
+    earlier = _in_place[: _in_place.index(stays_on)] if stays_on is not None else []
+    if any(change in earlier for change in changes):
+        raise ValueError(
+            "context parallelism that was turned on later is still on, and needs what is being taken back: take that "
+            "report back first, or call revert()"
+        )
 
 
 def revert() -> None:

@@ -22,6 +22,7 @@ class OwnRows(OfMask):
     """What a text model's or a layer's forward knows of the mask that it hands to `_deepstack_process`."""
 
     plan: VisualPlan  # of this rank's hidden states
+    is_part: bool = False  # the mask is of a part of the sequence, which the original does not know of
 
 
 OWN_ROWS: Handover[OwnRows] = Handover("own_rows")
@@ -37,7 +38,7 @@ def deepstack(original: Callable[..., Any]) -> Callable[..., Any]:
         if own is None or not is_planned or hidden_states.shape[-1] != visual_embeds.shape[-1]:
             return original(self, hidden_states, visual_pos_masks, visual_embeds)  # which takes this rank's columns
         out = add_rows(hidden_states, visual_embeds, own.plan)  # a copy, as upstream: hooks may keep the layer's output
-        if checking():
+        if checking() and not own.is_part:
             with paddle.no_grad():
                 upstream = original(self, hidden_states, visual_pos_masks, visual_embeds)
             advice = "set PADDLE_VL_SP=0 and report it"

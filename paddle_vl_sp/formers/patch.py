@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.backends.load import backend as backend_in_use
 from paddle_vl_sp.formers.admission import Judgement, judge
 from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
+from paddle_vl_sp.formers.context.forward import uncut_forward
 from paddle_vl_sp.formers.context.install import deviations, install
 from paddle_vl_sp.formers.context.setting import as_setting
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
@@ -77,6 +79,7 @@ def apply_to_paddleformers(
         for family, module in found:
             lines += _change(family, module, judged[family.name], is_shared, is_cut, made)
         if setting is not None:
+            _refuse_other_families(wanted, made)
             install(setting, made)
         if vision_dp and model is not None:
             lines.append(_share(model, made))
@@ -176,6 +179,18 @@ def _change(
     if is_cut and not family.cut:
         lines.append(Line(family.name, SEQUENCE, LEFT_ALONE, "not cut: it has no context parallelism"))
     return lines
+
+
+def _refuse_other_families(wanted: Sequence[Family], made: list[Change]) -> None:
+    """A model of a family that was not named would train whole on every rank of the axis."""
+    for family in (family for families in FAMILIES.values() for family in families if family not in wanted):
+        module = sys.modules.get(family.module)
+        for method in family.cut if module is not None else ():
+            owner_name, _, name = method.name.partition(".")
+            owner = getattr(module, owner_name, None)
+            change = replace(owner, name, uncut_forward) if owner is not None and name in vars(owner) else None
+            if change is not None:
+                made.append(change)
 
 
 def _announce(report: PatchReport) -> None:

@@ -225,6 +225,7 @@ LEVELS = {
 INIT = {
     SAME: {"other names": [rename("layer_idx", "number")]},
     OTHER: {
+        "a layer less": [("range(config.num_hidden_layers)", "range(config.num_hidden_layers - 1)")],
         "norms marked already": [
             (
                 "self.rotary_emb =",
@@ -233,7 +234,22 @@ INIT = {
             )
         ],
     },
-    ELSEWHERE: {"a layer less": [("range(config.num_hidden_layers)", "range(config.num_hidden_layers - 1)")]},
+}
+OUTER = {
+    SAME: {"other names": [rename("slice_indices", "kept")]},
+    OTHER: {
+        "a loss of its own": [
+            (
+                "loss, _ = self.criterion(logits, labels)",
+                "flat = logits.reshape([-1, logits.shape[-1]]), labels.flatten()\n"
+                "losses = nn.functional.cross_entropy(*flat, ignore_index=-100, reduction='none')\n"
+                "loss = losses.sum() / (labels != -100).astype('float32').sum()",
+            )
+        ],
+        "labels shifted once more": [
+            ("self.criterion(logits, labels)", "self.criterion(logits[:, :-1], labels[:, 1:])")
+        ],
+    },
 }
 GLM_PLACED = "masked_scatter(inputs_embeds, image_mask, image_embeds)"
 GLM = {
@@ -385,6 +401,7 @@ TABLE = (
     (P, "Qwen3VLModelDeprecated.forward", MODEL),
     (P, "Qwen3VLModelDeprecated.forward", LEVELS),
     (P, "Qwen3VLTextModel.__init__", INIT),
+    (P, "Qwen3VLForConditionalGenerationDeprecated.forward", OUTER),
     (Q, "Qwen2_5_VLModel.forward", MODEL),
     (G, "GlmOcrModel.forward", GLM),
     (F, "Qwen3VLTextTransformerLayer._deepstack_process", FLEET_ADD),

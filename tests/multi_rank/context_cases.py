@@ -1,6 +1,7 @@
 """Context parallelism of PaddleFormers' plain models on real ranks: one batch after the other, against one process."""
 
 import dataclasses
+import os
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,7 @@ from paddle_vl_sp.formers.context import plain
 from paddle_vl_sp.formers.context.bounds import boundaries
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.sequence.batch import shard_batch
+from paddle_vl_sp.settings import CHECK
 from paddle_vl_sp.testing import tensor_parallel
 from paddle_vl_sp.testing.subgroup import SubGroup
 
@@ -222,7 +224,27 @@ def with_faults():
 
 
 def on_two(kinds, names):
-    return {"right": on_ranks(kinds, names), "faults": with_faults(), "audit": audited(), "cut": of_cut_ids(kinds, CUT)}
+    return {
+        "right": on_ranks(kinds, names),
+        "faults": with_faults(),
+        "audit": audited(),
+        "cut": of_cut_ids(kinds, CUT),
+        "checked": checked(),
+    }
+
+
+def checked():
+    """With PADDLE_VL_SP_CHECK=1, under which the ranks also compare their ids."""
+    group = dist.get_group(0)
+    wanted = trained(IMAGES_CASE, None, None)
+    with mock.patch.dict(os.environ, {CHECK: "1"}):
+        found = errors(trained(IMAGES_CASE, ContextParallel("gather", group=group), group), wanted)
+        other = dataclasses.replace(IMAGES_CASE, samples=IMAGES[::-1]) if group.rank else IMAGES_CASE
+        try:
+            trained(other, ContextParallel("gather", group=group), group)
+        except ValueError as error:
+            return found, str(error)
+    return found, "nothing was raised"
 
 
 def of_cut_ids(kinds, names):

@@ -75,3 +75,11 @@ def test_ids_that_are_cut_already(of_two, name, kind):
     """Each rank gives its own part of ids, labels and positions."""
     for rank in of_two:
         assert max(rank["cut"][name, kind]) < 1e-5
+
+
+def test_checked(of_two):
+    """PADDLE_VL_SP_CHECK=1: as without it; batches that differ between the ranks are refused on both."""
+    for rank in of_two:
+        found, message = rank["checked"]
+        assert max(found) < 1e-5
+        assert "the ranks of one group must hold the same input_ids" in message

@@ -20,7 +20,7 @@ def boundaries(indices: npt.NDArray[Any], seq_len: int) -> tuple[int, ...]:
     """
     bounds = [0]
     places = np.arange(seq_len)
-    for sample, row in enumerate(indices.reshape(-1, seq_len)):
+    for sample, row in enumerate(np.minimum(indices.reshape(-1, seq_len), seq_len)):
         seen = row > places  # by its own row at least: no padding
         num_real = int(seen.sum())
         ends = np.unique(row[:num_real])

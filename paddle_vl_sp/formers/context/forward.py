@@ -12,11 +12,13 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import Handover
+from paddle_vl_sp.comm.agree import check_same, fingerprint
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.plain import check_tensor_parallel
 from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
 from paddle_vl_sp.formers.context.step import STEP, Step, own_labels, step_of
 from paddle_vl_sp.formers.context.together import put_together
+from paddle_vl_sp.verify import checking
 
 LABELS = "labels"
 WHOLE_EVALUATION: Handover[bool] = Handover("whole_evaluation")  # who evaluates needs the logits of all positions
@@ -43,14 +45,27 @@ def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if setting.ids == "cut":
             given |= put_together(setting, text_config_of(self), given)
         step = step_of(setting, text_config_of(self), given)
+        if checking():
+            check_same(fingerprint(given["input_ids"]), "input_ids", step.group)
         if given.get(LABELS) is not None:
             given[LABELS] = own_labels(step, given[LABELS])
         if given.get("loss_mask") is not None:
             given["loss_mask"] = step.own(given["loss_mask"], 0)
         with STEP.given(step):
             out = original(*call.args, **call.kwargs)
-        step.require_attention(self)
+        step.require_use(self, given.get(LABELS) is not None)
         return out
+
+    return forward
+
+
+def uncut_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses to train under context parallelism: its family is not among those that are named."""
+
+    @functools.wraps(original)
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        refuse_what_nobody_cuts(self)
+        return original(self, *args, **kwargs)
 
     return forward
 
@@ -58,7 +73,7 @@ def outer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def is_to_be_cut(model: Layer, given: dict[str, Any]) -> bool:
     has_cache = given.get("past_key_values") is not None or bool(given.get("use_cache"))
     is_for_loss = given.get(LABELS) is not None and not WHOLE_EVALUATION.get()
-    return not has_cache and (model.training or is_for_loss)
+    return not has_cache and ((model.training and paddle.is_grad_enabled()) or is_for_loss)
 
 
 def require_ids(model: Layer, given: dict[str, Any]) -> None:

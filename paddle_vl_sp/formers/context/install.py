@@ -21,6 +21,7 @@ CRITERION = "paddleformers.nn.criterion.interface"
 MEAN = Replaced("CriterionLayer.forward", criterion_forward, ("a22b63f3aa52da40",))
 FLEET_ATTENTION = "paddlefleet.transformer.dot_product_attention"
 TRAINER = "paddleformers.trainer.trainer"
+ATTENTION = "paddleformers.nn.attention"  # others may compute something else
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class TurnedOn:
     """The setting itself."""
 
     setting: ContextParallel
+    needs_methods = True
 
     def undo(self) -> bool:
         turn_off(self.setting)
@@ -50,10 +52,12 @@ class Registered:
 
 
 def deviations() -> list[Deviation]:
-    """What is not as known of the criterion."""
+    """What is not as known of the criterion and the trainer."""
     module: Any = importlib.import_module(CRITERION)
     why = MEAN.unknown(original_of(module, MEAN.name), module.CriterionLayer)
-    return [Deviation(why)] if why else []
+    trainer = _class_in(TRAINER, "Trainer")
+    gone = [name for name in ("_get_inputs_list", "prediction_step") if trainer and name not in vars(trainer)]
+    return [Deviation(why)] * bool(why) + [Deviation(f"Trainer.{name} is not there") for name in gone]
 
 
 def install(setting: ContextParallel, made: list[Change]) -> None:
@@ -113,7 +117,7 @@ def _attention_functions() -> list[Change]:
     made: list[Change] = []
     table = AttentionInterface._global_mapping
     for name, original in list(table.items()):
-        if not hasattr(original, OURS):
+        if getattr(original, "__module__", "").startswith(ATTENTION) and not hasattr(original, OURS):
             ours: Any = crossing(original)
             setattr(ours, OURS, original)
             table[name] = ours

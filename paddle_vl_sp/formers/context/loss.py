@@ -25,8 +25,15 @@ def criterion_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         step = STEP.get()
         if step is None:
             return original(self, logits, labels, loss_mask, **kwargs)
-        if self.loss_type != "sft":
+        is_known = self.loss_type == "sft" and self.loss_foward_fn.__module__ == "paddleformers.nn.criterion.sft_loss"
+        if not is_known:
             raise ValueError(f"context parallelism has the loss of SFT and pretraining, not {self.loss_type!r}")
+        if labels.shape[-1] != step.layout.local_len:
+            raise ValueError(
+                f"the criterion got labels {list(labels.shape)} of a batch that context parallelism cut to "
+                f"{step.layout.local_len} places a rank: shift labels in the data set, not between model and criterion"
+            )
+        step.losses.append(self)
         labels, loss_mask, count = _with_a_token(labels, loss_mask, self.ignored_index, self.use_filtered_label_loss)
         found = original(self, logits, labels, loss_mask, **kwargs)
         own = found[0] if isinstance(found, tuple) else found

@@ -2,7 +2,7 @@
 
 PaddleFormers hands attn_mask_startend_row_indices from the model to every layer's attention untouched, and recompute
 hands the same to the replay in the backward, when the forward that made the cut is over. So a number travels there, in
-a tensor of the form that row indices have; it is on the host, so that reading it is no host sync.
+a tensor of nearly the form that row indices have; it is on the host, so that reading it is no host sync.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ class Cut:
     seen_by: set[int] = field(default_factory=set)  # the attentions that it reached
 
     def marker(self) -> Tensor:
-        """int32 [1, 1, S_local, 1] on the host, all of it the number of this cut."""
+        """int32 [1, 1, S_local, 1, 1] on the host, all of it the number of this cut.
+
+        One axis more than row indices have: attention that is not ours, as after `revert()`, fails on it.
+        """
         number = FIRST - next(_numbers)
         _cuts[number] = self
         while len(_cuts) > KEPT:
             _cuts.popitem(last=False)
-        return paddle.full([1, 1, self.layout.local_len, 1], number, "int32").cpu()
+        return paddle.full([1, 1, self.layout.local_len, 1, 1], number, "int32").cpu()
 
 
 def cut_in(indices: Any, attention: Any) -> Cut | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 import paddle.distributed as dist
 
 from paddle_vl_sp.attention import ContextParallel
@@ -46,7 +47,7 @@ def context_parallel() -> ContextParallel | None:
 
 def refuse_what_nobody_cuts(model: Any) -> None:
     """For a model that is about to train on an uncut sequence, whose ranks' gradients would be summed all the same."""
-    if not model.training:
+    if not (model.training and paddle.is_grad_enabled()):
         return
     if context_parallel() is not None:
         raise ValueError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from paddle import Tensor
+from paddle.nn import Layer
 
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.attention.chosen import ChosenAttention
@@ -36,6 +37,8 @@ class Step:
     bounds: tuple[int, ...] | None  # of packed segments, before padding
     rows: int  # B of the batch; packed rows are joined to one
     length: int  # S of the batch
+    num_layers: int  # whose attention must cross the ranks
+    losses: list[Layer] = field(default_factory=list)  # the criteria that took the mean over all ranks
 
     @property
     def group(self) -> Group:
@@ -55,6 +58,12 @@ class Step:
 
     def own(self, x: Tensor, fill: float) -> Tensor:
         """[..., B, S] -> this rank's [..., B, S_local], or [..., 1, S_local] of joined rows."""
+        if x.shape[-1] != self.length or x.shape[-2] not in (1, self.rows):
+            raise ValueError(
+                f"context parallelism cuts arrays [..., {self.rows}, {self.length}], as the ids are, got "
+                f"{list(x.shape)}"
+            )
+        x = x.expand([*x.shape[:-2], self.rows, self.length])
         real = self.chosen.bounds_of_batch(self.joined(x).shape[-1], self.bounds)
         share: Tensor = shard_batch({"x": self.joined(x)}, self.layout, cu_seqlens=real, padding={"x": fill})["x"]
         return share
@@ -76,13 +85,19 @@ class Step:
         """What stands for the cut in the place of row indices."""
         return self.cut.marker()
 
-    def require_attention(self, model: Any) -> None:
-        """After a forward: whether an attention of ours saw the cut."""
-        if not self.cut.seen_by:
+    def require_use(self, model: Any, has_labels: bool) -> None:
+        """After a forward: whether every layer's attention crossed the ranks, and the loss is that of all."""
+        num_crossed = len(self.cut.seen_by)
+        if num_crossed < self.num_layers:
             raise ValueError(
-                f"context parallelism cut the batch of {type(model).__name__}, and no attention crossed the ranks: its "
-                "attention function, or its core attention, is none that was there when context_parallel= was given; "
-                "use one of PaddleFormers' own"
+                f"context parallelism cut the batch of {type(model).__name__}, and the attention of {num_crossed} of "
+                f"{self.num_layers} layers crossed the ranks: use PaddleFormers' or PaddleFleet's own attention in all"
+            )
+        if has_labels and not self.losses:
+            raise ValueError(
+                f"context parallelism cut the batch of {type(model).__name__}, and its loss is not that of "
+                "PaddleFormers' CriterionLayer, so it is of this rank's tokens alone: use that, or leave labels out "
+                "and call sequence_parallel_loss"
             )
 
 
@@ -95,23 +110,25 @@ def step_of(setting: ContextParallel, config: Any, given: Mapping[str, Any]) -> 
     _refuse_router_loss(given)
     _check_attention(config)
     ids, indices = given["input_ids"], given.get(INDICES)
-    _check_mask(given.get("attention_mask"), indices, given.get("labels"))
     rows, length = ids.shape
+    _check_mask(given.get("attention_mask"), indices, given.get("labels"), length)
     bounds = None
     if indices is not None:
-        if indices.ndim == 4 and indices.shape[1:] != [1, length, 1]:
+        if indices.size != rows * length or indices.shape[0] != rows:
             raise ValueError(
-                f"{INDICES} must be [B, 1, {length}, 1] for context parallelism, got {list(indices.shape)}: pack with "
-                "one causal mask for all heads"
+                f"{INDICES} must be [{rows}, 1, {length}, 1] for context parallelism, got {list(indices.shape)}: pack "
+                "with one causal mask for all heads"
             )
-        bounds = boundaries(indices.numpy(), length)
+        rows_of_keys = indices.numpy().reshape(-1, length)
+        bounds = boundaries(rows_of_keys, length)
+        _check_labels(given.get("labels"), rows_of_keys > np.arange(length))
     chosen = choose(setting, config, rows, length, bounds)
     say_once(chosen)
     whole = rows * length if bounds else length
     rank, size = _sequence_parallel(config)
     layout = chosen.layout(whole, bounds, sp_rank=rank, sp_size=size)
     before = replace(layout, sp_rank=0, sp_size=1) if size > 1 else layout
-    return Step(chosen, before, (rank, size), bounds, rows, length)
+    return Step(chosen, before, (rank, size), bounds, rows, length, config.num_hidden_layers)
 
 
 def choose(
@@ -139,8 +156,8 @@ def _check_attention(config: Any) -> None:
     name = getattr(config, "_attn_implementation", None)
     if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], OURS):
         raise ValueError(
-            f"context parallelism knows nothing of the attention {name!r}, registered after it was turned on: "
-            "register it first, or use one of PaddleFormers' own"
+            f"context parallelism knows nothing of the attention {name!r}, which is not of PaddleFormers: "
+            "use eager, sdpa or flashmask"
         )
 
 
@@ -170,6 +187,8 @@ def _refuse_config(config: Any) -> None:
     for name, what in refused.items():
         if getattr(config, name, None):
             raise ValueError(f"context parallelism takes no {what}, got {name}={getattr(config, name)}: turn it off")
+    if getattr(config, "ignored_index", IGNORE) != IGNORE:
+        raise ValueError(f"context parallelism ignores labels of {IGNORE}, got ignored_index={config.ignored_index}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError("context parallelism takes no sliding windows, and layer_types has sliding_attention")
     if (getattr(config, "pipeline_model_parallel_size", 1) or 1) > 1:
@@ -190,14 +209,14 @@ def _refuse_router_loss(given: Mapping[str, Any]) -> None:
         raise ValueError("context parallelism takes no loss of the router, got output_router_logits: leave it out")
 
 
-def _check_mask(mask: Tensor | None, indices: Tensor | None, labels: Tensor | None) -> None:
+def _check_mask(mask: Tensor | None, indices: Tensor | None, labels: Tensor | None, length: int) -> None:
     """Padding at the end is no matter to causal attention; anything else is."""
     if mask is None or indices is not None:
         return
-    if mask.ndim != 2:
+    if mask.ndim != 2 or mask.shape[1] != length:
         raise ValueError(
-            f"context parallelism takes an attention_mask [B, S], got {list(mask.shape)}: leave it out, or pack and "
-            f"give {INDICES}"
+            f"context parallelism takes an attention_mask [B, {length}], got {list(mask.shape)}: leave it out, or pack "
+            f"and give {INDICES}"
         )
     kept = mask.astype("bool").numpy()
     if (kept[:, 1:] & ~kept[:, :-1]).any():
@@ -205,8 +224,16 @@ def _check_mask(mask: Tensor | None, indices: Tensor | None, labels: Tensor | No
             "context parallelism takes padding at the end of a row only, and attention_mask has some in front: pad on "
             "the right"
         )
-    if labels is not None and not kept.all() and (labels.numpy()[~kept] != IGNORE).any():
+    _check_labels(labels, kept)
+
+
+def _check_labels(labels: Tensor | None, is_real: npt.NDArray[np.bool_]) -> None:
+    """is_real: [B, S], or [1, S] for all rows"""
+    if labels is None or is_real.all() or list(labels.shape[1:]) != [is_real.shape[1]]:
+        return
+    found = labels.numpy()
+    if (found[~np.broadcast_to(is_real, found.shape)] != IGNORE).any():
         raise ValueError(
-            f"labels at padding, where attention_mask is 0, must be {IGNORE}: under context parallelism the mask is "
-            "not applied, since nothing behind the padding counts"
+            f"labels at padding, where a mask or row indices hide the keys, must be {IGNORE}: under context "
+            "parallelism nothing behind the padding counts"
         )

@@ -27,7 +27,7 @@ def equals_ours_on_text(build: Callable[[], Any]) -> Clause:
 
     def broken(family: Family, module: Any) -> str:
         model = build()
-        for name, batch in _batches():
+        for name, batch in _batches(None):
             wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
                 return f"{name}: it fails by itself, {wanted}"
@@ -40,13 +40,17 @@ def equals_ours_on_text(build: Callable[[], Any]) -> Clause:
     return Clause(f"{build.__name__}: loss and gradients of text are ours", broken)
 
 
-def sees_the_cut(build: Callable[[], Any]) -> Clause:
-    """A batch that is shared by one rank alone: every layer's attention is asked to cross, and the step is the same."""
+def sees_the_cut(build: Callable[[], Any], frames_apart: bool | None = None) -> Clause:
+    """A batch that is shared by one rank alone: every layer's attention is asked to cross, the criterion for the mean
+    over all ranks, and the step is the same.
+
+    frames_apart  of the videos of a vision-language model; None: a model of text
+    """
 
     def broken(family: Family, module: Any) -> str:
         model = build()
         seen: dict[str, dict[str, Any]] = {}
-        for name, batch in _batches():
+        for name, batch in _batches(frames_apart):
             wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
                 return f"{name}: it fails by itself, {wanted}"
@@ -55,7 +59,8 @@ def sees_the_cut(build: Callable[[], Any]) -> Clause:
                 why = difference(wanted, training_step(model, batch), ROUNDING)
             if why:
                 return f"{name}: {why}"
-            num_seen, num_layers = len(steps[-1].cut.seen_by), len(model.model.layers)
+            text = getattr(model.model, "language_model", model.model)
+            num_seen, num_layers = len(steps[-1].cut.seen_by), len(text.layers)
             if num_seen != num_layers:
                 return f"{name}: the cut reaches {num_seen} of {num_layers} layers"
         reads_positions = difference(seen["text"], seen["given positions"], ROUNDING)
@@ -64,11 +69,15 @@ def sees_the_cut(build: Callable[[], Any]) -> Clause:
     return Clause(f"{build.__name__}: a cut of its batch reaches every layer", broken)
 
 
-def _batches() -> Iterator[tuple[str, Batch]]:
+def _batches(frames_apart: bool | None) -> Iterator[tuple[str, Batch]]:
     batch = tiny.draw_batch([[], []], SEQ_LEN)
     shape = batch["input_ids"].shape
+    axes = [] if frames_apart is None else [3]
     yield "text", batch
-    yield "given positions", {**batch, "position_ids": (3 * paddle.arange(shape[1])).expand(shape)}
+    yield "given positions", {**batch, "position_ids": (3 * paddle.arange(shape[1])).expand([*axes, *shape])}
+    if frames_apart is not None:
+        yield "images", tiny.draw_batch([["image"], ["image", "image"]], 64, frames_apart=frames_apart)
+        yield "videos", tiny.draw_batch([["video"], ["video"]], 64, frames_apart=frames_apart)
     mask, labels = paddle.ones(shape), batch["labels"].clone()
     mask[:, -4:], labels[:, -4:] = 0, -100
     yield "padding", {**batch, "attention_mask": mask, "labels": labels}

@@ -18,7 +18,7 @@ from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place
 from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
 from paddle_vl_sp.formers.context.step import STEP
-from paddle_vl_sp.formers.contracts import encodes_item_by_item, equals_ours
+from paddle_vl_sp.formers.contracts import encodes_item_by_item, equals_ours, sees_the_cut
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
 from paddle_vl_sp.formers.merge import KINDS, merging_forward
 
@@ -50,5 +50,9 @@ FAMILY = Family(
     ),
     shared=(Replaced("Qwen2_5_VLModel.__init__", shared_tower.model_init, ("3d8d9c109c87c40e",)),),
     cut=(Replaced("Qwen2_5_VLForConditionalGeneration.forward", outer_forward, ("9f899dab65d24b7a",)),),
-    contract=(equals_ours(tiny.tiny_qwen2_5_vl, frames_apart=False), encodes_item_by_item(tiny.tiny_qwen2_5_vl)),
+    contract=(
+        equals_ours(tiny.tiny_qwen2_5_vl, frames_apart=False),
+        sees_the_cut(tiny.tiny_qwen2_5_vl, frames_apart=False),
+        encodes_item_by_item(tiny.tiny_qwen2_5_vl),
+    ),
 )

@@ -27,6 +27,7 @@ from paddle_vl_sp.formers.contracts import (
     encodes_item_by_item,
     equals_ours,
     has_unsummed_head_norms,
+    sees_the_cut,
 )
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
@@ -100,7 +101,8 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*call.args, **call.kwargs)
         plan, levels = _of_this_rank(mask, list(levels), self.config.sequence_parallel)
         given["deepstack_visual_embeds"] = levels
-        with OWN_ROWS.given(OwnRows(mask, plan)):
+        visual = VISUAL.get()
+        with OWN_ROWS.given(OwnRows(mask, plan, is_part=visual is not None and visual.is_part)):
             return original(*call.args, **call.kwargs)
 
     return forward
@@ -186,6 +188,7 @@ def _family(
             cuts_the_flattened_batch(f"{text_model}.forward", build),
             has_unsummed_head_norms(build),
             equals_ours(build),
+            sees_the_cut(build, frames_apart=True),
             encodes_item_by_item(build),
         ),
     )
