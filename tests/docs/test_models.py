@@ -35,6 +35,7 @@ TESTS = {
         MERGE: ONE_RANK,
         LEVELS: ONE_RANK,
         BOTH: "formers/test_images_and_videos.py::test_loss_and_gradients_are_those_of_the_samples_apart",
+        CUT: CUT_TWO,
     },
     "Qwen3-VL on PaddleFleet": {
         **dict.fromkeys((LEVELS, WHOLE, BOTH, LOADED, PACKED), FLEET),

@@ -20,7 +20,11 @@ from paddle_vl_sp.testing import run_ranks, tensor_parallel
 
 pytestmark = pytest.mark.timeout(900)
 KINDS = ("gather", "ring", "ulysses")
+SELECTIVE = whole.Setting(
+    "core attention recomputed", text={"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+)
 NAMES = [setting.name for setting in whole.SETTINGS if setting.name != "empty layer in the head"]
+NAMES.append(SELECTIVE.name)
 
 
 def summed(gradients, wanted, setting, rank, nranks, group):
@@ -77,7 +81,8 @@ def on_two_times_two(names, wanted):
 
 @pytest.fixture(scope="module")
 def wanted():
-    return whole.references()
+    found = whole.references()
+    return found | {SELECTIVE.name: (SELECTIVE, *found["images"][1:])}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def of_two(wanted):
     return run_ranks(on_two, 2, NAMES, wanted, timeout=500)
 
 
-SOME = ["images", "images and videos", "full recompute", "packed", "text only", "accumulation of 2"]
+SOME = [SELECTIVE.name, "images", "images and videos", "full recompute", "packed", "text only", "accumulation of 2"]
 
 
 @pytest.fixture(scope="module")

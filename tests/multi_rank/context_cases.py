@@ -20,6 +20,10 @@ from paddle_vl_sp.sequence.batch import shard_batch
 from paddle_vl_sp.settings import CHECK
 from paddle_vl_sp.testing import tensor_parallel
 from paddle_vl_sp.testing.subgroup import SubGroup
+from stub_paddlefleet import stubbed_paddlefleet
+
+with stubbed_paddlefleet():  # once imported, the module stays
+    import paddleformers.transformers.qwen3_vl_moe.modeling  # noqa: F401
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -83,6 +87,7 @@ CASES = (
     Case("padding behind", IMAGES, num_padded=9),
     Case("shared tower", BOTH, vision_dp=True),
     Case("filtered labels", (("image", "image"),), text={"use_filtered_label_loss": True}, labeled=8),
+    Case("MoE", BOTH, 61, "tiny_qwen3_vl_moe"),
     Case("Qwen2.5-VL", BOTH, 61, "tiny_qwen2_5_vl"),
     Case("Qwen2.5-VL, packed", IMAGES, 63, "tiny_qwen2_5_vl", segments=((20, 45), (31, 40, 58))),
     Case("Qwen2.5-VL, shared tower", BOTH, model="tiny_qwen2_5_vl", vision_dp=True),
