@@ -53,13 +53,13 @@ def measured(given, setting_of, group, rank=0, nranks=1):
     return whole.errors(total, gradients, setting, rank, nranks) | {"loss": abs(own_loss - loss)}
 
 
-def on_two(names, wanted):
+def on_ranks(names, kinds, wanted):
     paddle.set_device("cpu")
     group = dist.get_group(0)
     return {
         (name, kind): measured(wanted[name], ContextParallel(kind, group=group), group)
         for name in names
-        for kind in KINDS
+        for kind in kinds
     }
 
 
@@ -87,10 +87,15 @@ def wanted():
 
 @pytest.fixture(scope="module")
 def of_two(wanted):
-    return run_ranks(on_two, 2, NAMES, wanted, timeout=500)
+    return run_ranks(on_ranks, 2, NAMES, KINDS, wanted, timeout=500)
 
 
 SOME = [SELECTIVE.name, "images", "images and videos", "full recompute", "packed", "text only", "accumulation of 2"]
+
+
+@pytest.fixture(scope="module", params=[3, 4], ids=["3 ranks", "4 ranks"])
+def of_more(request, wanted):
+    return run_ranks(on_ranks, request.param, SOME, ("gather", "ring"), wanted, timeout=500)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,13 @@ def is_right(rank):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks(of_two, name, kind):
     for rank in of_two:
+        assert is_right(rank[name, kind]), rank[name, kind]
+
+
+@pytest.mark.parametrize("kind", ["gather", "ring"])
+@pytest.mark.parametrize("name", SOME)
+def test_three_and_four_ranks(of_more, name, kind):
+    for rank in of_more:
         assert is_right(rank[name, kind]), rank[name, kind]
 
 
