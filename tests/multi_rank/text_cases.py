@@ -13,10 +13,10 @@ import paddle.distributed as dist
 from context_cases import own_means
 from paddle.distributed.fleet.utils import recompute
 
-from paddle_vl_sp.attention import ContextParallel
+from paddle_vl_sp.attention import ContextParallel, gated_delta_net_sp
+from paddle_vl_sp.attention.chosen import ChosenAttention
 from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
-from paddle_vl_sp.formers.families import qwen3_next
 from paddle_vl_sp.testing.subgroup import SubGroup
 from text_models import BUILDERS
 
@@ -190,7 +190,11 @@ def of_a_product(names):
 
 def states_of_its_own():
     """Every rank's linear attention begins with its own part of the sequence."""
-    return mock.patch.object(qwen3_next, "cut_in", return_value=None)
+
+    def alone(self, q, k, v, g, beta, *, conv_weight, **_):
+        return gated_delta_net_sp(q, k, v, g, beta, group=None, conv_weight=conv_weight)
+
+    return mock.patch.object(ChosenAttention, "gated_delta_net", alone)
 
 
 FAULTS = {"states of its own": states_of_its_own, "own means": own_means}
