@@ -6,6 +6,7 @@ import paddle.distributed as dist
 from paddle.distributed import fleet
 from paddle.distributed.communication import group as groups
 
+from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.testing.subgroup import SubGroup, _EmulatedProcessGroup
 
 
@@ -34,6 +35,14 @@ def sub_group(ranks, *_, **__):
         made._pg = ForLayers(list(ranks))
     groups._GroupManager.group_map_by_id[made.id] = made
     return made
+
+
+def two_times_two():
+    """Ring x Ulysses over four ranks."""
+    rank = dist.get_rank()
+    return SequenceGroups(
+        ulysses=SubGroup([rank - rank % 2, rank - rank % 2 + 1]), ring=SubGroup([rank % 2, rank % 2 + 2])
+    )
 
 
 def grid_of(**degrees):

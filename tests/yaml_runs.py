@@ -112,3 +112,14 @@ def said_evaluation(log):
     """The loss of the evaluation at the end."""
     (loss,) = re.findall(r"eval_loss: ([\d.]+)", log)
     return float(loss)
+
+
+def check_context_parallel(one_rank, two_ranks):
+    """All weights equal bit for bit on both ranks, within 1e-5 of one rank's; evaluation too; the kind, logged once."""
+    (one,), one_log = one_rank
+    ranks, log = two_ranks
+    between, from_one = distances(one, ranks, "", lambda key, weights, _: weights[key])
+    assert between == 0
+    assert from_one < 1e-5
+    assert abs(said_evaluation(log) - said_evaluation(one_log)) < 1e-5
+    assert log.count("context parallelism, ulysses over 2 ranks: ") == 1

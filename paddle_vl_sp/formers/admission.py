@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.formers.known import Family, code_of, fingerprint, original_of
+from paddle_vl_sp.formers.known import Family, code_of, fingerprint, one_line, original_of
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import PROBE, setting
 
@@ -108,7 +108,7 @@ def try_clauses(family: Family, module: Any, is_shared: bool) -> Iterator[tuple[
             try:
                 yield clause.says, clause.broken(family, module)
             except Exception as error:  # code that is not known may do anything
-                yield clause.says, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                yield clause.says, one_line(error)
 
 
 def _tried_elsewhere(family: Family, key: str, is_shared: bool) -> Verdict:

@@ -156,6 +156,11 @@ def code_of(source: str) -> str:
     return "".join(parts)
 
 
+def one_line(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def formers_version() -> str:
     try:
         return version("paddleformers")

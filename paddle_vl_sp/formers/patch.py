@@ -154,8 +154,8 @@ def _require_paddleformers() -> None:
 
 
 def _judged(found: Sequence[tuple[Family, Any]], is_shared: bool, is_cut: bool, strict: bool) -> dict[str, Judgement]:
-    """By family. What is refused is an error if strict, and under context parallelism, where it would be a model that
-    nobody cuts and whose gradients are summed over the axis all the same.
+    """By family. What is refused is an error if strict, and under context parallelism, where its model would
+    train whole on every rank, and its gradients would be summed over the axis all the same.
     """
     judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
     refused = {name: judgement.refused for name, judgement in judged.items()}

@@ -53,7 +53,7 @@ def test_the_setting_is_a_value():
 
 @pytest.mark.parametrize("arguments", [(), ("both", None, groups())])
 def test_the_group_is_looked_up_at_the_first_use(arguments):
-    """Making the setting asks nobody; using it before fleet.init is refused by name."""
+    """Making the setting looks up no group; using it before fleet.init is refused by name."""
     setting = ContextParallel(*arguments)
     with pytest.raises(ValueError, match=r"no group shares the sequence: fleet has no hybrid topology yet.*sep_degree"):
         setting.choose(4, 4, 64)

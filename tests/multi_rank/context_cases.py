@@ -8,10 +8,9 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from grid import grid_of
+from grid import grid_of, two_times_two
 from paddle_vl_sp import audit_gradients
 from paddle_vl_sp.attention import ContextParallel
-from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
 from paddle_vl_sp.formers.context import plain
 from paddle_vl_sp.formers.context.bounds import boundaries
@@ -19,7 +18,6 @@ from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.sequence.batch import shard_batch
 from paddle_vl_sp.settings import CHECK
 from paddle_vl_sp.testing import tensor_parallel
-from paddle_vl_sp.testing.subgroup import SubGroup
 from stub_paddlefleet import stubbed_paddlefleet
 
 with stubbed_paddlefleet():  # once imported, the module stays
@@ -287,11 +285,8 @@ def on_four(names, within):
 def of_a_product(names):
     """Ring x Ulysses over two times two ranks."""
     paddle.set_device("cpu")
-    group, rank = dist.get_group(0), dist.get_rank()
-    groups = SequenceGroups(
-        ulysses=SubGroup([rank - rank % 2, rank - rank % 2 + 1]), ring=SubGroup([rank % 2, rank % 2 + 2])
-    )
-    both, found = ContextParallel("both", group=group, groups=groups), {}
+    group, found = dist.get_group(0), {}
+    both = ContextParallel("both", group=group, groups=two_times_two())
     for case in (case for case in CASES if case.name in names):
         found[case.name] = errors(trained(case, both, group), trained(case, None, None))
     return found

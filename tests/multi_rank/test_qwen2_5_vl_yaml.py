@@ -40,10 +40,4 @@ def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
 
 def test_context_parallel_the_weights_are_those_of_one_rank(found):
     """fp32, after AdamW: all weights equal bit for bit on both ranks, within 1e-5 of one rank's; evaluation too."""
-    (one,), one_log = found["one rank"]
-    ranks, log = found["context parallel"]
-    between, from_one = yaml_runs.distances(one, ranks, "", lambda key, weights, _: weights[key])
-    assert between == 0
-    assert from_one < 1e-5
-    assert abs(yaml_runs.said_evaluation(log) - yaml_runs.said_evaluation(one_log)) < 1e-5
-    assert log.count("context parallelism, ulysses over 2 ranks: ") == 1
+    yaml_runs.check_context_parallel(found["one rank"], found["context parallel"])

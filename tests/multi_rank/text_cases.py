@@ -13,11 +13,10 @@ import paddle.distributed as dist
 from context_cases import own_means
 from paddle.distributed.fleet.utils import recompute
 
+from grid import two_times_two
 from paddle_vl_sp.attention import ContextParallel, gated_delta_net_sp
 from paddle_vl_sp.attention.chosen import ChosenAttention
-from paddle_vl_sp.attention.groups import SequenceGroups
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
-from paddle_vl_sp.testing.subgroup import SubGroup
 from text_models import BUILDERS
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_next")
@@ -178,11 +177,8 @@ def on_ranks(kinds):
 def of_a_product(names):
     """Four ranks: ring x Ulysses."""
     paddle.set_device("cpu")
-    group, rank = dist.get_group(0), dist.get_rank()
-    groups = SequenceGroups(
-        ulysses=SubGroup([rank - rank % 2, rank - rank % 2 + 1]), ring=SubGroup([rank % 2, rank % 2 + 2])
-    )
-    both, found = ContextParallel("both", group=group, groups=groups), {}
+    group, found = dist.get_group(0), {}
+    both = ContextParallel("both", group=group, groups=two_times_two())
     for case in map(BY_NAME.get, names):
         found[case.name] = errors(shared(case, both, group), alone(case, case.apart()))
     return found

@@ -13,8 +13,8 @@ def boundaries(indices: npt.NDArray[Any], seq_len: int) -> tuple[int, ...]:
 
     indices  [B, 1, S, 1] or [B, S]: for each key the row from which it is no longer seen
 
-    PaddleFormers gives every position of the padding at a row's end a row of its own, up to which nobody sees it: that
-    is one segment here::
+    PaddleFormers gives every position of the padding at a row's end its own place as that row, so that no query sees
+    it: the padding is one segment here::
 
         S 6, segments of 2 and 3, one padded      indices  2 2 5 5 5 5   ->   0 2 5 6
     """

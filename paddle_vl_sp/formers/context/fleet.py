@@ -10,11 +10,10 @@ from paddle_vl_sp.carried import GATHER, ORDER, PART, UPDATE
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.plain import PADDING
 from paddle_vl_sp.formers.context.step import Step
+from paddle_vl_sp.formers.merge import KINDS
 from paddle_vl_sp.interleave import order_on_host
 from paddle_vl_sp.plan import plan_visual
 from paddle_vl_sp.report import note_forward
-
-KINDS = ("image", "video")
 
 
 def part_of(step: Step, model: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from paddle_vl_sp.carried import Handover
 from paddle_vl_sp.comm.agree import check_same, fingerprint
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.plain import check_tensor_parallel
-from paddle_vl_sp.formers.context.setting import context_parallel, refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.setting import context_parallel, refuse_uncut_training
 from paddle_vl_sp.formers.context.step import STEP, Step, own_labels, step_of
 from paddle_vl_sp.formers.context.together import put_together
 from paddle_vl_sp.verify import checking
@@ -64,7 +64,7 @@ def uncut_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        refuse_what_nobody_cuts(self)
+        refuse_uncut_training(self)
         return original(self, *args, **kwargs)
 
     return forward
@@ -95,7 +95,7 @@ def text_config_of(model: Any) -> Any:
 
 
 def text_inner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs on this rank's ids and positions under context parallelism; without, refuses an axis that nobody uses."""
+    """Runs on this rank's ids and positions under context parallelism; without, refuses a sep axis."""
     return _inner_forward(original, mask=lambda step: None)
 
 
@@ -113,7 +113,7 @@ def _inner_forward(original: Callable[..., Any], mask: Callable[[Step], Tensor |
         step = STEP.get()
         call = signature.bind(self, *args, **kwargs)
         if step is None:
-            refuse_what_nobody_cuts(self)
+            refuse_uncut_training(self)
             return original(*call.args, **call.kwargs)
         given = call.arguments
         check_tensor_parallel(self.config, step)

@@ -56,20 +56,20 @@ def deviations() -> list[Deviation]:
     module: Any = importlib.import_module(CRITERION)
     why = MEAN.unknown(original_of(module, MEAN.name), module.CriterionLayer)
     trainer = _class_in(TRAINER, "Trainer")
-    gone = [name for name in ("_get_inputs_list", "prediction_step") if trainer and name not in vars(trainer)]
+    gone = [name for name in TRAINER_METHODS if trainer and name not in vars(trainer)]
     return [Deviation(why)] * bool(why) + [Deviation(f"Trainer.{name} is not there") for name in gone]
 
 
 def install(setting: ContextParallel, made: list[Change]) -> None:
     """Appends each change as it is made, so that an error on the way can be undone."""
     made += _attention_functions()
-    for module, name, make in (
-        (_class_in(CRITERION, "CriterionLayer"), "forward", criterion_forward),
+    trainer = _class_in(TRAINER, "Trainer")
+    for owner, name, make in (
+        (_class_in(CRITERION, "CriterionLayer"), "forward", MEAN.make),
         (_class_in(FLEET_ATTENTION, "DotProductAttention"), "forward", core_forward),
-        (_class_in(TRAINER, "Trainer"), "_get_inputs_list", whole_inputs),
-        (_class_in(TRAINER, "Trainer"), "prediction_step", whole_predictions),
+        *((trainer, name, make) for name, make in TRAINER_METHODS.items()),
     ):
-        change = None if module is None else replace(module, name, make)
+        change = None if owner is None else replace(owner, name, make)
         if change is not None:
             made.append(change)
     turn_on(setting)
@@ -106,6 +106,9 @@ def whole_predictions(original: Callable[..., Any]) -> Callable[..., Any]:
     return prediction_step
 
 
+TRAINER_METHODS = {"_get_inputs_list": whole_inputs, "prediction_step": whole_predictions}
+
+
 def cuts_by_itself(model: Any) -> bool:
     """Whether a forward of ours is in it."""
     return any(hasattr(type(layer).forward, OURS) for layer in model.sublayers(include_self=True))
@@ -126,7 +129,7 @@ def _attention_functions() -> list[Change]:
 
 
 def _class_in(module: str, name: str) -> Any:
-    """None where the module cannot be imported: then nobody uses it."""
+    """None where the module cannot be imported: then it is not in use."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except Exception as error:  # what others raise while they are imported is not ours to sort

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
@@ -43,7 +44,8 @@ class Cut:
         _cuts[number] = self
         while len(_cuts) > KEPT:
             _cuts.popitem(last=False)
-        return paddle.full([1, 1, self.layout.local_len, 1, 1], number, "int32").cpu()
+        numbers = np.full([1, 1, self.layout.local_len, 1, 1], number, dtype=np.int32)
+        return paddle.to_tensor(numbers, place=paddle.CPUPlace())
 
 
 def cut_in(indices: Any, attention: Any) -> Cut | None:

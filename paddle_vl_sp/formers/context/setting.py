@@ -45,7 +45,7 @@ def context_parallel() -> ContextParallel | None:
     return _on[-1] if _on[-1].ranks().nranks > 1 else None
 
 
-def refuse_what_nobody_cuts(model: Any) -> None:
+def refuse_uncut_training(model: Any) -> None:
     """For a model that is about to train on an uncut sequence, whose ranks' gradients would be summed all the same."""
     if not (model.training and paddle.is_grad_enabled()):
         return

@@ -50,6 +50,11 @@ class Step:
         rank, size = self.tensor_cut
         return replace(self.layout, sp_rank=rank, sp_size=size) if size > 1 else self.layout
 
+    @property
+    def real(self) -> tuple[int, ...]:
+        """The boundaries at which the layout pads, before padding."""
+        return self.chosen.bounds_of_batch(self.length * (self.rows if self.bounds else 1), self.bounds)
+
     def joined(self, x: Tensor) -> Tensor:
         """[..., B, S] -> [..., 1, B * S] where packed rows are joined."""
         if self.bounds is None or self.rows == 1:
@@ -63,16 +68,14 @@ class Step:
                 f"context parallelism cuts arrays [..., {self.rows}, {self.length}], as the ids are, got "
                 f"{list(x.shape)}"
             )
-        x = x.expand([*x.shape[:-2], self.rows, self.length])
-        real = self.chosen.bounds_of_batch(self.joined(x).shape[-1], self.bounds)
-        share: Tensor = shard_batch({"x": self.joined(x)}, self.layout, cu_seqlens=real, padding={"x": fill})["x"]
+        x = self.joined(x.expand([*x.shape[:-2], self.rows, self.length]))
+        share: Tensor = shard_batch({"x": x}, self.layout, cu_seqlens=self.real, padding={"x": fill})["x"]
         return share
 
     def padded(self, ids: Tensor, fill: int) -> npt.NDArray[np.int64]:
         """The whole ids on the host, [B, S padded]: what plans are made of. One host sync."""
         rows = self.joined(ids).numpy()
-        real = np.asarray(self.chosen.bounds_of_batch(rows.shape[-1], self.bounds))
-        source = source_positions(real, self.layout)
+        source = source_positions(np.asarray(self.real), self.layout)
         padded: npt.NDArray[np.int64] = np.where(source < 0, fill, rows[:, np.maximum(source, 0)])
         return padded
 

@@ -15,7 +15,7 @@ from paddle_vl_sp.formers.changes import Change, undo_changes
 from paddle_vl_sp.formers.context import forward, install
 from paddle_vl_sp.formers.context.step import Step, step_of
 from paddle_vl_sp.formers.contracts.whole import Batch, difference, ours_in_place, training_step
-from paddle_vl_sp.formers.known import Clause, Family
+from paddle_vl_sp.formers.known import Clause, Family, one_line
 from paddle_vl_sp.testing import FakeGroup
 
 ROUNDING = 1e-3  # of fp32 in the worst conditioned gradient; an attention that does not see the cut is 1e-1 off
@@ -30,7 +30,7 @@ def equals_ours_on_text(build: Callable[[], Any]) -> Clause:
         for name, batch in _batches(None):
             wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
-                return f"{name}: it fails by itself, {wanted}"
+                return f"{name}: it fails by itself, {one_line(wanted)}"
             with ours_in_place(family, module):
                 why = difference(wanted, training_step(model, batch))
             if why:
@@ -53,7 +53,7 @@ def sees_the_cut(build: Callable[[], Any], frames_apart: bool | None = None) -> 
         for name, batch in _batches(frames_apart):
             wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
-                return f"{name}: it fails by itself, {wanted}"
+                return f"{name}: it fails by itself, {one_line(wanted)}"
             seen[name] = wanted
             with ours_in_place(family, module, is_cut=True), _one_rank_shares() as steps:
                 why = difference(wanted, training_step(model, batch), ROUNDING)

@@ -42,7 +42,7 @@ def encodes_item_by_item(build: Callable[[], Any]) -> Clause:
 
 
 def has_unsummed_head_norms(build: Callable[[], Any]) -> Clause:
-    """Ours have their gradients summed: by nobody else, and all of them."""
+    """Ours have their gradients summed: all of them, and nothing else sums them."""
 
     def broken(_: Family, __: Any) -> str:
         model = build()

@@ -11,7 +11,7 @@ import paddle
 
 from paddle_vl_sp.formers import tiny
 from paddle_vl_sp.formers.changes import Change, replace, undo_changes
-from paddle_vl_sp.formers.known import Clause, Family
+from paddle_vl_sp.formers.known import Clause, Family, one_line
 
 Batch = dict[str, Any]
 Step = dict[str, Any]  # name: loss or gradient
@@ -37,7 +37,7 @@ def equals_ours(build: Callable[[], Any], frames_apart: bool = True, has_videos:
             wanted = training_step(model, batch)
             if isinstance(wanted, Exception):
                 if name != "images and videos":
-                    return f"{name}: it fails by itself, {_told(wanted)}"
+                    return f"{name}: it fails by itself, {one_line(wanted)}"
                 continue
             with ours_in_place(family, module):
                 got = training_step(model, batch)
@@ -103,7 +103,7 @@ def training_step(model: Any, batch: Batch) -> Step | Exception:
 def difference(wanted: Step, got: Step | Exception, rounding: float = 0.0) -> str:
     """ "" where there is none; rounding: how far apart values may be, relative to their size."""
     if isinstance(got, Exception):
-        return f"ours raise {_told(got)}"
+        return f"ours raise {one_line(got)}"
     if set(wanted) != set(got):
         return f"gradients of other parameters, such as {min(set(wanted) ^ set(got))}"
     different = [name for name, value in wanted.items() if not _is_near(value, got[name], rounding)]
@@ -114,7 +114,3 @@ def _is_near(wanted: Any, got: Any, rounding: float) -> bool:
     if not rounding:
         return np.array_equal(wanted, got)
     return bool(np.linalg.norm(got - wanted) <= rounding * np.linalg.norm(wanted))
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -16,7 +16,7 @@ from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import shared_tower, tiny
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place
-from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.setting import refuse_uncut_training
 from paddle_vl_sp.formers.context.step import STEP
 from paddle_vl_sp.formers.contracts import encodes_item_by_item, equals_ours, sees_the_cut
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
@@ -31,7 +31,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         step = STEP.get()
         if step is None:
-            refuse_what_nobody_cuts(self)
+            refuse_uncut_training(self)
             return merging(self, *args, **kwargs)
         LoadedPlans.pop_from(kwargs)  # they are for a tensor-parallel cut alone
         call = signature.bind(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers import shared_tower, tiny
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place, rows_of_tensor_rank
-from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.setting import refuse_uncut_training
 from paddle_vl_sp.formers.context.step import STEP, Step
 from paddle_vl_sp.formers.contracts import (
     adds_the_rows_of_its_rank,
@@ -66,7 +66,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(self, *args, **kwargs)
         if step is not None:
             return _cut_forward(original, call, step)
-        refuse_what_nobody_cuts(self)
+        refuse_uncut_training(self)
         kinds = kinds_to_merge(self, call.arguments)
         if not kinds:
             return original(self, *args, **kwargs)

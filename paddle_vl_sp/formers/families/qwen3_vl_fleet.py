@@ -26,7 +26,7 @@ from paddle_vl_sp.carried import (
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers.context.fleet import part_of
 from paddle_vl_sp.formers.context.forward import outer_forward
-from paddle_vl_sp.formers.context.setting import refuse_what_nobody_cuts
+from paddle_vl_sp.formers.context.setting import refuse_uncut_training
 from paddle_vl_sp.formers.context.step import STEP, Step
 from paddle_vl_sp.formers.contracts import adds_the_rows_of_its_rank, hands_on_what_it_is_given, lets_its_layer_add
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
@@ -78,7 +78,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if step is not None:
             _require_our_embedding(self)
             return original(_on_this_part(self, step), *args, **kwargs)
-        refuse_what_nobody_cuts(self)
+        refuse_uncut_training(self)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if loaded is not None and ids is not None:
             loaded.check_shape(ids)
