@@ -56,21 +56,20 @@ void count_visual_cpu(const Tokens& tokens, const Placeholders& visual, const Ow
 
 void build_plan_cpu(const Tokens& tokens, const Placeholders& visual, const Owned& owned, const Plan& plan);
 
-// ---- CUDA: two launches on `stream` (a cudaStream_t), no synchronisation; returns a cudaError_t ----
+// ---- CUDA: launches on `stream` (a cudaStream_t), no synchronisation; returns a cudaError_t ----
 
-struct TileCount {
-  int64_t own;  // visual tokens of this rank in the tile
-  int64_t all;  // visual tokens in the tile
-};
+constexpr int64_t kMaxTokensCuda =
+    0x7fffffff;  // of the batch, and rows of this rank; more: cudaErrorInvalidValue
 
-// 0 where there is no token: then count_tiles_cuda launches nothing, and write_plan_cuda still pads.
-int64_t num_tiles_cuda(const Tokens& tokens);
+// What both need in device memory, in numbers of 8 bytes.
+int64_t workspace_size_cuda(const Tokens& tokens);
 
-// tiles: [num_tiles] in device memory. Their sums are the two counts, for a host that must know n first.
-int count_tiles_cuda(const Tokens& tokens, const Placeholders& visual, const Owned& owned, TileCount* tiles,
-                     void* stream);
+// counts: [2] in device memory, as in Plan. A host that must know n copies it.
+int count_visual_cuda(const Tokens& tokens, const Placeholders& visual, const Owned& owned, void* workspace,
+                      int64_t* counts, void* stream);
 
-int write_plan_cuda(const Tokens& tokens, const Placeholders& visual, const Owned& owned,
-                    const TileCount* tiles, const Plan& plan, void* stream);
+// plan.counts are those that count_visual_cuda wrote; without any token it pads the pairs.
+int write_plan_cuda(const Tokens& tokens, const Owned& owned, void* workspace, const Plan& plan,
+                    void* stream);
 
 }  // namespace vlsp

@@ -114,10 +114,10 @@ Tensor empty_indices(int64_t size, const paddle::Place& place) {
 struct PlanTensors {
   Tensor update, gather, counts;
 
-  PlanTensors(int64_t size, const paddle::Place& place)
-      : update(empty_indices(size, place)),
-        gather(empty_indices(size, place)),
-        counts(empty_indices(2, place)) {}
+  PlanTensors(int64_t size, const Tensor& counts)
+      : update(empty_indices(size, counts.place())),
+        gather(empty_indices(size, counts.place())),
+        counts(counts) {}
 
   Plan pointers(int64_t num_features, bool sequence_first) {
     return {update.data<int64_t>(), gather.data<int64_t>(), update.numel(),
@@ -142,7 +142,7 @@ PlanTensors plan_on_cpu(const PlanRequest& request) {
     count_visual_cpu(request.tokens, request.visual, request.owned, counts);
     size = counts[0];
   }
-  PlanTensors plan(size, request.place);
+  PlanTensors plan(size, empty_indices(2, request.place));
   build_plan_cpu(request.tokens, request.visual, request.owned,
                  plan.pointers(request.num_features, request.sequence_first));
   return plan;
@@ -150,20 +150,20 @@ PlanTensors plan_on_cpu(const PlanRequest& request) {
 
 #ifdef VLSP_WITH_CUDA
 PlanTensors plan_on_gpu(const PlanRequest& request, const Tensor& tokens) {
+  PD_CHECK(request.tokens.batch * std::max(request.tokens.seq_len, request.owned.local_len) <= kMaxTokensCuda,
+           "paddle_vl_sp: on a GPU a batch has at most 2^31 - 1 tokens, got ", request.tokens.batch, " x ",
+           request.tokens.seq_len);
   void* stream = tokens.stream();
-  const int64_t num_tiles = num_tiles_cuda(request.tokens);
-  Tensor tiles = empty_indices(2 * num_tiles, request.place);
-  auto* tile_counts = reinterpret_cast<TileCount*>(tiles.data<int64_t>());
-  check_cuda(count_tiles_cuda(request.tokens, request.visual, request.owned, tile_counts, stream),
-             "count_tiles");
-  int64_t size = request.padded_size;
-  if (size < 0) {
-    const Tensor on_host = tiles.copy_to(paddle::CPUPlace(), true);
-    size = 0;
-    for (int64_t i = 0; i < num_tiles; ++i) size += on_host.data<int64_t>()[2 * i];
-  }
-  PlanTensors plan(size, request.place);
-  check_cuda(write_plan_cuda(request.tokens, request.visual, request.owned, tile_counts,
+  Tensor workspace = empty_indices(workspace_size_cuda(request.tokens), request.place);
+  void* memory = workspace.data<int64_t>();
+  Tensor counts = empty_indices(2, request.place);
+  check_cuda(count_visual_cuda(request.tokens, request.visual, request.owned, memory, counts.data<int64_t>(),
+                               stream),
+             "count_visual");
+  const int64_t size = request.padded_size >= 0 ? request.padded_size
+                                                : *counts.copy_to(paddle::CPUPlace(), true).data<int64_t>();
+  PlanTensors plan(size, counts);
+  check_cuda(write_plan_cuda(request.tokens, request.owned, memory,
                              plan.pointers(request.num_features, request.sequence_first), stream),
              "write_plan");
   return plan;

@@ -6,13 +6,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "launch.cuh"
 #include "pack.cuh"
 #include "rows.h"
 
 namespace vlsp {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 64;
 constexpr int kPacks = 4;       // accesses of a thread before it uses the first
 constexpr int kThreadRows = 4;  // feature rows a thread in a strip of take_rows
 constexpr int kAccessBytes = 16;
@@ -20,12 +21,60 @@ constexpr int64_t kMaxGridY = 65535;
 
 __device__ bool within(int64_t index, int64_t size) { return index >= 0 && index < size; }
 
+__global__ void __launch_bounds__(kThreads) fill_map(Pairs pairs, RowShape shape, Map map) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= pairs.count) return;
+  const int64_t row = pairs.update[i];
+  const int64_t feature = pairs.gather[i];
+  if (within(row, shape.num_rows) && within(feature, shape.num_features)) map[row] = feature;
+}
+
 enum class Change { kReplace, kAdd, kZero };
 
 // Here and below shape.width counts packs.
 template <Change change, typename H, typename F, int N>
 __global__ void __launch_bounds__(kThreads)
-    change_rows(Pack<H, N>* hidden, const Pack<F, N>* features, Pairs pairs, RowShape shape) {
+    merge_rows(Pack<H, N>* out, const Pack<H, N>* hidden, const Pack<F, N>* features, const int64_t* map,
+               RowShape shape) {
+  const int64_t first = int64_t{blockIdx.x} * kPacks * blockDim.x + threadIdx.x;
+  const int64_t columns = shape.width - first;  // of this thread and those behind it
+#pragma unroll 1
+  for (int64_t row = blockIdx.y * blockDim.y + threadIdx.y; row < shape.num_rows;
+       row += gridDim.y * blockDim.y) {
+    const int64_t feature = map[row];
+    const bool changed = feature >= 0;
+    const Pack<H, N>* old_row = hidden + (row * shape.width + first);
+    const Pack<F, N>* given_row = features + (feature * shape.width + first);
+    Pack<H, N>* out_row = out + (row * shape.width + first);
+    Pack<H, N> old[kPacks];
+    Pack<F, N> given[kPacks];
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int column = k * blockDim.x;
+      if (column >= columns) continue;
+      if (change == Change::kAdd || !changed) old[k] = old_row[column];
+      if (change != Change::kZero && changed) given[k] = given_row[column];
+    }
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int column = k * blockDim.x;
+      if (column >= columns) continue;
+      if (!changed) {
+        out_row[column] = old[k];
+      } else if constexpr (change == Change::kZero) {
+        out_row[column] = {};
+      } else if constexpr (change == Change::kReplace) {
+        out_row[column] = convert<H>(given[k]);
+      } else {
+        out_row[column] = add(old[k], convert<H>(given[k]));
+      }
+    }
+  }
+}
+
+template <typename H, typename F, int N>
+__global__ void __launch_bounds__(kThreads)
+    add_in_place(Pack<H, N>* hidden, const Pack<F, N>* features, Pairs pairs, RowShape shape) {
   const int64_t first = int64_t{blockIdx.x} * kPacks * blockDim.x + threadIdx.x;
 #pragma unroll 1
   for (int64_t i = blockIdx.y * blockDim.y + threadIdx.y; i < pairs.count; i += gridDim.y * blockDim.y) {
@@ -40,16 +89,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kPacks; ++k) {
       const int64_t column = first + k * blockDim.x;
       if (column >= shape.width) continue;
-      if constexpr (change != Change::kZero) given[k] = from[column];
-      if constexpr (change == Change::kAdd) old[k] = to[column];
+      given[k] = from[column];
+      old[k] = to[column];
     }
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int64_t column = first + k * blockDim.x;
-      if (column >= shape.width) continue;
-      if constexpr (change == Change::kZero) to[column] = {};
-      if constexpr (change == Change::kReplace) to[column] = convert<H>(given[k]);
-      if constexpr (change == Change::kAdd) to[column] = add(old[k], convert<H>(given[k]));
+      if (column < shape.width) to[column] = add(old[k], convert<H>(given[k]));
     }
   }
 }
@@ -132,17 +178,18 @@ bool fits(const void* data, int64_t width) {
   return width % N == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Pack<T, N>) == 0;
 }
 
-// Calls use(to, from, shape) with pointers to packs as wide as addresses and width allow.
-template <typename To, typename From, typename Use>
-int with_packs(void* to, const void* from, RowShape shape, Use use) {
-  constexpr int N = kAccessBytes / std::max(sizeof(To), sizeof(From));
-  if (fits<To, N>(to, shape.width) && fits<From, N>(from, shape.width)) {
-    shape.width /= N;
-    use(static_cast<Pack<To, N>*>(to), static_cast<const Pack<From, N>*>(from), shape);
-  } else {
-    use(static_cast<Pack<To, 1>*>(to), static_cast<const Pack<From, 1>*>(from), shape);
+// Calls use(to, from, shape) with pointers to packs as wide as addresses and width allow; `also` is a third
+// array, of the type To. Between two types that is N or 1.
+template <typename To, typename From, int N = kAccessBytes / std::max(sizeof(To), sizeof(From)), typename Use>
+int with_packs(void* to, const void* from, const void* also, RowShape shape, Use use) {
+  if constexpr (N > 1) {
+    if (!fits<To, N>(to, shape.width) || !fits<From, N>(from, shape.width) ||
+        !fits<To, N>(also, shape.width)) {
+      return with_packs<To, From, std::is_same_v<To, From> ? N / 2 : 1>(to, from, also, shape, use);
+    }
   }
-  return cudaGetLastError();
+  shape.width /= N;
+  return use(static_cast<Pack<To, N>*>(to), static_cast<const Pack<From, N>*>(from), shape);
 }
 
 template <typename Use>
@@ -165,71 +212,103 @@ template <typename T>
 using Bits =
     std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
+template <Change change, typename H, typename F, int N>
+int launch_merge(Pack<H, N>* out, const Pack<H, N>* hidden, const Pack<F, N>* features, const int64_t* map,
+                 const RowShape& shape, void* stream) {
+  const Grid grid = cover(shape.width, shape.num_rows, 1);
+  return launch(merge_rows<change, H, F, N>, grid.blocks, grid.threads, stream, out, hidden, features, map,
+                shape);
+}
+
+template <typename H, typename F, int N>
+int launch_in_place(Pack<H, N>* hidden, const Pack<F, N>* features, const Pairs& pairs, const RowShape& shape,
+                    void* stream) {
+  const Grid grid = cover(shape.width, pairs.count, 1);
+  return launch(add_in_place<H, F, N>, grid.blocks, grid.threads, stream, hidden, features, pairs, shape);
+}
+
+template <typename H, typename F, int N>
+int launch_take(const Pack<H, N>* hidden, Pack<F, N>* features, const Pairs& pairs, const RowShape& shape,
+                void* stream) {
+  const Grid grid = cover(shape.width, shape.num_features, kThreadRows);
+  return launch(take_strips<H, F, N>, grid.blocks, grid.threads, stream, hidden, features, pairs, shape);
+}
+
 enum class Values { kMoved, kComputed };
 
 template <Values values, typename Use>
-int with_types(const Rows& to, const ConstRows& from, const RowShape& shape, Use use) {
+int with_types(const Rows& to, const ConstRows& from, const void* also, const RowShape& shape, Use use) {
   return with_type(to.type, [&](auto written) {
     return with_type(from.type, [&](auto read) {
       using To = decltype(written);
       using From = decltype(read);
       if constexpr (values == Values::kMoved && std::is_same_v<To, From>) {
-        return with_packs<Bits<To>, Bits<To>>(to.data, from.data, shape, use);
+        return with_packs<Bits<To>, Bits<To>>(to.data, from.data, also, shape, use);
       } else {
-        return with_packs<To, From>(to.data, from.data, shape, use);
+        return with_packs<To, From>(to.data, from.data, also, shape, use);
       }
     });
   });
 }
 
-template <Change change, typename H, typename F, int N>
-void launch_change(Pack<H, N>* hidden, const Pack<F, N>* features, const Pairs& pairs, const RowShape& shape,
-                   void* stream) {
-  const Grid grid = cover(shape.width, pairs.count, 1);
-  change_rows<change>
-      <<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(hidden, features, pairs, shape);
+int64_t row_bytes(const ConstRows& rows, int64_t width) {
+  return with_type(rows.type, [](auto element) { return static_cast<int>(sizeof(element)); }) * width;
+}
+
+template <Change change, Values values>
+int merge(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+          const RowShape& shape, const Map& map, void* stream) {
+  if (shape.num_rows == 0 || shape.width == 0) return cudaSuccess;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (pairs.count == 0) {
+    const int64_t bytes = shape.num_rows * row_bytes(hidden, shape.width);
+    return cudaMemcpyAsync(out.data, hidden.data, bytes, cudaMemcpyDeviceToDevice, cuda_stream);
+  }
+  int error = cudaMemsetAsync(map, 0xff, shape.num_rows * sizeof(int64_t), cuda_stream);
+  if (error != cudaSuccess) return error;
+  const auto blocks = static_cast<unsigned>((pairs.count + kThreads - 1) / kThreads);
+  error = launch(fill_map, blocks, kThreads, stream, pairs, shape, map);
+  if (error != cudaSuccess) return error;
+  const auto use = [&](auto* to, const auto* from, const RowShape& packed) {
+    using Packs = std::remove_pointer_t<decltype(to)>;
+    return launch_merge<change>(to, static_cast<const Packs*>(hidden.data), from, map, packed, stream);
+  };
+  return with_types<values>(out, features, hidden.data, shape, use);
 }
 
 }  // namespace
 
-int replace_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
-                      const RowShape& shape, void* stream) {
-  if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  return with_types<Values::kMoved>(hidden, features, shape,
-                                    [&](auto* to, const auto* from, const RowShape& packed) {
-                                      launch_change<Change::kReplace>(to, from, pairs, packed, stream);
-                                    });
+int replace_rows_cuda(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, const Map& map, void* stream) {
+  return merge<Change::kReplace, Values::kMoved>(out, hidden, features, pairs, shape, map, stream);
 }
 
-int add_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape,
-                  void* stream) {
+int add_rows_cuda(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                  const RowShape& shape, const Map& map, void* stream) {
+  return merge<Change::kAdd, Values::kComputed>(out, hidden, features, pairs, shape, map, stream);
+}
+
+int zero_rows_cuda(const Rows& out, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   const Map& map, void* stream) {
+  return merge<Change::kZero, Values::kMoved>(out, hidden, hidden, pairs, shape, map, stream);
+}
+
+int add_rows_in_place_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                           const RowShape& shape, void* stream) {
   if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  return with_types<Values::kComputed>(hidden, features, shape,
+  return with_types<Values::kComputed>(hidden, features, hidden.data, shape,
                                        [&](auto* to, const auto* from, const RowShape& packed) {
-                                         launch_change<Change::kAdd>(to, from, pairs, packed, stream);
+                                         return launch_in_place(to, from, pairs, packed, stream);
                                        });
 }
 
 int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
                    void* stream) {
   if (shape.num_features == 0 || shape.width == 0) return cudaSuccess;
-  return with_types<Values::kMoved>(
-      features, hidden, shape, [&](auto* to, const auto* from, const RowShape& packed) {
-        const Grid grid = cover(packed.width, packed.num_features, kThreadRows);
-        take_strips<<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(from, to, pairs,
-                                                                                         packed);
-      });
-}
-
-int zero_rows_cuda(const Rows& hidden, const Pairs& pairs, const RowShape& shape, void* stream) {
-  if (pairs.count == 0 || shape.width == 0) return cudaSuccess;
-  return with_type(hidden.type, [&](auto element) {
-    using H = Bits<decltype(element)>;
-    return with_packs<H, H>(hidden.data, hidden.data, shape,
-                            [&](auto* rows, const auto* unused, const RowShape& packed) {
-                              launch_change<Change::kZero>(rows, unused, pairs, packed, stream);
-                            });
-  });
+  return with_types<Values::kMoved>(features, hidden, features.data, shape,
+                                    [&](auto* to, const auto* from, const RowShape& packed) {
+                                      return launch_take(from, to, pairs, packed, stream);
+                                    });
 }
 
 }  // namespace vlsp

@@ -32,29 +32,41 @@ struct ConstRows {
   ElementType type;
 };
 
+// Memory for the feature row of every row, [num_rows], in the order of the rows: -1 where a row has none.
+using Map = int64_t*;
+
 // The array that is written comes first. A feature is first converted to the type of hidden, then moved or
 // added; where both types are the same, moving keeps every bit. Sums are made in float (double where hidden
-// is double) and rounded once. The CUDA forms make one launch on `stream` (a cudaStream_t), none where there
-// is nothing to do, and return a cudaError_t.
+// is double) and rounded once. The CUDA forms launch on `stream` (a cudaStream_t), nothing where there is
+// nothing to do, and return a cudaError_t.
 
-// hidden[update] = features[gather]
-void replace_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
-                      const RowShape& shape);
-int replace_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
-                      const RowShape& shape, void* stream);
+// out = hidden, but out[update] = features[gather]: each row is read once and written once
+void replace_rows_cpu(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, const Map& map);
+int replace_rows_cuda(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, const Map& map, void* stream);
+
+// out = hidden, but out[update] = hidden[update] + features[gather]
+void add_rows_cpu(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                  const RowShape& shape, const Map& map);
+int add_rows_cuda(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                  const RowShape& shape, const Map& map, void* stream);
+
+// out = hidden, but out[update] = 0 in pairs whose feature row is in its table too
+void zero_rows_cpu(const Rows& out, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   const Map& map);
+int zero_rows_cuda(const Rows& out, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   const Map& map, void* stream);
 
 // hidden[update] += features[gather]
-void add_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape);
-int add_rows_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape,
-                  void* stream);
+void add_rows_in_place_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                           const RowShape& shape);
+int add_rows_in_place_cuda(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                           const RowShape& shape, void* stream);
 
 // features[gather] = hidden[update], zero elsewhere: writes every element of features
 void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape);
 int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
                    void* stream);
-
-// hidden[update] = 0, in pairs whose feature row is in its table too
-void zero_rows_cpu(const Rows& hidden, const Pairs& pairs, const RowShape& shape);
-int zero_rows_cuda(const Rows& hidden, const Pairs& pairs, const RowShape& shape, void* stream);
 
 }  // namespace vlsp

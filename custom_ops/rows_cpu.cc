@@ -37,11 +37,19 @@ void convert_all(To* __restrict to, const From* __restrict from, int64_t count) 
 }
 
 template <class T, class From>
-void add_all(T* __restrict to, const From* __restrict from, int64_t count) {
+inline T sum_of(T value, From added) {
   using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  for (int64_t i = 0; i < count; ++i) {
-    to[i] = convert<T>(convert<Sum>(to[i]) + convert<Sum>(convert<T>(from[i])));
-  }
+  return convert<T>(convert<Sum>(value) + convert<Sum>(convert<T>(added)));
+}
+
+template <class T, class From>
+void add_all(T* __restrict to, const From* __restrict from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = sum_of(to[i], from[i]);
+}
+
+template <class T, class From>
+void sum_all(T* __restrict to, const T* __restrict values, const From* __restrict added, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = sum_of(values[i], added[i]);
 }
 
 // Calls visit(row, feature, length) for every longest stretch of pairs whose rows are neighbours in both
@@ -65,6 +73,37 @@ void for_each_run(const Pairs& pairs, const RowShape& shape, Visit visit) {
     }
     visit(row, feature, length);
     i += length;
+  }
+}
+
+void fill_map(const Pairs& pairs, const RowShape& shape, const Map& map) {
+  std::fill_n(map, shape.num_rows, -1);
+  for_each_run(pairs, shape, [&](int64_t row, int64_t feature, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) map[row + i] = feature + i;
+  });
+}
+
+// Writes all rows of `to`: copies of hidden or, by change(to, hidden, first, count), what a stretch of rows
+// becomes whose features are elements first to first + count.
+template <class T, class Change>
+void merge(T* to, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape, const Map& map,
+           const Change& change) {
+  if (shape.width == 0) return;
+  const T* old = static_cast<const T*>(hidden.data);
+  fill_map(pairs, shape, map);
+  int64_t row = 0;
+  while (row < shape.num_rows) {
+    const int64_t feature = map[row];
+    int64_t length = 1;
+    while (row + length < shape.num_rows && map[row + length] == (feature < 0 ? -1 : feature + length))
+      ++length;
+    const int64_t at = row * shape.width, count = length * shape.width;
+    if (feature < 0) {
+      std::memcpy(to + at, old + at, count * sizeof(T));
+    } else {
+      change(to + at, old + at, feature * shape.width, count);
+    }
+    row += length;
   }
 }
 
@@ -96,17 +135,36 @@ void with_types(const Rows& to, const ConstRows& from, Use use) {
 
 }  // namespace
 
-void replace_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
-                      const RowShape& shape) {
-  const int64_t width = shape.width;
-  with_types(hidden, features, [&](auto* to, const auto* from) {
-    for_each_run(pairs, shape, [=](int64_t row, int64_t feature, int64_t length) {
-      convert_all(to + row * width, from + feature * width, length * width);
+void replace_rows_cpu(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                      const RowShape& shape, const Map& map) {
+  with_types(out, features, [&](auto* to, const auto* from) {
+    merge(to, hidden, pairs, shape, map, [=](auto* piece, const auto*, int64_t first, int64_t count) {
+      convert_all(piece, from + first, count);
     });
   });
 }
 
-void add_rows_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs, const RowShape& shape) {
+void add_rows_cpu(const Rows& out, const ConstRows& hidden, const ConstRows& features, const Pairs& pairs,
+                  const RowShape& shape, const Map& map) {
+  with_types(out, features, [&](auto* to, const auto* from) {
+    merge(to, hidden, pairs, shape, map, [=](auto* piece, const auto* old, int64_t first, int64_t count) {
+      sum_all(piece, old, from + first, count);
+    });
+  });
+}
+
+void zero_rows_cpu(const Rows& out, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
+                   const Map& map) {
+  with_type(out.type, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(out.data);
+    merge(to, hidden, pairs, shape, map, [](auto* piece, const auto*, int64_t, int64_t count) {
+      std::memset(piece, 0, count * sizeof(*piece));
+    });
+  });
+}
+
+void add_rows_in_place_cpu(const Rows& hidden, const ConstRows& features, const Pairs& pairs,
+                           const RowShape& shape) {
   const int64_t width = shape.width;
   with_types(hidden, features, [&](auto* to, const auto* from) {
     for_each_run(pairs, shape, [=](int64_t row, int64_t feature, int64_t length) {
@@ -129,16 +187,6 @@ void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& p
       next = std::max(next, feature + length);
     });
     zero_up_to(shape.num_features);
-  });
-}
-
-void zero_rows_cpu(const Rows& hidden, const Pairs& pairs, const RowShape& shape) {
-  with_type(hidden.type, [&](auto element) {
-    auto* rows = static_cast<decltype(element)*>(hidden.data);
-    const int64_t row_bytes = shape.width * static_cast<int64_t>(sizeof(element));
-    for_each_run(pairs, shape, [&](int64_t row, int64_t, int64_t length) {
-      std::memset(rows + row * shape.width, 0, length * row_bytes);
-    });
   });
 }
 

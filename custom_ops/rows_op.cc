@@ -60,11 +60,12 @@ struct Kernel {
 #else
 #define VLSP_KERNEL(name) {#name, name##_cpu, nullptr}
 #endif
-using MoveKernel = Kernel<Rows, ConstRows, Pairs, RowShape>;
-constexpr MoveKernel kReplaceRows = VLSP_KERNEL(replace_rows);
-constexpr MoveKernel kAddRows = VLSP_KERNEL(add_rows);
-constexpr MoveKernel kTakeRows = VLSP_KERNEL(take_rows);
-constexpr Kernel<Rows, Pairs, RowShape> kZeroRows = VLSP_KERNEL(zero_rows);
+using MergeKernel = Kernel<Rows, ConstRows, ConstRows, Pairs, RowShape, Map>;
+constexpr MergeKernel kReplaceRows = VLSP_KERNEL(replace_rows);
+constexpr MergeKernel kAddRows = VLSP_KERNEL(add_rows);
+constexpr Kernel<Rows, ConstRows, Pairs, RowShape, Map> kZeroRows = VLSP_KERNEL(zero_rows);
+constexpr Kernel<Rows, ConstRows, Pairs, RowShape> kAddRowsInPlace = VLSP_KERNEL(add_rows_in_place);
+constexpr Kernel<Rows, ConstRows, Pairs, RowShape> kTakeRows = VLSP_KERNEL(take_rows);
 
 Rows written(Tensor& x) { return {x.data(), element_type(x.dtype())}; }
 
@@ -90,10 +91,9 @@ Where check(const Tensor& hidden, const Tensor& features, const Tensor& update, 
           {width ? hidden.numel() / width : 0, features.shape()[0], width}};
 }
 
-void write_rows(const MoveKernel& kernel, Tensor& hidden, const Tensor& features, const Tensor& update,
-                const Tensor& gather) {
-  const Where where = check(hidden, features, update, gather);
-  kernel.launch(hidden, written(hidden), read(features), where.pairs, where.shape);
+// Memory for a Map.
+Tensor empty_map(const RowShape& shape, const paddle::Place& place) {
+  return paddle::empty({shape.num_rows}, DataType::INT64, place);
 }
 
 // [N, H] with features[gather] = rows[update] and zero elsewhere: the gradient of using features.
@@ -106,23 +106,25 @@ Tensor take_rows(const Tensor& rows, const Tensor& update, const Tensor& gather,
   return features;
 }
 
-Tensor copy(const Tensor& x) { return x.copy_to(x.place(), false); }
-
 // ---- forward ----
 
-template <const MoveKernel& kernel>
-std::vector<Tensor> move_rows(const Tensor& hidden,                        // [.., H]
-                              const Tensor& features,                      // [N, H]
-                              const Tensor& update, const Tensor& gather,  // [n]
-                              const Tensor& like_features, int feature_type) {
-  Tensor out = copy(hidden);
-  write_rows(kernel, out, features, update, gather);
+template <const MergeKernel& kernel>
+std::vector<Tensor> merge_rows(const Tensor& hidden,                        // [.., H]
+                               const Tensor& features,                      // [N, H]
+                               const Tensor& update, const Tensor& gather,  // [n]
+                               const Tensor& like_features, int feature_type) {
+  const Where where = check(hidden, features, update, gather);
+  Tensor out = paddle::empty_like(hidden);
+  Tensor map = empty_map(where.shape, hidden.place());
+  kernel.launch(hidden, written(out), read(hidden), read(features), where.pairs, where.shape,
+                map.data<int64_t>());
   return {out};
 }
 
 // Its gradient is a PyLayer's, in Python: one of its own would leave `hidden` with its old graph.
 void add_rows_inplace(Tensor& hidden, const Tensor& features, const Tensor& update, const Tensor& gather) {
-  write_rows(kAddRows, hidden, features, update, gather);
+  const Where where = check(hidden, features, update, gather);
+  kAddRowsInPlace.launch(hidden, written(hidden), read(features), where.pairs, where.shape);
 }
 
 // The same for shapes and for types.
@@ -137,9 +139,11 @@ std::vector<T> infer_out(const T& hidden, const T& features, const T& update, co
 std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather, const Tensor& like_features,
                                       const Tensor& out_grad, int feature_type) {
   const Tensor feature_grad = take_rows(out_grad, update, gather, like_features, feature_type);
-  Tensor hidden_grad = copy(out_grad);
-  const Where where = check(hidden_grad, feature_grad, update, gather);
-  kZeroRows.launch(hidden_grad, written(hidden_grad), where.pairs, where.shape);
+  const Where where = check(out_grad, feature_grad, update, gather);
+  Tensor hidden_grad = paddle::empty_like(out_grad);
+  Tensor map = empty_map(where.shape, out_grad.place());
+  kZeroRows.launch(out_grad, written(hidden_grad), read(out_grad), where.pairs, where.shape,
+                   map.data<int64_t>());
   return {hidden_grad, feature_grad};
 }
 
@@ -147,7 +151,7 @@ std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather
 // is out_grad itself only where nothing else refers to it.
 std::vector<Tensor> add_rows_grad(const Tensor& update, const Tensor& gather, const Tensor& like_features,
                                   const Tensor& out_grad, int feature_type) {
-  return {is_unshared(out_grad) ? out_grad : copy(out_grad),
+  return {is_unshared(out_grad) ? out_grad : out_grad.copy_to(out_grad.place(), false),
           take_rows(out_grad, update, gather, like_features, feature_type)};
 }
 
@@ -170,17 +174,17 @@ Tensor given_or_zeros(const Tensor& x, const Shape& shape, DataType type, const 
 }
 
 // Both operations are linear: the gradient of their gradient moves rows as they do themselves.
-template <const MoveKernel& kernel>
-std::vector<Tensor> move_rows_double_grad(const Tensor& update, const Tensor& gather,
-                                          const Tensor& like_features, const Tensor& out_grad,
-                                          const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
-                                          int feature_type) {
+template <const MergeKernel& kernel>
+std::vector<Tensor> merge_rows_double_grad(const Tensor& update, const Tensor& gather,
+                                           const Tensor& like_features, const Tensor& out_grad,
+                                           const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
+                                           int feature_type) {
   const Shape hidden_shape = out_grad.shape();
   const Tensor hidden = given_or_zeros(hidden_grad_grad, hidden_shape, out_grad.dtype(), out_grad.place());
   const Tensor features =
       given_or_zeros(feature_grad_grad, feature_shape(hidden_shape, like_features.shape()),
                      data_type(feature_type), out_grad.place());
-  return move_rows<kernel>(hidden, features, update, gather, like_features, feature_type);
+  return merge_rows<kernel>(hidden, features, update, gather, like_features, feature_type);
 }
 
 template <class T>
@@ -197,7 +201,7 @@ std::vector<T> infer_double_grad(const T& update, const T& gather, const T& like
       .Inputs({"hidden", "features", "update", "gather", "like_features"})                    \
       .Outputs({"out"})                                                                       \
       .Attrs({"feature_type: int"})                                                           \
-      .SetKernelFn(PD_KERNEL(vlsp::move_rows<kernel>))                                        \
+      .SetKernelFn(PD_KERNEL(vlsp::merge_rows<kernel>))                                       \
       .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_out<vlsp::Shape>))                          \
       .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_out<vlsp::DataType>));                      \
   PD_BUILD_GRAD_OP(op)                                                                        \
@@ -212,7 +216,7 @@ std::vector<T> infer_double_grad(const T& update, const T& gather, const T& like
                paddle::Grad(paddle::Grad("hidden")), paddle::Grad(paddle::Grad("features"))}) \
       .Outputs({paddle::Grad(paddle::Grad("out"))})                                           \
       .Attrs({"feature_type: int"})                                                           \
-      .SetKernelFn(PD_KERNEL(vlsp::move_rows_double_grad<kernel>))                            \
+      .SetKernelFn(PD_KERNEL(vlsp::merge_rows_double_grad<kernel>))                           \
       .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_double_grad<vlsp::Shape>))                  \
       .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_double_grad<vlsp::DataType>))
 

@@ -1,6 +1,7 @@
-"""Every kernel on a GPU against the slow answer, skipped without one; and the check itself, on a double of the GPU.
+"""Every kernel on a GPU against the slow answer, skipped without one; and on the CPU, by an emulator of CUDA.
 
-The double runs the CPU kernels behind the same C functions, and numpy in place of PyTorch: double/kernels.cc, torch.py.
+The emulator runs the CUDA sources themselves, a fiber a thread in random order, behind numpy in place of PyTorch:
+emulator/. So the check is also seen to find mistakes, planted in the sources.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu_check.py"
-DOUBLE = Path(__file__).parent / "double"
+EMULATOR = Path(__file__).parent / "emulator"
+sys.path.insert(0, str(EMULATOR))
+import build  # noqa: E402
+
 NO_GPU = 2
-ROW_OPERATIONS = ("replace", "add", "take", "zero")
+ROW_OPERATIONS = ("replace", "add", "zero", "add in place", "take")
 
 
 @pytest.mark.timeout(1200)
@@ -32,41 +36,44 @@ def test_kernels_on_a_gpu() -> None:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the emulator was built with the sources as they are."""
     if shutil.which("g++") is None:
-        pytest.skip("g++ is not on the PATH: the double cannot be built")
-    path = tmp_path_factory.mktemp("double") / "libdouble.so"
-    ops = ROOT / "custom_ops"
-    sources = [ops / "c_api.cu", DOUBLE / "kernels.cc", ops / "index_cpu.cc", ops / "rows_cpu.cc"]
-    options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{DOUBLE}", f"-I{ops}"]
-    subprocess.run(["g++", *options, "-o", str(path), "-x", "c++", *map(str, sources)], check=True)
-    return path
+        pytest.skip("g++ is not on the PATH: the emulator cannot be built")
+    folder = tmp_path_factory.mktemp("emulator")
+    build.build(folder)
+    return folder
 
 
-def run_on_double(
-    command: list[str], library: Path, fault: str = "", path: str = ""
+@pytest.fixture(scope="module")
+def library(objects: Path) -> Path:
+    return objects / build.LIBRARY
+
+
+def run_on_emulator(
+    command: list[str], library: Path, path: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(DOUBLE), "CUDA_DOUBLE": str(library), "CUDA_DOUBLE_FAULT": fault}
+    environment |= {"PYTHONPATH": str(EMULATOR), "CUDA_EMULATOR": str(library)}
     environment["PATH"] = path + os.pathsep + os.environ["PATH"]
     return subprocess.run(
         [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
     )
 
 
-def check_on_double(library: Path, *options: str, fault: str = "", path: str = "") -> tuple[int, str]:
+def check_on_emulator(library: Path, *options: str, path: str = "", **environment: str) -> tuple[int, str]:
     """Exit code and report of the quick check."""
     report = library.with_suffix(".md")
     command = [str(TOOL), "--quick", "--library", str(library), "--out", str(report), *options]
-    done = run_on_double(command, library, fault, path)
+    done = run_on_emulator(command, library, path, **environment)
     assert done.stdout == report.read_text(), done.stderr
     return done.returncode, done.stdout
 
 
 def test_right_kernels_pass(library: Path) -> None:
     """Exit code 0; the report has the machine, every group, and a line for every way that is timed."""
-    code, report = check_on_double(library)
+    code, report = check_on_emulator(library)
     assert code == 0, report
-    assert "* device: a double, sm_90, 8 GiB" in report
+    assert "* device: an emulator, sm_90, 8 GiB" in report
     for group in ("index", "rows", "graph"):
         (line,) = (line for line in report.splitlines() if line.startswith(f"* {group}: "))
         assert line.endswith(" passed, 0 failed")
@@ -76,69 +83,178 @@ def test_right_kernels_pass(library: Path) -> None:
     assert {name.split(":")[0] for name in timed} > {f"PyTorch {name}" for name in ("plan", *ROW_OPERATIONS)}
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("stray", "were overwritten"),  # a byte behind the array
-        ("sign", "-0.0 (bits -32768), expected 0.0 (bits 0)"),
-        ("sum", "rows: hidden: "),  # add forgets the old values
-        ("stale", "graph: counts: 2 of 2 values differ, the first at [0]: -7"),  # a replay does nothing
-    ],
-)
-def test_a_mistake_is_found(library: Path, fault: str, words: str) -> None:
-    """Exit code 1, and a line that says what differs."""
-    code, report = check_on_double(library, "--parts", "check", fault=fault)
+MISTAKES: dict[str, tuple[build.Change, str]] = {
+    "an id beyond the end": (
+        ("index.cu", "first < query.num_tokens ? (1u << (query.num_tokens - first)) - 1 : 0", "255u"),
+        "FAILED index: counts: ",
+    ),
+    "unaligned loads": (
+        ("query.cuh", "query.aligned && first + kRun <=", "first + kRun / 2 <="),
+        "ended with code|were overwritten",
+    ),
+    "the second sample's run": (("query.cuh", "bits |= own_bits(query, 0) << done", "bits |= 0"), "FAILED index: "),
+    "the last interval": (
+        (
+            "query.cuh",
+            "k < query.num_intervals; ++k) {\n      const int64_t start = query.few",
+            "k + 1 < query.num_intervals; ++k) {\n      const int64_t start = query.few",
+        ),
+        "FAILED index: ",
+    ),
+    "the search": (
+        ("query.cuh", "query.many[middle].start <= position", "query.many[middle].start < position"),
+        "FAILED index: ",
+    ),
+    "ids of 64 bits": (
+        (
+            "query.cuh",
+            "run.at[j] == static_cast<Token>(query.ids[k])",
+            "static_cast<int32_t>(run.at[j]) == static_cast<int32_t>(query.ids[k])",
+        ),
+        "FAILED index: counts: ",
+    ),
+    "a barrier": (
+        ("index.cu", "  __syncthreads();\n  if (threadIdx.x >= kWarp) return;", "  if (threadIdx.x >= kWarp) return;"),
+        "FAILED index: ",
+    ),
+    "the scan's warps": (
+        ("index.cu", "w < warp; ++w) next += warps[w]", "w + 1 < warp; ++w) next += warps[w]"),
+        "FAILED index: ",
+    ),
+    "padding": (
+        ("index.cu", "place < plan.capacity; place += gridDim.x", "place + 1 < plan.capacity; place += gridDim.x"),
+        "FAILED index: update: 1 of ",
+    ),
+    "a place behind the last": (
+        ("index.cu", "      if (place < plan.capacity) {", "      if (place <= plan.capacity) {"),
+        "were overwritten",
+    ),
+    "samples apart": (
+        ("index.cu", "position -= query.seq_len;\n      ++sample;", "position -= query.seq_len;"),
+        "FAILED index: update: ",
+    ),
+    "a column too many": (
+        (
+            "rows.cu",
+            "if (column >= columns) continue;\n      if (!changed) {",
+            "if (column > columns) continue;\n      if (!changed) {",
+        ),
+        "were overwritten",
+    ),
+    "the old value": (
+        ("rows.cu", "out_row[column] = add(old[k], convert<H>(given[k]))", "out_row[column] = convert<H>(given[k])"),
+        "FAILED rows: out: ",
+    ),
+    "rows below 0": (("rows.cu", "index >= 0 && index < size", "index < size"), "FAILED "),
+    "zero's sign": (
+        (
+            "pack.cuh",
+            "T(static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i]))",
+            "T(Sum(0) + static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i]))",
+        ),
+        "-0.0 (bits ",
+    ),
+    "a gap in the strip": (
+        ("rows.cu", "j += kThreads) sources[j] = -1", "j += 2 * kThreads) sources[j] = -1"),
+        "FAILED rows: features: ",
+    ),
+    "the strip's end": (
+        ("rows.cu", "low += (num_below - 1) * step + 1;", "low += num_below * step;"),
+        "FAILED rows: features: ",
+    ),
+}
+
+
+def check_group(library: Path, group: str) -> str:
+    """What the quick check says of one group of kernels: index or rows."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "tools")!r}, {str(ROOT / "tests")!r}]
+from functools import partial
+import numpy
+from gpu_checks import checks, inputs, library
+rng, built = numpy.random.default_rng(0), library.Library({str(library)!r})
+check, cases = getattr(checks, "check_{group}"), inputs.{group}_cases(rng, True)
+for line in checks.check_all("{group}", partial(check, built, rng), cases): print(line, flush=True)
+"""
+    done = run_on_emulator(["-c", code], library)
+    return done.stdout + (f"* FAILED {group} ended with code {done.returncode}" if done.returncode else "")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(objects: Path, tmp_path: Path, mistake: str) -> None:
+    """A line that says what differs: bytes, counts, a zero's sign, memory that is not ours."""
+    change, words = MISTAKES[mistake]
+    group = "index" if change[0] in ("index.cu", "query.cuh") else "rows"
+    report = check_group(build.build(tmp_path, [change], objects), group)
+    assert "* FAILED " in report, report
+    assert any(word in report for word in words.split("|")), report
+
+
+def test_a_graph_that_does_nothing_is_found(library: Path) -> None:
+    """What was captured must run again in every replay."""
+    code, report = check_on_emulator(library, "--parts", "check", CUDA_EMULATOR_STALE="1")
     assert code == 1
-    assert any(words in line for line in report.splitlines() if line.startswith("* FAILED ")), report
+    assert "FAILED graph: counts: 2 of 2 values differ, the first at [0]: -7" in report
 
 
-def test_a_moved_nan_keeps_its_bits(library: Path) -> None:
+def test_a_moved_nan_keeps_its_bits(objects: Path, tmp_path: Path) -> None:
     """Movement within a type is bit-exact, NaNs too; the NaN of a sum or of a conversion may be any."""
-    _, report = check_on_double(library, "--parts", "check", fault="nan")
+    change = (
+        "pack.cuh",
+        "constexpr (std::is_same_v<To, From>)",
+        "constexpr (std::is_same_v<To, From> && sizeof(To) > 2)",
+    )
+    moved = ("rows.cu", "values == Values::kMoved && std::is_same_v<To, From>", "false")
+    _, report = check_on_emulator(build.build(tmp_path, [change, moved], objects), "--parts", "check")
     failures = [line for line in report.splitlines() if line.startswith("* FAILED rows")]
     assert failures
-    assert all("types=('bfloat16', 'bfloat16')" in line and "'add'" not in line for line in failures)
+    assert all("16', 'bfloat16')" in line or "'float16', 'float16'" in line for line in failures), failures
+    assert all("'add" not in line for line in failures), failures
 
 
-def test_wrong_kernels_are_timed_and_marked(library: Path) -> None:
+def test_wrong_kernels_are_timed_and_marked(objects: Path, tmp_path: Path) -> None:
     """A padding that is not written: the checks fail, the times come all the same and say so."""
-    code, report = check_on_double(library, fault="unwritten")
+    code, report = check_on_emulator(build.build(tmp_path, [MISTAKES["padding"][0]], objects))
     assert code == 1
     assert "* FAILED index: update: 1 of " in report
     assert "**A check failed: these may be times of kernels that do something else.**" in report
-    assert "| count + write FAILED update: 1 of 8192 values differ" in report
-    assert "| PyTorch zero: index_fill_ | " in report
+    assert "| count + write FAILED update: 1 of " in report
+    assert "| PyTorch zero: index_fill | " in report
 
 
-def test_a_crash_ends_its_own_part_only(library: Path) -> None:
-    """What was found before it is in the report; the times follow."""
-    code, report = check_on_double(library, fault="crash")
+def test_a_crash_ends_its_own_part_only(objects: Path, tmp_path: Path) -> None:
+    """What was found before it is in the report; the times follow. A barrier that not all reach is such a crash."""
+    barrier = "  __syncthreads();\n  if (threadIdx.x >= kWarp) return;"
+    change = ("index.cu", barrier, "  if (threadIdx.x >= kWarp) return;\n" + barrier)
+    code, report = check_on_emulator(build.build(tmp_path, [change], objects))
     assert code == 1
     assert "* FAILED check ended with code -6" in report
-    assert "| zero | bf16" in report
+    assert "## Times" in report
 
 
-def test_rows_far_away(library: Path) -> None:
+def test_rows_far_away(library: Path, objects: Path, tmp_path: Path) -> None:
     """The check of rows beyond 2^31 elements, with a small number in its place; it finds a row too many."""
     code = "from gpu_checks import checks; checks.FAR_ROWS = 300\n"
     code += "print(*checks.check_all('far', lambda each: checks.check_far_rows(library, rng, each), checks.OPERATIONS))"
     first = f"import sys; sys.path[:0] = [{str(ROOT / 'tools')!r}, {str(ROOT / 'tests')!r}]; import numpy\n"
     first += f"from gpu_checks.library import Library; library = Library({str(library)!r})\n"
     first += "rng = numpy.random.default_rng(0)\n"
-    done = run_on_double(["-c", first + code], library)
-    assert done.stdout == "* far: 4 passed, 0 failed\n", done.stderr
-    done = run_on_double(["-c", first + code], library, fault="first")
-    assert "a row that no pair names is not -7 everywhere" in done.stdout, done.stderr
+    done = run_on_emulator(["-c", first + code], library)
+    assert done.stdout == "* far: 5 passed, 0 failed\n", done.stderr
+    wrong = ("rows.cu", "const bool changed = feature >= 0;", "const bool changed = feature >= 0 || row == 1;")
+    changed = build.build(tmp_path, [wrong], objects)
+    done = run_on_emulator(["-c", first.replace(str(library), str(changed)) + code], changed)
+    assert "out: a row that no pair names is not -7 everywhere" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("status", "said"), [(0, "* racecheck: passed"), (9, "* FAILED racecheck, code 9: a hazard")])
 def test_what_the_sanitizer_says(library: Path, tmp_path: Path, status: int, said: str) -> None:
     """Each tool runs the quick kernels; its exit code decides."""
     tool = tmp_path / "compute-sanitizer"
-    run = 'while [ "${1#/}" = "$1" ]; do shift; done; "$@"'
-    tool.write_text(f"#!/bin/sh\n[ {status} = 0 ] || {{ echo a hazard; exit {status}; }}\n{run} > {tmp_path}/out\n")
+    run = 'case "$*" in *racecheck*) while [ "${1#/}" = "$1" ]; do shift; done; "$@";; esac'
+    tool.write_text(f"#!/bin/sh\n[ {status} = 0 ] || {{ echo a hazard; exit {status}; }}\n{run} >> {tmp_path}/out\n")
     tool.chmod(0o755)
-    code, report = check_on_double(library, "--parts", "sanitize", path=str(tmp_path))
+    code, report = check_on_emulator(library, "--parts", "sanitize", path=str(tmp_path))
     assert code == (status != 0)
     assert said in report
     if status == 0:
@@ -149,8 +265,8 @@ def test_without_a_gpu_it_says_so(library: Path, tmp_path: Path) -> None:
     """Exit code 2, no report; without PyTorch, and with one that sees no GPU."""
     report = tmp_path / "report.md"
     (tmp_path / "torch.py").write_text("raise ImportError('none here')")
-    for folder, words in ((tmp_path, "PyTorch cannot be imported (none here)"), (DOUBLE, "PyTorch sees none")):
-        environment = {name: value for name, value in os.environ.items() if name != "CUDA_DOUBLE"}
+    for folder, words in ((tmp_path, "PyTorch cannot be imported (none here)"), (EMULATOR, "PyTorch sees none")):
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_EMULATOR"}
         command = [sys.executable, str(TOOL), "--library", str(library), "--out", str(report)]
         environment["PYTHONPATH"] = str(folder)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -128,10 +128,22 @@ void bench_rows(const char* name, ElementType type, bool sequence_first) {
     std::snprintf(text, sizeof(text), "%s %s%s", what, name, sequence_first ? ", S first" : "");
     return text;
   };
+  std::vector<T> out(hidden.size());
+  std::vector<int64_t> map(shape.num_rows);
+  const vlsp::Rows to_out{out.data(), type};
+  const double rows_over_own = static_cast<double>(shape.num_rows) / static_cast<double>(counts[0]);
   compare(
-      describe("replace"), 15, 1.0, [&] { replace_rows_cpu(to_hidden, from_features, pairs, shape); }, floor);
-  compare(describe("add"), 15, 1.5, [&] { add_rows_cpu(to_hidden, from_features, pairs, shape); }, floor);
-  compare(describe("zero"), 15, 0.5, [&] { zero_rows_cpu(to_hidden, pairs, shape); }, floor);
+      describe("replace"), 15, rows_over_own,
+      [&] { replace_rows_cpu(to_out, from_hidden, from_features, pairs, shape, map.data()); }, floor);
+  compare(
+      describe("add"), 15, rows_over_own + 0.5,
+      [&] { add_rows_cpu(to_out, from_hidden, from_features, pairs, shape, map.data()); }, floor);
+  compare(
+      describe("zero"), 15, rows_over_own - 0.5,
+      [&] { zero_rows_cpu(to_out, from_hidden, pairs, shape, map.data()); }, floor);
+  compare(
+      describe("add in place"), 15, 1.5,
+      [&] { add_rows_in_place_cpu(to_hidden, from_features, pairs, shape); }, floor);
   compare(
       describe("take"), 15, (1 + all_over_own) / 2,
       [&] { take_rows_cpu(to_features, from_hidden, pairs, shape); }, floor);

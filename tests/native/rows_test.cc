@@ -151,22 +151,26 @@ void check_elements(const char* what, int64_t number, Array& got, Array& before,
       "before the array", number, 0, 0, 0);
 }
 
-enum class Operation { kReplace, kAdd, kTake, kZero };
+enum class Operation { kReplace, kAdd, kZero, kAddInPlace, kTake };
 
+// What it writes: a copy of `target`, of the same skew, or `target` itself.
 void run(Operation operation, Array& target, Array& source, const Input& input) {
+  const vlsp::Pairs pairs = input.pairs();
   const vlsp::Rows to{target.data(), target.type};
   const vlsp::ConstRows from{source.data(), source.type};
-  switch (operation) {
-    case Operation::kReplace:
-      return replace_rows_cpu(to, from, input.pairs(), input.shape);
-    case Operation::kAdd:
-      return add_rows_cpu(to, from, input.pairs(), input.shape);
-    case Operation::kTake:
-      return take_rows_cpu(to, from, input.pairs(), input.shape);
-    case Operation::kZero:
-      return zero_rows_cpu(to, input.pairs(), input.shape);
-  }
+  if (operation == Operation::kAddInPlace) return add_rows_in_place_cpu(to, from, pairs, input.shape);
+  if (operation == Operation::kTake) return take_rows_cpu(to, from, pairs, input.shape);
+  Array out(target.type, target.count(), target.skew);
+  std::vector<int64_t> map(input.shape.num_rows, 7);
+  const vlsp::Rows to_out{out.data(), out.type};
+  const vlsp::ConstRows old{target.data(), target.type};
+  if (operation == Operation::kReplace) replace_rows_cpu(to_out, old, from, pairs, input.shape, map.data());
+  if (operation == Operation::kAdd) add_rows_cpu(to_out, old, from, pairs, input.shape, map.data());
+  if (operation == Operation::kZero) zero_rows_cpu(to_out, old, pairs, input.shape, map.data());
+  target = out;
 }
+
+bool adds(Operation operation) { return operation == Operation::kAdd || operation == Operation::kAddInPlace; }
 
 double sum_in(ElementType type, double a, double b) {
   return type == ElementType::kFloat64 ? a + b : static_cast<float>(a) + static_cast<float>(b);
@@ -189,9 +193,8 @@ void check_operation(Operation operation, const Input& input, Array hidden, Arra
       const double value = round_to_type(source.get(from), target.type);
       written[to] = 1;
       want[to] = operation == Operation::kZero ? 0.0
-                 : operation == Operation::kAdd
-                     ? round_to_type(sum_in(target.type, target.get(to), value), target.type)
-                     : value;
+                 : adds(operation) ? round_to_type(sum_in(target.type, target.get(to), value), target.type)
+                                   : value;
       moved.emplace_back(to, from);
     }
   }
@@ -201,7 +204,7 @@ void check_operation(Operation operation, const Input& input, Array hidden, Arra
   check_elements(takes ? "take" : "row", number, target, before, want, written);
   if (operation == Operation::kZero) return;
   check(source.bytes == source_before.bytes, "source left alone", number, 0, 0, 0);
-  if (operation == Operation::kAdd || source.type != target.type) return;
+  if (adds(operation) || source.type != target.type) return;
   for (const auto& [to, from] : moved) {
     check(std::memcmp(target.at(to), source.at(from), size_of(target.type)) == 0, "bits moved", number, to,
           target.get(to), source.get(from));
@@ -219,7 +222,8 @@ int64_t test_rows(int64_t num_inputs) {
     const ElementType feature_type = kTypes[number / 4 % 4];
     const Array hidden = random_array(random, hidden_type, input.shape.num_rows * input.shape.width);
     const Array features = random_array(random, feature_type, input.shape.num_features * input.shape.width);
-    for (Operation operation : {Operation::kReplace, Operation::kAdd, Operation::kTake, Operation::kZero}) {
+    for (Operation operation :
+         {Operation::kReplace, Operation::kAdd, Operation::kZero, Operation::kAddInPlace, Operation::kTake}) {
       check_operation(operation, input, hidden, features, number);
       ++cases;
     }

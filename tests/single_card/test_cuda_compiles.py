@@ -45,27 +45,26 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
 
 
 def test_links_a_c_library(kernels: library.Library) -> None:
-    """Every function is there, and the host side answers: a tile holds some thousand tokens."""
-    assert kernels.num_tiles(0, 5) == 0
-    assert kernels.num_tiles(3, 1) == 1
-    assert kernels.num_tiles(64, 1 << 17) >= 1000
+    """Every function is there, and the host side answers: the workspace is about two bits a token."""
+    assert kernels.workspace_size(0, 5) <= 2
+    assert 1 < 8 * kernels.workspace_size(64, 1 << 17) / (64 * (1 << 17) / 4) < 1.1
 
 
 def test_c_library_refuses(kernels: library.Library) -> None:
-    """A CUDA error comes back as RuntimeError with its number and words."""
+    """A CUDA error comes back as RuntimeError with its number and words: nine ids, and 2^31 tokens."""
     ids, intervals = np.arange(9), np.zeros((0, 3), np.int64)
-    query = library.Query(0, "int64", 1, 1, ids, intervals, 0, 0)
-    with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
-        kernels.count_tiles(query, 0, 0)
+    many = library.Query(0, "int64", 1, 1, ids, intervals, 0, 0)
+    long = library.Query(0, "int64", 2, 1 << 30, ids[:2], intervals, 0, 0)
+    for query in (many, long):
+        with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
+            kernels.count_visual(query, 0, 0, 0)
 
 
 def test_nothing_to_do_launches_nothing(kernels: library.Library) -> None:
-    """No token, no pair, no feature row: success, also where no GPU could run anything."""
+    """No place for a pair, no row, no feature row: success, also where no GPU could run anything."""
     query = library.Query(0, "int64", 0, 5, np.arange(1), np.zeros((0, 3), np.int64), 0, 0)
-    kernels.count_tiles(query, 0, 0)
-    pairs = (0, 0)
     plan = {"capacity": 0, "num_features": -1, "counts": 0, "sequence_first": False}
-    kernels.write_plan(query, 0, pairs, **plan, stream=0)
+    kernels.write_plan(query, 0, (0, 0), **plan, stream=0)
+    sizes = {"take": (0, 5, 0, 8), "add in place": (0, 5, 5, 8)}
     for operation in library.OPERATIONS:
-        sizes = (0, 5, 0, 8) if operation == "take" else (0, 5, 5, 8)
-        kernels.rows(operation, (0, "float32"), (0, "bfloat16"), pairs, sizes, 0)
+        kernels.rows(operation, 0, (0, "float32"), (0, "bfloat16"), (0, 0, 0), sizes.get(operation, (0, 0, 5, 8)), 0)

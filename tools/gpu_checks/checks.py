@@ -11,7 +11,7 @@ from torch import Tensor
 import oracle  # tests/oracle.py
 
 from . import inputs
-from .device import Guarded, capture, launch_rows, stream
+from .device import Guarded, Rows, capture, stream
 from .inputs import Case, Random
 from .library import OPERATIONS, Library, Query
 
@@ -32,9 +32,9 @@ class IndexRun:
         capacities = {"exact": own, "under": own // 2, "over": own + 5000, "zero": 0, "rows": self.num_rows}
         features = {"exact": every, "fewer": every * 3 // 4, "more": every + 3, "unknown": -1}
         self.capacity, self.num_features = capacities[case.capacity], features[case.features]
-        shapes = ((library.num_tiles(case.batch, case.seq_len), 2), (self.capacity,), (self.capacity,), (2,))
-        self.results = [Guarded(torch.full(shape, POISON)) for shape in shapes]
-        self.tiles, self.update, self.gather, self.counts = self.results
+        shapes = (library.workspace_size(case.batch, case.seq_len), self.capacity, self.capacity, 2)
+        self.results = [Guarded(torch.full((size,), POISON)) for size in shapes]
+        self.workspace, self.update, self.gather, self.counts = self.results
         lengths = self.pieces[:, 1] - self.pieces[:, 0]
         table = np.stack([self.pieces[:, 0], lengths, np.cumsum(lengths) - lengths], axis=1)
         self._table = Guarded(torch.from_numpy(table))
@@ -55,15 +55,15 @@ class IndexRun:
             result.tensor.fill_(POISON)
 
     def count(self) -> None:
-        self.library.count_tiles(self._query, self.tiles.address, stream())
+        self.library.count_visual(self._query, self.workspace.address, self.counts.address, stream())
 
     def launch(self) -> None:
         """Both kernels."""
         self.count()
         sizes = {"capacity": self.capacity, "num_features": self.num_features}
-        places = {"pairs": (self.update.address, self.gather.address), "counts": self.counts.address * self.case.counts}
+        places = {"pairs": (self.update.address, self.gather.address), "counts": self.counts.address}
         order = {"sequence_first": self.case.sequence_first, "stream": stream()}
-        self.library.write_plan(self._query, self.tiles.address, **sizes, **places, **order)
+        self.library.write_plan(self._query, self.workspace.address, **sizes, **places, **order)
 
     def check(self) -> Tensor:
         """Of all that was written. Returns the padded pairs [2, capacity]; takes seconds for millions of tokens."""
@@ -72,8 +72,8 @@ class IndexRun:
         pairs = pairs[:, pairs[1] < self.num_features] if self.num_features >= 0 else pairs
         padded, counts = torch.full((2, self.capacity), -1), torch.tensor(self._num_visual)
         padded[:, : pairs.shape[1]] = pairs[:, : self.capacity]
-        expect_bits("counts", self.counts.read(), counts if self.case.counts else torch.full((2,), POISON))
-        expect_bits("sum of tiles", self.tiles.read().sum(0), counts)
+        expect_bits("counts", self.counts.read(), counts)
+        self.workspace.read()  # its guards
         expect_bits("update", self.update.read(), padded[0])
         expect_bits("gather", self.gather.read(), padded[1])
         self.tokens.read()  # its guards
@@ -93,23 +93,24 @@ def expect_bits(what: str, got: Tensor, want: Tensor, computed: bool = False) ->
         raise AssertionError(f"{what}: {number}, the first at {list(place)}: {found}, expected {wanted}")
 
 
-def expected_rows(operation: str, hidden: Tensor, features: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden and features after `operation`, on the host. Sums are in float32 (float64), rounded once."""
-    hidden, features = hidden.clone(), features.clone()
+def expected_rows(operation: str, hidden: Tensor, features: Tensor, pairs: Tensor) -> tuple[str, Tensor]:
+    """Which array `operation` writes, and what then is in it. Sums are in float32 (float64), rounded once."""
     inside = (pairs >= 0).all(0) & (pairs[0] < len(hidden)) & (pairs[1] < len(features))
     update, gather = pairs[:, inside]
     if operation == "take":
-        features.zero_()
-        features[gather] = cast(hidden[update], features.dtype)
-    elif operation == "zero":
-        hidden[update] = 0
+        taken = torch.zeros(features.shape, dtype=features.dtype)
+        taken[gather] = cast(hidden[update], features.dtype)
+        return "features", taken
+    out = hidden.clone()
+    if operation == "zero":
+        out[update] = 0
     else:
         given = cast(features[gather], hidden.dtype)
-        if operation == "add":
+        if operation != "replace":
             wide = torch.promote_types(hidden.dtype, torch.float32)
             given = (hidden[update].to(wide) + given.to(wide)).to(hidden.dtype)
-        hidden[update] = given
-    return hidden, features
+        out[update] = given
+    return "hidden" if operation == "add in place" else "out", out
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,12 +118,31 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values if values.dtype == dtype else values.to(torch.float32).to(dtype)
 
 
-def expect_rows(operation: str, got: list[Tensor], before: list[Tensor], pairs: Tensor) -> None:
-    """`got` and `before` are hidden and features; computed are sums, and what became another type."""
-    computed = operation == "add" or before[0].dtype != before[1].dtype
-    hidden, features = expected_rows(operation, *before, pairs)
-    expect_bits("hidden", got[0], hidden, computed)
-    expect_bits("features", got[1], features, computed)
+class RowsRun:
+    """Arrays of a row operation on the GPU, guarded, with poison where it writes all; and what they held before."""
+
+    def __init__(self, hidden: Tensor, features: Tensor, pairs: Tensor, offsets: tuple[int, int] = (0, 0)) -> None:
+        self._before = {"hidden": hidden, "features": features, "out": torch.full_like(hidden, POISON)}
+        shifts = {"hidden": offsets[0], "features": offsets[1], "out": offsets[0]}
+        self._guarded = {name: Guarded(values, shifts[name]) for name, values in self._before.items()}
+        self.map, self.pairs = Guarded(torch.full((len(hidden),), POISON)), pairs
+        arrays = {name: guarded.tensor for name, guarded in self._guarded.items()}
+        update, gather = pairs.cuda()
+        self.arrays = Rows(**arrays, update=update, gather=gather, map=self.map.tensor)
+
+    def restore(self) -> None:
+        for name, guarded in self._guarded.items():
+            guarded.tensor.copy_(self._before[name])
+
+    def check(self, operation: str) -> None:
+        """Computed are sums, and what became another type; all other bits are moved, or stay."""
+        hidden, features = self._before["hidden"], self._before["features"]
+        written, values = expected_rows(operation, hidden, features, self.pairs)
+        computed = operation.startswith("add") or hidden.dtype != features.dtype
+        for name, guarded in self._guarded.items():
+            want = values if name == written else self._before[name]
+            expect_bits(name, guarded.read(), want, computed and name == written)
+        self.map.read()  # its guards
 
 
 def check_index(library: Library, rng: Random, case: Case) -> None:
@@ -133,47 +153,52 @@ def check_index(library: Library, rng: Random, case: Case) -> None:
 
 def check_rows(library: Library, rng: Random, case: Case) -> None:
     sizes = zip(case.sizes, case.types, strict=True)
-    before = [inputs.draw_values(rng, rows, case.width, type_name) for rows, type_name in sizes]
-    pairs = inputs.draw_pairs(rng, case.pairs, *case.sizes)
-    places = [Guarded(values, offset) for values, offset in zip(before, case.offsets, strict=True)]
-    launch_rows(library, case.operation, places[0].tensor, places[1].tensor, *pairs.cuda())
-    expect_rows(case.operation, [place.read() for place in places], before, pairs)
+    hidden, features = (inputs.draw_values(rng, rows, case.width, type_name) for rows, type_name in sizes)
+    run = RowsRun(hidden, features, inputs.draw_pairs(rng, case.pairs, *case.sizes), case.offsets)
+    run.arrays.launch(library, case.operation)
+    run.check(case.operation)
 
 
 def check_graph(library: Library, rng: Random, case: Case) -> None:
     """Count, write and add captured once, replayed over changed tokens, without a host sync."""
-    run = IndexRun(library, rng, case)
-    before = [inputs.draw_values(rng, rows, 96, "bfloat16") for rows in (run.num_rows, run.num_features)]
-    places = [Guarded(values) for values in before]
-    arrays = [each.tensor for each in (*places, run.update, run.gather)]
+    plan = IndexRun(library, rng, case)
+    hidden, features = (inputs.draw_values(rng, rows, 96, "bfloat16") for rows in (plan.num_rows, plan.num_features))
+    rows = RowsRun(hidden, features, torch.full((2, plan.capacity), -1))
+    rows.arrays.update, rows.arrays.gather = plan.update.tensor, plan.gather.tensor
 
     def launch() -> None:
-        run.launch()
-        launch_rows(library, "add", *arrays)
+        plan.launch()
+        rows.arrays.launch(library, "add")
 
     replay = capture(launch)
     for pattern in ("runs", "none", "sparse", "all", "random"):
-        run.redraw(pattern)
-        places[0].tensor.copy_(before[0])
+        plan.redraw(pattern)
+        rows.restore()
         replay()
         torch.cuda.synchronize()
-        pairs = run.check()
-        expect_rows("add", [place.read() for place in places], before, pairs)
+        rows.pairs = plan.check()
+        rows.check("add")
 
 
 def check_far_rows(library: Library, rng: Random, operation: str) -> None:
-    """The last rows of hidden and of features beyond 2^31 elements; no other row of them changes, but by take."""
+    """The last rows beyond 2^31 elements, of hidden, features and out; no other row of these is touched but where all
+    are written."""
     width, count = 1024, 40
     before = [inputs.draw_values(rng, count, width, "bfloat16") for _ in range(2)]
-    buffers = [torch.full((FAR_ROWS, width), POISON, dtype=torch.bfloat16, device="cuda") for _ in before]
-    for buffer, values in zip(buffers, before, strict=True):
+    poison = partial(torch.full, (FAR_ROWS, width), POISON, dtype=torch.bfloat16, device="cuda")
+    hidden, features, out = poison(), poison(), poison()
+    for buffer, values in zip((hidden, features), before, strict=True):
         buffer[-count:].copy_(values)
     pairs = inputs.draw_pairs(rng, "full", count, count)
-    launch_rows(library, operation, *buffers, *(pairs + FAR_ROWS - count).cuda())
-    expect_rows(operation, [buffer[-count:].cpu() for buffer in buffers], before, pairs)
-    for buffer, fill in zip(buffers, (POISON, 0 if operation == "take" else POISON), strict=True):
-        if bool((buffer[:-count] != fill).any()):
-            raise AssertionError(f"a row that no pair names is not {fill} everywhere")
+    update, gather = (pairs + FAR_ROWS - count).cuda()
+    arrays = Rows(hidden, features, out, update, gather, torch.zeros(FAR_ROWS, dtype=torch.int64, device="cuda"))
+    arrays.launch(library, operation)
+    written, values = expected_rows(operation, *before, pairs)
+    expect_bits(written, getattr(arrays, written)[-count:].cpu(), values, computed=operation.startswith("add"))
+    for name in ("hidden", "features", "out"):
+        fill = 0 if name == written == "features" else POISON
+        if bool((getattr(arrays, name)[:-count] != fill).any()):
+            raise AssertionError(f"{name}: a row that no pair names is not {fill} everywhere")
 
 
 def check_all(name: str, check: Callable[[Any], None], cases: Iterable[Any]) -> Iterator[str]:

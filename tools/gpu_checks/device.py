@@ -1,6 +1,7 @@
 """The GPU by way of PyTorch: guarded tensors, launches, captured graphs, times by CUDA events."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,12 +36,22 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def launch_rows(library: Library, operation: str, hidden: Tensor, features: Tensor, *pairs: Tensor) -> None:
-    addresses = hidden.data_ptr(), 0 if operation == "zero" else features.data_ptr()
-    types = (str(tensor.dtype).removeprefix("torch.") for tensor in (hidden, features))
-    update, gather = (index.data_ptr() for index in pairs)
-    sizes = (len(pairs[0]), len(hidden), len(features), hidden.shape[1])
-    library.rows(operation, *zip(addresses, types, strict=True), (update, gather), sizes, stream())
+@dataclass
+class Rows:
+    """The arrays of a row operation, on the GPU."""
+
+    hidden: Tensor  # [R, H]
+    features: Tensor  # [N, H]
+    out: Tensor  # [R, H]
+    update: Tensor  # [n]
+    gather: Tensor  # [n]
+    map: Tensor  # [R]
+
+    def launch(self, library: Library, operation: str) -> None:
+        hidden, features = ((x.data_ptr(), str(x.dtype).removeprefix("torch.")) for x in (self.hidden, self.features))
+        indices = (self.update.data_ptr(), self.gather.data_ptr(), self.map.data_ptr())
+        sizes = (len(self.update), len(self.hidden), len(self.features), self.hidden.shape[1])
+        library.rows(operation, self.out.data_ptr(), hidden, features, indices, sizes, stream())
 
 
 def capture(launch: Callable[[], Any]) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 SOURCES = Path(__file__).resolve().parents[2] / "custom_ops"
 TOKEN_TYPES = {"int32": 0, "int64": 1, "mask": 2}
 ELEMENT_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-OPERATIONS = {"replace": 0, "add": 1, "take": 2, "zero": 3}
+OPERATIONS = {"replace": 0, "add": 1, "zero": 2, "add in place": 3, "take": 4}
 PLAN = ("capacity", "num_features", "counts", "sequence_first")
 MAX_INLINE_INTERVALS = 8
 Typed = tuple[int, str]  # an address and the element type
@@ -45,11 +45,20 @@ class Query:
     intervals_on_device: int  # address of the same table; read where K is large
     local_len: int
 
-    def arguments(self) -> list[int]:
+    def asked(self) -> list[int]:
+        return [
+            self.tokens,
+            TOKEN_TYPES[self.token_type],
+            self.batch,
+            self.seq_len,
+            self.ids.ctypes.data,
+            len(self.ids),
+        ]
+
+    def owned(self) -> list[int]:
         few = len(self.intervals) <= MAX_INLINE_INTERVALS
         intervals = self.intervals.ctypes.data if few else self.intervals_on_device
-        tokens = [self.tokens, TOKEN_TYPES[self.token_type], self.batch, self.seq_len]
-        return [*tokens, self.ids.ctypes.data, len(self.ids), intervals, len(self.intervals), self.local_len]
+        return [intervals, len(self.intervals), self.local_len]
 
 
 class Library:
@@ -58,24 +67,33 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._lib = CDLL(str(path))
         self._lib.vlsp_error_string.restype = c_char_p
-        self._lib.vlsp_num_tiles.restype = c_int64
+        self._lib.vlsp_workspace_size.restype = c_int64
 
-    def num_tiles(self, batch: int, seq_len: int) -> int:
-        return int(self._lib.vlsp_num_tiles(c_int64(batch), c_int64(seq_len)))
+    def workspace_size(self, batch: int, seq_len: int) -> int:
+        """In numbers of 8 bytes."""
+        return int(self._lib.vlsp_workspace_size(c_int64(batch), c_int64(seq_len)))
 
-    def count_tiles(self, query: Query, tiles: int, stream: int) -> None:
-        self._call("vlsp_count_tiles", *query.arguments(), tiles, stream)
+    def count_visual(self, query: Query, workspace: int, counts: int, stream: int) -> None:
+        self._call("vlsp_count_visual", *query.asked(), *query.owned(), workspace, counts, stream)
 
-    def write_plan(self, query: Query, tiles: int, pairs: tuple[int, int], *, stream: int, **plan: int) -> None:
-        """`plan` is what PLAN names; `counts` is an address, or 0."""
-        self._call("vlsp_write_plan", *query.arguments(), tiles, *pairs, *(plan[name] for name in PLAN), stream)
+    def write_plan(self, query: Query, workspace: int, pairs: tuple[int, int], *, stream: int, **plan: int) -> None:
+        """`plan` is what PLAN names; `counts` is the address that count_visual wrote to."""
+        sizes = (query.batch, query.seq_len, *query.owned())
+        self._call("vlsp_write_plan", *sizes, workspace, *pairs, *(plan[name] for name in PLAN), stream)
 
     def rows(
-        self, operation: str, hidden: Typed, features: Typed, pairs: tuple[int, int], sizes: Sequence[int], stream: int
+        self,
+        operation: str,
+        out: int,
+        hidden: Typed,
+        features: Typed,
+        indices: tuple[int, int, int],
+        sizes: Sequence[int],
+        stream: int,
     ) -> None:
-        """`sizes` are the numbers of pairs, rows and features, and the width."""
-        arrays = (hidden[0], ELEMENT_TYPES[hidden[1]], features[0], ELEMENT_TYPES[features[1]])
-        self._call("vlsp_rows", OPERATIONS[operation], *arrays, *pairs, *sizes, stream)
+        """`indices` are update, gather and the map; `sizes` the numbers of pairs, rows and features, and the width."""
+        arrays = (out, hidden[0], ELEMENT_TYPES[hidden[1]], features[0], ELEMENT_TYPES[features[1]])
+        self._call("vlsp_rows", OPERATIONS[operation], *arrays, *indices, *sizes, stream)
 
     def _call(self, function: str, *arguments: int) -> None:
         """Numbers and addresses are 64 bits wide in the library, all of them."""

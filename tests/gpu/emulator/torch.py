@@ -1,6 +1,6 @@
 """As much of PyTorch as tools/gpu_check.py uses, over numpy: "cuda" is the host.
 
-CUDA_DOUBLE is the library of kernels.cc, which replays graphs; without it there is no GPU.
+CUDA_EMULATOR is the library that build.py makes, which replays graphs; without it there is no GPU.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 
-__version__ = "double"
+__version__ = "emulated"
 bool = np.dtype(np.bool_)
 uint8, int16, int32, int64 = (np.dtype(name) for name in ("uint8", "int16", "int32", "int64"))
 float16, float32, float64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
@@ -21,8 +21,8 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 dtype = np.dtype
 isnan = np.isnan
 
-LIBRARY = os.environ.get("CUDA_DOUBLE")
-PROPERTIES = SimpleNamespace(name="a double", major=9, minor=0, total_memory=8 << 30, L2_cache_size=1 << 16)
+LIBRARY = os.environ.get("CUDA_EMULATOR")
+PROPERTIES = SimpleNamespace(name="an emulator", major=9, minor=0, total_memory=8 << 30, L2_cache_size=1 << 12)
 rng = np.random.default_rng(0)
 np.seterr(all="ignore")
 
@@ -66,10 +66,24 @@ class Tensor(np.ndarray):
     def index_copy_(self, axis, index, values):
         self[index] = values
 
+        return self
+
     index_fill_ = index_copy_
 
     def index_add_(self, axis, index, values):
         self[index] += values
+        return self
+
+    def index_copy(self, axis, index, values):
+        return self.clone().index_copy_(axis, index, values)
+
+    index_fill = index_copy
+
+    def index_add(self, axis, index, values):
+        return self.clone().index_add_(axis, index, values)
+
+    def masked_scatter_(self, mask, values):
+        self[np.broadcast_to(mask, self.shape)] = values.ravel()
 
 
 def from_numpy(array):
@@ -85,12 +99,24 @@ def empty(shape, dtype, device):
     return full(shape, 99, dtype)
 
 
-def zeros(shape, dtype, device):
+def zeros(shape, dtype, device=None):
     return full(shape, 0, dtype)
+
+
+def full_like(tensor, value):
+    return full(tensor.shape, value, tensor.dtype)
+
+
+def zeros_like(tensor):
+    return full_like(tensor, 0)
 
 
 def empty_like(tensor):
     return tensor.copy()
+
+
+def add(one, other, out):
+    out[...] = one + other
 
 
 def tensor(values):
@@ -116,7 +142,7 @@ class CUDAGraph:
         self.stream = next(self.streams)
 
     def replay(self):
-        ctypes.CDLL(LIBRARY).cuda_double_replay(ctypes.c_void_p(self.stream))
+        ctypes.CDLL(LIBRARY).cuda_emulator_replay(ctypes.c_void_p(self.stream))
 
 
 class Event:
