@@ -31,7 +31,7 @@ def build_plan(
 ) -> tuple[Integers, Integers, Integers]:
     """update, gather and counts [2]; num_features is -1 where it is not known."""
     batch, seq_len = tokens.shape
-    visual = (clean_mask(tokens) if ids is None else is_any_of(tokens, ids)).ravel()  # [B * S]
+    visual = (tokens if ids is None else is_any_of(tokens, ids)).ravel()  # [B * S]
     start, length = layout.intervals().T  # [K]
     sample = np.arange(batch, dtype=np.int64)[:, None]
     begin = (sample * seq_len + start).ravel()  # [B * K] of this rank's intervals, among the B * S tokens
@@ -54,12 +54,6 @@ def build_plan(
         np.pad(gather[:kept], unused, constant_values=-1),
         counts,
     )
-
-
-def clean_mask(mask: Mask) -> Mask:
-    """The mask in bytes of 0 and 1: numpy sums and counts bytes, and a mask that was made by a view may hold others."""
-    clean: Mask = mask.view(np.uint8) != 0
-    return clean
 
 
 def is_any_of(tokens: npt.NDArray[Any], ids: tuple[int, ...]) -> Mask:
