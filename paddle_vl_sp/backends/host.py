@@ -88,11 +88,18 @@ def _by_searching(visual: Mask, begin: Integers, end: Integers) -> tuple[Integer
 def pairs_to_move(at: Integers, source: Integers, num_rows: int, num_features: int) -> Integers | None:
     """Which pairs are not to be skipped, in the order of their rows in memory; None for all, as they are.
 
+    Rows in order move faster; all features in order, which need no gather, faster still.
+
     at [0 2 1 -1], source [0 1 2 -1]  ->  [0 2 1]
     """
     fits = (at >= 0) & (at < num_rows) & (source >= 0) & (source < num_features)
     kept = np.flatnonzero(fits)
-    if kept.size == at.size and kept.size and (at[1:] > at[:-1]).all():
+    if kept.size == at.size and kept.size and (is_all(source, num_features) or (at[1:] > at[:-1]).all()):
         return None
     order: Integers = kept[np.argsort(at[kept], kind="stable")]  # quick: with the sequence first, B increasing runs
     return order
+
+
+def is_all(source: Integers, num_features: int) -> bool:
+    """Whether the feature rows are all that there are, in order."""
+    return source.size == num_features and bool((source == np.arange(num_features)).all())

@@ -81,10 +81,9 @@ def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tenso
     A skipped pair moves a spare row to a spare row, at the end of either table.
     """
     rows, picked = _tables(hidden, features)
-    pairs = _pairs_on_host(rows, picked, update, gather)
-    if pairs is not None:
-        at, source = pairs
-        return _as_hidden(paddle.scatter(rows, at, paddle.gather(picked, source)), hidden)
+    moved = _to_move_on_host(rows, picked, update, gather)
+    if moved is not None:
+        return _as_hidden(paddle.scatter(rows, *moved), hidden)
     spare = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
     height, feature_height = _size(rows), _size(picked)
     fits = (update >= 0) & (update < height) & (gather >= 0) & (gather < feature_height)
@@ -103,10 +102,10 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -
     A skipped pair adds -0.0 to row 0, which changes nothing, not even the sign of a zero.
     """
     rows, picked = _tables(hidden, features)
-    pairs = _pairs_on_host(rows, picked, update, gather)
-    if pairs is not None:
-        at, source = pairs
-        return _as_hidden(paddle.index_add(rows, at, 0, paddle.gather(picked, source)), hidden)
+    moved = _to_move_on_host(rows, picked, update, gather)
+    if moved is not None:
+        at, picked = moved
+        return _as_hidden(paddle.index_add(rows, at, 0, picked), hidden)
     fits = (update >= 0) & (update < _size(rows)) & (gather >= 0) & (gather < _size(picked))
     number = fits.astype("int64")
     at, source = _with_spare(update * number, 0), _with_spare((gather + 1) * number, 0)  # as above
@@ -205,8 +204,8 @@ def compact(values: Tensor, keep: Tensor) -> Tensor:
     return paddle.scatter(paddle.full_like(values, -1), place, values)[1:]
 
 
-def _pairs_on_host(rows: Tensor, table: Tensor, update: Tensor, gather: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The pairs without those to skip, in the order of their rows; None where the host cannot see them, or sees none.
+def _to_move_on_host(rows: Tensor, table: Tensor, update: Tensor, gather: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where features go, and the features [n, H]; None where the host sees no pairs, or none to move.
 
     Without skipped pairs neither table needs a spare row, which costs a copy of the table and of its gradient.
     """
@@ -214,9 +213,12 @@ def _pairs_on_host(rows: Tensor, table: Tensor, update: Tensor, gather: Tensor) 
         return None
     at, source = update.numpy(), gather.numpy()
     kept = host.pairs_to_move(at, source, rows.shape[0], table.shape[0])
-    if kept is None:
-        return update, gather
-    return (_to_tensor(at[kept], update), _to_tensor(source[kept], update)) if kept.size else None
+    if kept is not None:
+        if not kept.size:
+            return None
+        at, source = at[kept], source[kept]
+        update, gather = _to_tensor(at, update), _to_tensor(source, update)
+    return update, table if host.is_all(source, table.shape[0]) else paddle.gather(table, gather)
 
 
 def _to_tensor(array: npt.NDArray[np.int64], like: Tensor) -> Tensor:
