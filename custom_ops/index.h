@@ -9,7 +9,7 @@ namespace vlsp {
 constexpr int kMaxPlaceholders = 8;
 constexpr int kMaxInlineIntervals = 8;
 
-enum class TokenType { kInt32, kInt64, kMask };  // kMask: one byte a token, 0 or 1
+enum class TokenType { kInt32, kInt64, kMask };  // kMask: one byte a token, visual unless 0
 
 struct Tokens {  // [batch, seq_len]
   const void* data;

@@ -41,7 +41,13 @@ int64_t count_visual(const Matcher& is_visual, const typename Matcher::Token* to
   return total;
 }
 
-// Bytes of 0 or 1: eight lanes in a word; 255 words cannot overflow a lane.
+// 1 in every byte of the word that is not 0: a mask made by a view may hold other bytes than 0 and 1.
+inline uint64_t nonzero_bytes(uint64_t word) {
+  constexpr uint64_t kLowBits = 0x7f7f7f7f7f7f7f7f;
+  return (((word & kLowBits) + kLowBits) | word) >> 7 & 0x0101010101010101;
+}
+
+// Eight lanes in a word; 255 words cannot overflow a lane.
 inline int64_t count_visual(const MaskByte&, const uint8_t* tokens, int64_t length) {
   constexpr int64_t kChunkWords = 255;
   constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff;
@@ -53,12 +59,12 @@ inline int64_t count_visual(const MaskByte&, const uint8_t* tokens, int64_t leng
     for (int64_t i = start; i < stop; ++i) {
       uint64_t word;
       std::memcpy(&word, tokens + 8 * i, 8);
-      lanes += word;
+      lanes += nonzero_bytes(word);
     }
     const uint64_t pairs = (lanes & kEvenBytes) + (lanes >> 8 & kEvenBytes);
     total += static_cast<int64_t>(pairs * 0x0001000100010001 >> 48);
   }
-  for (int64_t i = 8 * num_words; i < length; ++i) total += tokens[i];
+  for (int64_t i = 8 * num_words; i < length; ++i) total += tokens[i] != 0;
   return total;
 }
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.layout import SeqLayout, consecutive
+from paddle_vl_sp.backends import host
+from paddle_vl_sp.layout import SeqLayout
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -161,7 +162,7 @@ def plan_visual(
         raise ValueError(f"num_features must not be negative, got {num_features}; leave it out if it is not known")
     limit = -1 if num_features is None else int(num_features)
     if isinstance(tokens, np.ndarray):
-        update, gather, counts = _plan_on_host(tokens, ids, layout, sequence_first, limit, padded)
+        update, gather, counts = host.build_plan(tokens, ids, layout, sequence_first, limit, padded)
     else:
         from paddle_vl_sp.backends import dispatch
 
@@ -230,39 +231,3 @@ def _check_layout(tokens: Array, layout: SeqLayout) -> None:
         )
     if layout.cu_seqlens is not None and batch != 1:
         raise ValueError(f"a layout with cu_seqlens describes one packed row, B = 1, got tokens with B = {batch}")
-
-
-def _plan_on_host(
-    tokens: npt.NDArray[Any],
-    ids: tuple[int, ...] | None,
-    layout: SeqLayout,
-    sequence_first: bool,
-    num_features: int,
-    padded: bool,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """update [n], gather [n], counts [2] in numpy."""
-    batch, seq_len = tokens.shape
-    visual = np.flatnonzero(tokens if ids is None else np.isin(tokens, ids))  # [N] indices among the B * S tokens
-    start, length = layout.intervals().T  # [K]
-    sample = np.arange(batch, dtype=np.int64)[:, None]
-    begin = (sample * seq_len + start).ravel()  # [B * K] of this rank's intervals, among the B * S tokens
-    local_begin = (sample * layout.local_len + np.cumsum(length) - length).ravel()  # [B * K] among its B * S_local
-    first = np.searchsorted(visual, begin)  # [B * K] the first visual token that is not before the interval
-    found = np.searchsorted(visual, begin + np.tile(length, batch)) - first  # [B * K] visual tokens in it
-    gather = consecutive(first, found)  # [n]
-    update = visual[gather] + np.repeat(local_begin - begin, found)  # [n]
-    if sequence_first:
-        b, s = np.divmod(update, max(layout.local_len, 1))
-        update = s * batch + b
-    counts = np.array([update.size, visual.size], dtype=np.int64)
-    if not padded:
-        return update, gather, counts
-    num_rows = batch * layout.local_len
-    capacity = num_rows if num_features < 0 else min(num_rows, num_features)
-    kept = update.size if num_features < 0 else int(np.searchsorted(gather, num_features))
-    unused = (0, capacity - kept)
-    return (
-        np.pad(update[:kept], unused, constant_values=-1),
-        np.pad(gather[:kept], unused, constant_values=-1),
-        counts,
-    )

@@ -21,13 +21,18 @@ def pytest_report_header():
     ]
 
 
-@pytest.fixture(params=["op", "python"])
+@pytest.fixture(params=["op", "python", "python on a device"])
 def implementation(request, monkeypatch):
-    """Runs the test with the custom operators, then with plain Paddle; says so where there are no operators."""
+    """Runs the test with the custom operators, then with plain Paddle: as on a CPU, and as on a device.
+
+    On a device the host must not read tensors, so other code runs there. Says so where there are no operators.
+    """
     from paddle_vl_sp.backends import dispatch, load, plain
 
     if request.param == "op" and load.backend().name != "op":
         pytest.skip("no custom operators: the header of this report says why")
-    if request.param == "python":
+    if request.param != "op":
         monkeypatch.setattr(dispatch, "_implementation", lambda _: plain)
+    if request.param == "python on a device":
+        monkeypatch.setattr(plain, "is_on_host", lambda x: False)
     return request.param

@@ -35,7 +35,7 @@ def build_plan(
             "an exact plan has a size that is in the data, which a traced graph does not know: padded=True, or "
             "export.IndexBuilder"
         )
-    if chosen is not plain and tokens.place.is_cpu_place():
+    if plain.is_on_host(tokens):
         update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, False)
         return update, gather, counts.numpy()
     update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, -1, True)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import operator
 
+import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor
 
+from paddle_vl_sp.backends import host
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 
 FEW_INTERVALS = 8
@@ -27,12 +30,22 @@ def build_plan(
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """update, gather and counts [2]. Padded, it never synchronises; else once, for the number of pairs."""
+    if is_on_host(tokens):
+        array = tokens.numpy() if ids is None else np.from_dlpack(tokens.detach())  # no copy of ids, which are larger
+        update, gather, counts = host.build_plan(array, ids, layout, sequence_first, num_features, padded)
+        return _to_tensor(update, tokens), _to_tensor(gather, tokens), _to_tensor(counts, tokens)
+    if padded:
+        return _padded_plan(tokens, ids, layout, sequence_first, num_features)
+    update, gather, counts = _padded_plan(tokens, ids, layout, sequence_first, -1)
+    n = int(counts[0])
+    return update[:n], gather[:n], counts
+
+
+def _padded_plan(
+    tokens: Tensor, ids: tuple[int, ...] | None, layout: SeqLayout, sequence_first: bool, num_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = tokens.shape[0] * layout.local_len
-    if not padded:
-        update, gather, counts = build_plan(tokens, ids, layout, sequence_first, -1, padded=True)
-        n = int(counts[0])
-        return update[:n], gather[:n], counts
-    visual = tokens if ids is None else is_any_of(tokens, ids)  # [B, S]
+    visual = _clean_mask(tokens) if ids is None else is_any_of(tokens, ids)  # [B, S]
     feature_row = _before(visual.astype("int64").flatten(), 0).reshape(visual.shape)
     own = _own_columns(visual, layout).flatten()  # [B * S_local], reading order
     own_feature_row = _own_columns(feature_row, layout).flatten()
@@ -47,7 +60,7 @@ def build_plan(
 
 def joint_order(tokens: Tensor, ids: tuple[int, ...], num_image: int, num_video: int) -> tuple[Tensor, Tensor]:
     """order [num_image + num_video] into [image; video], and the counts [2] of image and video tokens."""
-    is_image, is_video = (tokens.flatten() == kind for kind in ids)
+    is_image, is_video = (is_any_of(tokens.flatten(), (kind,)) for kind in ids)
     image_row, video_row = (_before(kind.astype("int64"), 0) for kind in (is_image, is_video))
     source = paddle.where(is_video, num_image + video_row, image_row)
     order = compact(source, is_image | is_video)
@@ -68,6 +81,9 @@ def replace_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tenso
     A skipped pair moves a spare row to a spare row, at the end of either table.
     """
     rows, picked = _tables(hidden, features)
+    moved = _to_move_on_host(rows, picked, update, gather)
+    if moved is not None:
+        return _as_hidden(paddle.scatter(rows, *moved), hidden)
     spare = paddle.zeros([1, hidden.shape[-1]], dtype=rows.dtype)
     height, feature_height = _size(rows), _size(picked)
     fits = (update >= 0) & (update < height) & (gather >= 0) & (gather < feature_height)
@@ -86,6 +102,10 @@ def add_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -
     A skipped pair adds -0.0 to row 0, which changes nothing, not even the sign of a zero.
     """
     rows, picked = _tables(hidden, features)
+    moved = _to_move_on_host(rows, picked, update, gather)
+    if moved is not None:
+        at, picked = moved
+        return _as_hidden(paddle.index_add(rows, at, 0, picked), hidden)
     fits = (update >= 0) & (update < _size(rows)) & (gather >= 0) & (gather < _size(picked))
     number = fits.astype("int64")
     at, source = _with_spare(update * number, 0), _with_spare((gather + 1) * number, 0)  # as above
@@ -106,7 +126,7 @@ def build_plan_of_any_length(
     """update, gather and counts [2] for tokens of any length: the rule's own seq_len is not used."""
     tokens = check_length(tokens, rule)
     owned = owned_intervals(_length(tokens), rule) if table is None else table
-    visual = (tokens if ids is None else is_any_of(tokens, ids)).astype("int64")  # [B, S]
+    visual = (_clean_mask(tokens) if ids is None else is_any_of(tokens, ids)).astype("int64")  # [B, S]
     local, is_owned = _local_positions(tokens, owned)  # [1, S]
     row = _rows(tokens, local, owned[:, 1].sum(), sequence_first)
     feature_row = _before(visual.sum(axis=1, keepdim=True), 0) + _before(visual, 1)
@@ -160,8 +180,17 @@ def owned_intervals(length: Tensor, rule: SeqLayout) -> Tensor:
 
 
 def is_any_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """Where tokens equal one of the ids: bool, the shape of tokens."""
-    return functools.reduce(operator.or_, (tokens == wanted for wanted in ids))
+    """Where tokens equal one of the ids: bool, the shape of tokens. No token equals an id beyond its type."""
+    limits = paddle.iinfo(tokens.dtype)  # Paddle would wrap such an id
+    possible = [wanted for wanted in ids if limits.min <= wanted <= limits.max]
+    if not possible:
+        return paddle.zeros_like(tokens, dtype="bool")
+    return functools.reduce(operator.or_, (tokens == wanted for wanted in possible))
+
+
+def _clean_mask(mask: Tensor) -> Tensor:
+    """The mask in bytes of 0 and 1: sums add bytes, and a mask that was made by a view may hold others."""
+    return mask.astype("int32") != 0
 
 
 def compact(values: Tensor, keep: Tensor) -> Tensor:
@@ -173,6 +202,32 @@ def compact(values: Tensor, keep: Tensor) -> Tensor:
     place = _with_spare(paddle.cumsum(number) * number, 0)  # other values go to a spare place in front
     values = _with_spare(values, -1)
     return paddle.scatter(paddle.full_like(values, -1), place, values)[1:]
+
+
+def _to_move_on_host(rows: Tensor, table: Tensor, update: Tensor, gather: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where features go, and the features [n, H]; None where the host sees no pairs, or none to move.
+
+    Without skipped pairs neither table needs a spare row, which costs a copy of the table and of its gradient.
+    """
+    if not is_on_host(update):
+        return None
+    at, source = update.numpy(), gather.numpy()
+    kept = host.pairs_to_move(at, source, rows.shape[0], table.shape[0])
+    if kept is not None:
+        if not kept.size:
+            return None
+        at, source = at[kept], source[kept]
+        update, gather = _to_tensor(at, update), _to_tensor(source, update)
+    return update, table if host.is_all(source, table.shape[0]) else paddle.gather(table, gather)
+
+
+def _to_tensor(array: npt.NDArray[np.int64], like: Tensor) -> Tensor:
+    return paddle.to_tensor(array, place=like.place)
+
+
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host reads x at no cost: on a device it would wait, and in a traced graph there is no value."""
+    return paddle.in_dynamic_mode() and bool(x.place.is_cpu_place())
 
 
 def _size(table: Tensor) -> int | Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 import paddle.distributed as dist
+from paddle import Tensor
 
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.collectives import Group
@@ -77,14 +78,26 @@ def check_same(own_fingerprint: int, what: str, group: Group | None) -> None:
     check_equal_fingerprints(exchange([own_fingerprint], group)[:, 0], what)
 
 
-def check_equal_fingerprints(fingerprints: npt.NDArray[np.int64], what: str) -> None:
+def check_equal_fingerprints(
+    fingerprints: npt.NDArray[np.int64], what: str, look_for: str = "a data loader that feeds these ranks differently"
+) -> None:
     """Raises if the fingerprints [nranks] differ: the same error on every rank, since all hold the same ones."""
     other = np.flatnonzero(fingerprints != fingerprints[0])
     if other.size:
         raise ValueError(
             f"the ranks of one group must hold the same {what}: rank {other[0]} ({_hex(fingerprints[other[0]])}) "
-            f"differs from rank 0 ({_hex(fingerprints[0])}); look for a data loader that feeds these ranks differently"
+            f"differs from rank 0 ({_hex(fingerprints[0])}); look for {look_for}"
         )
+
+
+def check_same_parameters(
+    tensors: Sequence[tuple[str, Tensor]], which: str, group: Group, error: Exception | None = None
+) -> None:
+    """Raises on every rank if names, shapes or dtypes differ between the ranks, or if any rank passes an error."""
+    described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+    fingerprints = agree_on([fingerprint(described)], error, group)[:, 0]
+    what = f"{which} (names, shapes and dtypes)"
+    check_equal_fingerprints(fingerprints, what, "a parameter that some ranks only have, or have frozen")
 
 
 def _hex(number: np.int64) -> str:

@@ -14,7 +14,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.comm.agree import exchange
+from paddle_vl_sp.comm.agree import check_same_parameters, exchange
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.gather import DTYPES, name_of, view_of
 from paddle_vl_sp.plan import VisualPlan
@@ -44,6 +44,7 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Group | N
     if isinstance(features, Tensor):
         raise ValueError("complete_grad takes a list of levels and returns one, got a tensor: pass [features]")
     _check_feature_rows(features, plan)
+    collectives.warn_of_no_group(group, "complete_grad", "this rank's gradient is not summed with the others'")
     needing = [level for level in features if not level.stop_gradient]
     if not collectives.has_peers(group) or not needing or not paddle.is_grad_enabled():
         return list(features)
@@ -85,24 +86,30 @@ def _check_feature_rows(features: Sequence[Tensor], plan: VisualPlan) -> None:
         )
 
 
-def sum_parameter_grads(module: Layer, group: Group | None) -> None:
+def sum_parameter_grads(module: Layer, group: Group | None, *, skip: Layer | Sequence[Layer] = ()) -> None:
     """Sums the gradients of the module's replicated parameters over the group, in place: whole on every rank.
+
+    skip  layers of the module whose gradients are whole already, such as a tower behind complete_grad: a second sum
+          would multiply them by the number of ranks
 
     A parameter that is tensor-parallel (`is_distributed`) is not touched: the ranks hold different parts of it, and its
     layer completes its gradient. None means no group: nothing is summed.
 
     Call it on every rank after the last backward of an optimizer step, before clipping and the step. It is for
     parameters whose gradients cover only this rank's images (encode_shared) or this rank's part of the sequence: a
-    replicated tower behind complete_grad has whole gradients already. A parameter without a gradient on this rank
-    counts as zero, and gets one if any rank has one. Master gradients (`main_grad`) are summed instead of `grad`. Do
-    not call it over ranks whose gradients the data-parallel reduction sums.
+    replicated tower behind complete_grad has whole gradients already, so skip it. A parameter without a gradient on
+    this rank counts as zero, and gets one if any rank has one. Master gradients (`main_grad`) are summed instead of
+    `grad`. Do not call it over ranks whose gradients the data-parallel reduction sums. The same parameters must be
+    frozen on every rank; if they are not, all raise.
     """
     collectives.warn_of_no_group(group, "sum_parameter_grads", "no gradient was summed")
     if not collectives.has_peers(group):
         return
-    parameters = [each for each in module.parameters() if not each.stop_gradient and not is_cut(each)]
-    if not parameters:
+    named, error = _to_sum(module, [skip] if isinstance(skip, Layer) else list(skip))
+    check_same_parameters(named, "parameters whose gradients are summed", group, error)
+    if not named:
         return
+    parameters = [parameter for _, parameter in named]
     with paddle.no_grad():
         for bucket in _buckets(_agreed_dtypes(parameters, group)):
             grads = [_grad_or_zeros(parameter, dtype) for parameter, dtype in bucket]
@@ -112,6 +119,25 @@ def sum_parameter_grads(module: Layer, group: Group | None) -> None:
                 paddle.assign(part.reshape(grad.shape), output=grad)
                 if _grad(parameter) is None:
                     setattr(parameter, "main_grad" if hasattr(parameter, "main_grad") else "grad", grad)
+
+
+def _to_sum(module: Layer, skip: Sequence[Layer]) -> tuple[list[tuple[str, Tensor]], ValueError | None]:
+    """The replicated parameters that need a gradient, without those of `skip`, and what is wrong with skip."""
+    own = {id(parameter) for parameter in module.parameters()}
+    skipped: set[int] = set()
+    for layer in skip:
+        of_layer = {id(parameter) for parameter in layer.parameters()} if isinstance(layer, Layer) else set()
+        if not of_layer or not of_layer <= own:
+            return [], ValueError(
+                f"skip must be layers with parameters of the module, got {type(layer).__name__}: pass the tower that "
+                "the module holds"
+            )
+        skipped |= of_layer
+    return [
+        (name, each)
+        for name, each in module.named_parameters()
+        if not each.stop_gradient and not is_cut(each) and id(each) not in skipped
+    ], None
 
 
 def sum_in_backward(layer: Layer, group: Callable[[], Group | None]) -> None:

@@ -53,9 +53,10 @@ def plan_visual_local(
     Two small collectives, the same on every rank; an error or a mismatch on one rank is raised on all. Tensors on a
     device are copied to the host once.
     """
-    shared = replace(layout, cp_rank=0, sp_rank=0)
-    error, own, expected, header = None, None, [0], [0] * (HEADER - 1)
+    error, own, shared, expected, header = None, None, None, [0], [0] * (HEADER - 1)
     try:
+        _check_layout(layout)
+        shared = replace(layout, cp_rank=0, sp_rank=0)
         expected = [int(number) for number in np.ravel(num_features)]
         kinds = _kinds(local_tokens, placeholder_ids)
         own = _count(local_tokens, kinds, layout, group)
@@ -64,8 +65,8 @@ def plan_visual_local(
     except Exception as wrong:  # raised by agree_on, on every rank
         error = wrong
     table = agree_on(header, error, group)
+    assert own is not None and shared is not None  # noqa: PT018
     _check_header(table, shared)
-    assert own is not None
     parts = [replace(layout, cp_rank=int(cp), sp_rank=int(sp)).intervals() for cp, sp in table[:, 2:]]
     counts = _exchange_counts(own.counts, parts, group)
     totals: Integers = sum(count.sum(axis=(0, 1)) for count in counts)  # [kinds]
@@ -129,6 +130,13 @@ def _count(tokens: Array, ids: tuple[int, ...] | None, layout: SeqLayout, group:
     number = np.select(kinds, range(len(kinds)), default=-1).ravel()  # [B * S_local] which kind, -1 for none
     visual = np.flatnonzero(number >= 0)
     return _Counted(int(tokens.shape[0]), visual, number[visual], counts.astype(np.int64))
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, SeqLayout):
+        raise ValueError(
+            f"layout must be a SeqLayout, got {type(layout).__name__}: this rank's, SeqLayout(seq_len, ...)"
+        )
 
 
 def _check_tokens(tokens: Array, layout: SeqLayout, group: Group | None) -> None:

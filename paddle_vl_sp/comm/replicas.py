@@ -11,7 +11,7 @@ from paddle.nn import Layer
 from paddle.optimizer import Optimizer
 
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.comm.agree import check_equal_fingerprints, exchange, fingerprint
+from paddle_vl_sp.comm.agree import check_same_parameters
 from paddle_vl_sp.comm.collectives import Group
 
 
@@ -35,10 +35,12 @@ def check_replicas(module: Layer, group: Group | None) -> list[Drift]:
     tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN equals only a NaN in the same place.
     """
     collectives.warn_of_no_group(group, "check_replicas", "nothing was compared")
-    replicas = list(_replicated(module))
-    if not collectives.has_peers(group) or not replicas:
+    if not collectives.has_peers(group):
         return []
-    _check_same_parameters(replicas, group)
+    replicas = list(_replicated(module))
+    check_same_parameters(replicas, "parameters", group)
+    if not replicas:
+        return []
     rows = paddle.stack([_distance(parameter, group) for _, parameter in replicas])  # [P, 2]
     table = collectives.all_gather(rows[None], group).numpy()  # [nranks, P, 2]
     found = []
@@ -57,11 +59,11 @@ def sync_replicas(module: Layer, group: Group | None, optimizer: Optimizer | Non
     parameters at the next step.
     """
     collectives.warn_of_no_group(group, "sync_replicas", "nothing was made equal")
-    replicas = list(_replicated(module))
-    if not collectives.has_peers(group) or not replicas:
+    if not collectives.has_peers(group):
         return
+    replicas = list(_replicated(module))
     states = list(_optimizer_states(optimizer, {parameter.name: name for name, parameter in replicas}))
-    _check_same_parameters(replicas + states, group)
+    check_same_parameters(replicas + states, "parameters", group)
     with paddle.no_grad():
         for _, tensor in replicas + states:
             paddle.assign(collectives.broadcast(_own_copy(tensor, group), 0, group).to(tensor.place), output=tensor)
@@ -83,11 +85,6 @@ def _optimizer_states(optimizer: Optimizer | None, names: dict[str, str]) -> Ite
         for own_name, name in names.items():
             if own_name in kinds[kind]:
                 yield f"{name} ({kind})", kinds[kind][own_name]
-
-
-def _check_same_parameters(tensors: list[tuple[str, Tensor]], group: Group) -> None:
-    described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-    check_equal_fingerprints(exchange([fingerprint(described)], group)[:, 0], "parameters (names, shapes and dtypes)")
 
 
 def _distance(parameter: Tensor, group: Group) -> Tensor:

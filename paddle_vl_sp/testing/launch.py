@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 
     run that failed while process groups were made is started again, since gloo sometimes refuses connections on one
     machine; nothing else is tried twice.
 
-    A launch takes seconds: let one launch run many cases.
+    A launch takes seconds: let one launch run many cases. A SIGTERM to this process ends the ranks first.
     """
     if fn.__module__ == "__main__" or "<" in fn.__qualname__:
         raise ValueError(
@@ -76,14 +77,32 @@ def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 
         )
     if nranks < 1:
         raise ValueError(f"nranks must be at least 1, got {nranks}")
-    for attempt in range(1, GROUP_ATTEMPTS + 1):
-        with tempfile.TemporaryDirectory(prefix="vlsp-ranks-") as folder:
-            reports = _Launch(Path(folder), fn, nranks, args).run(timeout)
-        if all(report.ended for report in reports):
-            return [report.result for report in reports]
-        if attempt == GROUP_ATTEMPTS or not _failed_making_groups(reports):
-            break
+    with _sigterm_at_the_end() as told_to_end:
+        for attempt in range(1, GROUP_ATTEMPTS + 1):
+            with tempfile.TemporaryDirectory(prefix="vlsp-ranks-") as folder:
+                reports = _Launch(Path(folder), fn, nranks, args, told_to_end).run(timeout)
+            if all(report.ended for report in reports):
+                return [report.result for report in reports]
+            if told_to_end or attempt == GROUP_ATTEMPTS or not _failed_making_groups(reports):
+                break
     raise RanksFailed(f"{fn.__module__}.{fn.__qualname__} on {nranks} ranks\n" + "\n".join(map(str, reports)))
+
+
+@contextlib.contextmanager
+def _sigterm_at_the_end() -> Iterator[list[int]]:
+    """Holds a SIGTERM back to the end of the block, which looks for it in the list; a handler of the caller's stays."""
+    received: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield received
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -105,8 +124,11 @@ def _failed_making_groups(reports: list[_Report]) -> bool:
 class _Launch:
     """The processes of one run. They report in files of one folder: started, result, error, stack, output."""
 
-    def __init__(self, folder: Path, fn: Callable[..., Any], nranks: int, args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, folder: Path, fn: Callable[..., Any], nranks: int, args: tuple[Any, ...], told_to_end: Sequence[int]
+    ) -> None:
         self.folder = folder
+        self.told_to_end = told_to_end
         self.nranks = nranks
         task = {"path": [*sys.path, os.getcwd()], "module": fn.__module__, "name": fn.__qualname__, "args": args}
         (folder / "task").write_bytes(pickle.dumps(task))
@@ -160,6 +182,8 @@ class _Launch:
                 deadline, limit = min(deadline, time.monotonic() + GRACE), "was still waiting after another rank failed"
             if time.monotonic() > deadline:
                 return limit
+            if self.told_to_end:
+                return "was ended, since the process that started it was"
             time.sleep(0.02)
         return ""
 

@@ -11,7 +11,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm.agree import fingerprint
-from paddle_vl_sp.comm.collectives import Group, has_peers, wire_place
+from paddle_vl_sp.comm.collectives import Group, has_peers, warn_of_no_group, wire_place
 from paddle_vl_sp.comm.gather import GRADS, RowKind, agree_rows, gather_rows, view_of
 from paddle_vl_sp.comm.grads import is_cut
 from paddle_vl_sp.comm.uneven import MODES
@@ -65,6 +65,7 @@ def encode_shared(
     one gather moves features and levels together. An error on one rank is raised on all. A grid on a device is read
     once. There is no second gradient (create_graph=True).
     """
+    warn_of_no_group(group, "encode_shared", "this process encodes all images")
     error: Exception | None = None
     work, outs, form = None, None, -1
     try:

@@ -69,7 +69,8 @@ def a_shared_tower():
 
 def own_loop():
     paddle.seed(0)
-    model, tower = Decoder(), tiny_tower.tower()
+    model = Decoder()
+    model.visual = tiny_tower.tower()
     ids = paddle.to_tensor(IDS)
     batch = {
         "input_ids": ids,
@@ -77,13 +78,11 @@ def own_loop():
         "pixel_values": tiny_tower.pixels(GRID),
         "image_grid_thw": paddle.to_tensor(GRID),
     }
-    parameters = [*model.parameters(), *tower.parameters()]
     return {
-        "tower": tower,
         "model": model,
         "batch": batch,
         "group": paddle.distributed.get_group(0),
-        "optimizer": paddle.optimizer.AdamW(parameters=parameters),
+        "optimizer": paddle.optimizer.AdamW(parameters=model.parameters()),
         "image_id": IMAGE,
         "video_id": VIDEO,
     }

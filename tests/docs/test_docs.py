@@ -73,11 +73,15 @@ def test_a_block_runs_on_ranks(told_by_ranks, block):
 
 
 def test_the_own_loop_has_the_gradients_of_one_process(told_by_ranks):
-    """fp32 sums in another order: 1e-6 of each parameter's largest value; without complete_grad the tower fails it."""
+    """fp32 sums in another order: 1e-6 of each parameter's largest value.
+
+    Without complete_grad, or summed twice, the tower fails it.
+    """
     for error in told_by_ranks[1]:
         assert error["whole"] < 1e-6
         assert error["context parallel"] < 1e-6
         assert error["without complete_grad"] > 0.5
+        assert error["a tower summed twice"] > 0.5
 
 
 @blocks_that("pytest")

@@ -1,5 +1,7 @@
 """On one rank, where upstream is right: losses, gradients, logits and tokens are equal bit for bit."""
 
+from unittest import mock
+
 import numpy as np
 import paddle
 import pytest
@@ -8,6 +10,7 @@ from training import BUILDERS, SAMPLES, batches, loss_of, recomputed, train, ups
 
 from arrays import same_bits
 from paddle_vl_sp.backends import dispatch
+from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.families import qwen3_vl
 from paddle_vl_sp.testing import FakeGroup
@@ -69,6 +72,17 @@ def test_recompute_is_real_and_changes_nothing():
             Layer.forward = handle
     assert same_bits(plain, again)
     assert len(runs) == 2 * tiny.TEXT["num_hidden_layers"]
+
+
+def test_data_parallel_training_is_not_told_that_a_group_is_missing():
+    """No warning in one process of two without sequence parallelism, where there is nothing to sum."""
+    with (
+        apply_to_qwen3_vl(),
+        mock.patch.object(collectives, "logger") as logger,
+        mock.patch.multiple(collectives.dist, is_initialized=lambda: True, get_world_size=lambda *_: 2),
+    ):
+        loss_of(tiny.tiny_qwen3_vl(), batches(1)[0]).backward()
+    logger.warning.assert_not_called()
 
 
 @pytest.mark.parametrize("tower", ["float32", "float64"])

@@ -19,7 +19,9 @@ from paddle_vl_sp.comm.grads import complete_grad, sum_in_backward, sum_paramete
 from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
 from paddle_vl_sp.comm.uneven import UnevenRows
 from paddle_vl_sp.testing.subgroup import SubGroup
+from paddle_vl_sp.vision.parallel import encode_shared
 from rank_cases import hold, pairs, same_error_everywhere
+from tiny_tower import pixels
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -308,15 +310,17 @@ def different_batches_are_seen():
 def no_group_where_there_are_ranks_is_told():
     group, module = world(), small_module()
     module(paddle.ones([1, 3])).sum().backward()
+    no_rows = VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 2)
     calls = {
         "check_replicas": lambda of: check_replicas(module, of),
         "sync_replicas": lambda of: sync_replicas(module, of),
         "sum_parameter_grads": lambda of: sum_parameter_grads(module, of),
         "agree": lambda of: agree(None, of),
-        "": lambda of: complete_grad([paddle.ones([2, 3])], VisualPlan(np.zeros(0), np.zeros(0), (1, 1), 2), of),
+        "encode_shared": lambda of: encode_shared(lambda x, _: x[::4], pixels(GRID), GRID, group=of, merge_size=2),
+        "complete_grad": lambda of: complete_grad([paddle.ones([2, 3])], no_rows, of),
     }
     for name, call in calls.items():
-        for of, expected in ((None, [name] if name else []), (group, []), (SimpleNamespace(nranks=1, rank=0), [])):
+        for of, expected in ((None, [name]), (group, []), (SimpleNamespace(nranks=1, rank=0), [])):
             with mock.patch.object(collectives, "logger") as logger:
                 call(of)
             told = [words % tuple(rest) for (words, *rest), _ in logger.warning.call_args_list]
@@ -324,6 +328,7 @@ def no_group_where_there_are_ranks_is_told():
             assert all("group=None" in line and "get_group(0)" in line for line in told)
 
 
+GRID = np.array([[1, 2, 2]])
 TOWER_INPUT = np.random.default_rng(1).integers(-3, 4, size=[9, 4]).astype("float32")  # [N, C]
 UNEVEN = np.zeros([2, 12], dtype=bool)  # [B, S]
 UNEVEN[0, 1:5] = UNEVEN[1, 4:9] = True  # 2 ranks have 6, 3; 3 ranks 3, 5, 1; 4 ranks 2, 4, 3, 0

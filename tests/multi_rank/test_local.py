@@ -84,6 +84,8 @@ def masks_and_tensors():
         local = mask[:, mine.positions()]
         hold_equal(plan_visual_local(local, None, mine, group=group, **options), expected)
         ids = np.where(local, IMAGE, 1).astype(np.int32)
+        other_bytes = (local.astype(np.uint8) * 3).view(bool)  # as a mask that was made by a view
+        hold_equal(plan_visual_local(other_bytes, None, mine, group=group, **options), expected)
         for tokens, wanted in ((paddle.to_tensor(local), None), (paddle.to_tensor(ids), IDS)):
             plan = plan_visual_local(tokens, wanted, mine, group=group, **options)
             assert not plan.on_host
@@ -168,6 +170,19 @@ def wrong_numbers_are_everyones_error():
     same_error_everywhere(plan(layout=other, tokens=grown), group, "must hold the same layout")
 
 
+def no_layout_on_one_rank_is_everyones_error():
+    """Nor anything else: an error before the first collective would leave the others waiting in it."""
+    group = world()
+    mine = all_ranks(SeqLayout(8 * group.nranks, cp_size=group.nranks))[group.rank]
+    ids = np.full([1, 8], IMAGE)
+    for wrong, name in ((None, "NoneType"), (8, "int"), (mine.intervals(), "ndarray")):
+        layout = wrong if group.rank == 1 else mine
+        plan = lambda layout=layout: plan_visual_local(  # noqa: E731
+            ids, IDS, layout, group=group, num_features=8 * group.nranks, sequence_first=True
+        )
+        same_error_everywhere(plan, group, f"rank 1 says: layout must be a SeqLayout, got {name}")
+
+
 def each_argument_must_be_the_same():
     """Every one that goes into the fingerprint, by itself; each value alone is allowed."""
     group = world()
@@ -229,6 +244,7 @@ CASES = [
     features_kept_apart_by_kind,
     whatever_plan_visual_accepts,
     wrong_numbers_are_everyones_error,
+    no_layout_on_one_rank_is_everyones_error,
     each_argument_must_be_the_same,
     few_bytes_travel,
 ]

@@ -3,13 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import paddle
 import paddle.distributed as dist
 import pytest
 
 from paddle_vl_sp.testing import RanksFailed, run_ranks
+from paddle_vl_sp.testing.launch import _sigterm_at_the_end
 
 
 def sum_of_ranks(scale):
@@ -39,6 +42,11 @@ def die_silently():
 
 
 def hang_everywhere():
+    time.sleep(1000)
+
+
+def note_and_hang(folder):
+    (Path(folder) / f"{os.getpid()}").touch()
     time.sleep(1000)
 
 
@@ -100,3 +108,65 @@ def test_whoever_is_interrupted_leaves_no_ranks_behind(monkeypatch):
         signal.signal(signal.SIGALRM, before)
     assert len(started) == 2
     assert all(process.poll() is not None for process in started)
+
+
+LAUNCHER = """
+from paddle_vl_sp.testing import run_ranks
+from test_run_ranks import note_and_hang
+import sys
+run_ranks(note_and_hang, 2, sys.argv[1])
+"""
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(happened, seconds):
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.05)
+    return happened()
+
+
+def test_a_launcher_that_is_told_to_end_takes_ranks_and_folders_along(tmp_path):
+    """Ended by SIGTERM, as without ranks, with none of them running and nothing in the temporary folder."""
+    pids, temporary = tmp_path / "pids", tmp_path / "temporary"
+    pids.mkdir()
+    temporary.mkdir()
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(pids)], env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(temporary)}
+    )
+    ranks = []
+    try:
+        assert wait_until(lambda: len(list(pids.iterdir())) == 2, 60)
+        ranks = [int(path.name) for path in pids.iterdir()]
+        launcher.terminate()
+        assert launcher.wait(20) == -signal.SIGTERM
+        assert wait_until(lambda: not any(map(is_running, ranks)), 5)
+        assert not [path.name for path in temporary.iterdir() if path.name.startswith("vlsp-ranks-")]
+    finally:
+        launcher.kill()
+        for rank in filter(is_running, ranks):
+            os.kill(rank, signal.SIGKILL)
+
+
+def test_a_handler_of_the_callers_stays():
+    """Identity, inside and after; and the default is back after a block without one."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        own = signal.getsignal(signal.SIGTERM)
+        with _sigterm_at_the_end():
+            assert signal.getsignal(signal.SIGTERM) is own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with _sigterm_at_the_end() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received.pop() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

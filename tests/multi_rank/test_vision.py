@@ -18,7 +18,7 @@ from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm import grads as comm_grads
 from paddle_vl_sp.comm.agree import exchange
 from paddle_vl_sp.comm.grads import complete_grad, mark_for_sum, sum_parameter_grads
-from paddle_vl_sp.comm.replicas import check_replicas
+from paddle_vl_sp.comm.replicas import check_replicas, sync_replicas
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 from paddle_vl_sp.vision.parallel import encode_shared
@@ -530,6 +530,44 @@ def sum_of_gradients_fills_gaps():
     assert model.weight.grad is None
 
 
+def parameters_frozen_on_one_rank_are_everyones_error():
+    """Layers of one size: a sum would add gradients of different ones. No gradient is changed."""
+    group, last = world(), world().nranks - 1
+    for frozen, on_last in ((0, 1), (None, 0), (None, slice(None))):
+        model = paddle.nn.Sequential(*(paddle.nn.Linear(2, 2) for _ in range(2)))
+        model(paddle.ones([1, 2])).sum().backward()
+        before = grads(model)
+        at = on_last if group.rank == last else frozen
+        for layer in model[at] if isinstance(at, slice) else [] if at is None else [model[at]]:
+            for parameter in layer.parameters():
+                parameter.stop_gradient = True
+        words = f"same parameters whose gradients are summed .*: rank {last} .fingerprint", "or have frozen"
+        same_error_everywhere(lambda model=model: sum_parameter_grads(model, group), group, *words)
+        for got, wanted in zip(grads(model), before, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    for call in (check_replicas, sync_replicas):  # a rank without parameters stays in the collective
+        module = paddle.nn.Linear(2, 2) if group.rank else paddle.nn.ReLU()
+        same_error_everywhere(lambda call=call, module=module: call(module, group), group, "must hold the same param")
+
+
+def skipped_layers_are_not_summed():
+    """Exact: a tower behind complete_grad keeps its whole gradient in the sum over a model that holds it."""
+    group = world()
+    model = paddle.nn.Sequential(*(paddle.nn.Linear(2, 2) for _ in range(3)))
+    for skip, kept in ((model[0], [0]), ([model[0], model[2]], [0, 2]), ((), [])):
+        for parameter in model.parameters():
+            parameter.grad = paddle.full(parameter.shape, group.rank + 1.0)
+        sum_parameter_grads(model, group, skip=skip)
+        total = sum(range(1, group.nranks + 1))
+        for index, layer in enumerate(model):
+            wanted = group.rank + 1 if index in kept else total
+            assert all((parameter.grad == wanted).all() for parameter in layer.parameters()), (skip, index)
+    for wrong, name in ((paddle.nn.Linear(2, 2), "Linear"), (paddle.nn.ReLU(), "ReLU"), ("0", "str")):
+        for skip in ([wrong], [model[0], wrong] if group.rank == 0 else []):  # on all ranks, and on one
+            words = f"skip must be layers with parameters of the module, got {name}"
+            same_error_everywhere(lambda skip=skip: sum_parameter_grads(model, group, skip=skip), group, words)
+
+
 def sums_go_in_buckets():
     """Three elements at a time, and a bucket ends where the dtype changes: the same gradients, more sums."""
     group = world()
@@ -581,6 +619,8 @@ CASES = [
     paddles_callback_sums_marked_parameters,
     no_second_gradient_of_replicated_work,
     sum_of_gradients_fills_gaps,
+    parameters_frozen_on_one_rank_are_everyones_error,
+    skipped_layers_are_not_summed,
     sums_go_in_buckets,
 ]
 

@@ -128,7 +128,9 @@ Input random_input(Random& random, int64_t batch, int64_t seq_len) {
   input.tokens.seq_len = seq_len;
   if (input.tokens.type == TokenType::kMask) {
     input.visual = {{1}, 1};
-    fill_tokens<uint8_t>(random, &input, {1}, {0});
+    fill_tokens<uint8_t>(
+        random, &input,
+        random.chance(0.5) ? std::vector<int64_t>{1} : std::vector<int64_t>{1, 2, 127, 128, 255}, {0});
   } else {
     fill_ids(random, &input);
   }

@@ -1,5 +1,7 @@
 """plan_visual against a loop over tokens: exact, for every implementation, every rank together."""
 
+from unittest import mock
+
 import numpy as np
 import paddle
 import pytest
@@ -8,14 +10,18 @@ from hypothesis import strategies as st
 
 import oracle
 from paddle_vl_sp import SeqLayout, VisualPlan, plan_visual
-from paddle_vl_sp.backends import plain
+from paddle_vl_sp.backends import host, plain
 from strategies import IMAGE, VIDEO, batches, cuts
 
 KINDS = (IMAGE, VIDEO)
 
 
-def plain_paddle_plan(ids, placeholder_ids, layout, sequence_first, padded=False, num_features=-1):
-    return plain.build_plan(paddle.to_tensor(ids), placeholder_ids, layout, sequence_first, num_features, padded)
+def plain_paddle_plans(ids, placeholder_ids, layout, sequence_first, padded=False, num_features=-1):
+    """As on a CPU, where the host reads tensors, and as on a device."""
+    arguments = paddle.to_tensor(ids), placeholder_ids, layout, sequence_first, num_features, padded
+    yield plain.build_plan(*arguments)
+    with mock.patch.object(plain, "is_on_host", return_value=False):
+        yield plain.build_plan(*arguments)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -30,8 +36,10 @@ def test_every_visual_token_is_owned_once_by_the_rank_that_holds_it(data):
     owned = []
     for layout in cut.layouts():
         update, gather = oracle.pairs(visual, layout.positions().tolist(), sequence_first)
-        for tokens in (ids, tensor):
-            plan = plan_visual(tokens, KINDS, layout, sequence_first=sequence_first, num_features=int(visual.sum()))
+        for tokens, long in ((ids, 0), (ids, ids.size + 1), (tensor, 0)):  # numpy has a way for few intervals
+            options = {"sequence_first": sequence_first, "num_features": int(visual.sum())}
+            with mock.patch.object(host, "LONG", long):
+                plan = plan_visual(tokens, KINDS, layout, **options)
             assert plan.update_indices.tolist() == update
             assert plan.gather_indices.tolist() == gather
             assert plan.counts.tolist() == [len(update), visual.sum()]
@@ -52,8 +60,8 @@ def test_all_forms_give_the_same_plan(data):
     for layout in cut.layouts():
         exact = plan_visual(ids, KINDS, layout, sequence_first=sequence_first)
         update, gather = exact.update_indices.tolist(), exact.gather_indices.tolist()
-        plain = plain_paddle_plan(ids, KINDS, layout, sequence_first)
-        assert [x.tolist() for x in plain] == [update, gather, exact.counts.tolist()]
+        for found in plain_paddle_plans(ids, KINDS, layout, sequence_first):
+            assert [x.tolist() for x in found] == [update, gather, exact.counts.tolist()]
         for tokens in (mask, paddle.to_tensor(mask)):
             plan = plan_visual(tokens, None, layout, sequence_first=sequence_first)
             assert (plan.update_indices.tolist(), plan.gather_indices.tolist()) == (update, gather)
@@ -66,8 +74,9 @@ def test_all_forms_give_the_same_plan(data):
                 assert [plan.update_indices.tolist(), plan.gather_indices.tolist()] == expected
                 assert plan.counts.tolist() == [len(update), mask.sum()]
                 assert plan.num_features == announced
-            plain = plain_paddle_plan(ids, KINDS, layout, sequence_first, True, -1 if announced is None else announced)
-            assert [plain[0].tolist(), plain[1].tolist(), plain[2].tolist()] == [*expected, exact.counts.tolist()]
+            limit = -1 if announced is None else announced
+            for found in plain_paddle_plans(ids, KINDS, layout, sequence_first, True, limit):
+                assert [x.tolist() for x in found] == [*expected, exact.counts.tolist()]
 
 
 def padded_form(update, gather, num_rows, announced):
@@ -94,6 +103,44 @@ def test_any_number_of_placeholder_ids(num_ids):
     for tokens in (ids, paddle.to_tensor(ids)):
         plan = plan_visual(tokens, wanted, SeqLayout(60), sequence_first=False)
         assert plan.update_indices.tolist() == expected.tolist()
+
+
+def every_way_to_plan(tokens, placeholders):
+    """The update indices by numpy, by what is in use, by plain Paddle on a CPU and on a device, and in a graph."""
+    layout, tensor = SeqLayout(tokens.shape[1]), paddle.to_tensor(tokens)
+    for source, long in ((tokens, 0), (tokens, tokens.size + 1), (tensor, 0)):
+        with mock.patch.object(host, "LONG", long):
+            yield plan_visual(source, placeholders, layout, sequence_first=False).update_indices.tolist()
+    for found in plain_paddle_plans(tokens, placeholders, layout, False):
+        yield found[0].tolist()
+    yield plain.build_plan_of_any_length(tensor, None, placeholders, layout, False, False)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_an_id_that_tokens_cannot_hold_equals_none(dtype):
+    """Exact: 2**32 + 7 is no 7, alone and beside an id that is there, in every implementation."""
+    tokens = np.array([[7, 5, 0, 7]], dtype)
+    for placeholders, expected in (((2**32 + 7,), []), ((2**32 + 7, 5), [1]), ((-(2**32) + 7, 2**32), [])):
+        for found in every_way_to_plan(tokens, placeholders):
+            assert found == expected
+    counts = plain.joint_order(paddle.to_tensor(tokens), (2**32 + 7, 5), 0, 1)[1]
+    assert counts.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("length", [5, 64, 1000])
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_of_a_mask_but_0_is_a_visual_token(byte, length):
+    """Exact, in every implementation, for every rank: a mask that was made by a view may hold any byte."""
+    drawn = np.random.default_rng(0).random((2, 3 * length)) < 0.6
+    mask = (drawn * np.array([1, byte] * 3 * length, np.uint8)[: 3 * length]).view(bool)
+    for found in every_way_to_plan(mask, None):
+        assert found == np.flatnonzero(drawn).tolist()
+    for rank in range(3):
+        layout = SeqLayout(3 * length, sp_size=3, sp_rank=rank)
+        update, gather = oracle.pairs(drawn, layout.positions().tolist(), True)
+        for tokens in (mask, paddle.to_tensor(mask)):
+            plan = plan_visual(tokens, None, layout, sequence_first=True, num_features=int(drawn.sum()))
+            assert [plan.update_indices.tolist(), plan.gather_indices.tolist()] == [update, gather]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])

@@ -441,17 +441,25 @@ class TestRefusals:
 
 
 @pytest.mark.usefixtures("implementation")
-def test_pairs_outside_their_tables_are_skipped():
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("update", "gather"),
+    [([1, 9, 3, -5, 2], [0, 1, 7, 2, 2]), ([0, 1, 2, 3], [1, 0, -1, 3]), ([0, 1, 2, 4], [1, 0, 2, 2]), ([9], [0])],
+)
+def test_pairs_outside_their_tables_are_skipped(name, update, gather):
     """Bit-exact: an index that does not fit is never followed, whatever brought it there."""
-    plan = VisualPlan.from_indices(paddle.to_tensor([1, 9, 3, -5, 2]), paddle.to_tensor([0, 1, 7, 2, 2]), (1, 4), -1)
+    plan = VisualPlan.from_indices(paddle.to_tensor(update), paddle.to_tensor(gather), (1, 4), -1)
     hidden, features = drawn([1, 4, 3], "float32", 1, False), drawn([3, 3], "float32", 2, False)
-    out = replace_rows(hidden, features, plan)
-    expected = hidden.numpy()[0].copy()
-    expected[1], expected[2] = features.numpy()[0], features.numpy()[2]
+    out = ROWS[name](hidden, features, plan)
+    expected, rows = hidden.numpy()[0].copy(), features.numpy()
+    fitting = [(u, g) for u, g in zip(update, gather, strict=True) if 0 <= u < 4 and 0 <= g < 3]
+    for u, g in fitting:
+        expected[u] = rows[g] if name == "replace" else expected[u] + rows[g]
     assert np.array_equal(out.numpy()[0], expected)
     out.sum().backward()
-    assert features.grad.numpy()[:, 0].tolist() == [1, 0, 1]
-    assert hidden.grad.numpy()[0, :, 0].tolist() == [1, 0, 0, 1]
+    assert features.grad.numpy()[:, 0].tolist() == [sum(g == row for _, g in fitting) for row in range(3)]
+    replaced = [u for u, _ in fitting] if name == "replace" else []
+    assert hidden.grad.numpy()[0, :, 0].tolist() == [float(row not in replaced) for row in range(4)]
 
 
 DOUBLE = {

@@ -16,6 +16,7 @@ import paddle
 
 from bench_rows import FORMERS, Inputs, Way, check
 from paddle_vl_sp import SeqLayout, VisualPlan, plan_visual, replace_rows
+from paddle_vl_sp.backends import plain
 from timing import Contender, copied, parse_sizes, race, runs_of_visual, show, start_race, write_json
 
 IMAGE, VIDEO = 7, 8
@@ -52,6 +53,9 @@ def ways(ids: paddle.Tensor, plan: VisualPlan) -> tuple[dict[str, Way], str]:
         upstream, left_out = {}, f"{UPSTREAM} is left out, since it cannot be imported ({error}): {FORMERS}"
     return upstream | {
         "indices known, scatter": scattered,
+        "plain Paddle, with a plan of the loader": lambda embeds, features: plain.replace_rows(
+            embeds, features, plan.update_indices, plan.gather_indices
+        ),
         "ours, with a plan of the loader": lambda embeds, features: replace_rows(embeds, features, plan),
         "ours, planning too": planning_too,
     }, left_out
@@ -71,7 +75,7 @@ def main() -> None:
     shape = f"B {args.batch}, S {args.seq}, H {args.hidden}, float32, {n} of {total} rows visual"
     forward = [Contender(name, way, inputs.prepare) for name, way in all_ways.items()]
     moved = 2 * total * row
-    lines = race(forward[-1], forward[:-1], copied(moved), args.rounds)
+    lines = race(forward[-1], forward[:-1], copied(moved), args.rounds, UPSTREAM)
     show(
         f"merge, forward: {shape}", lines, f"must move {moved >> 20} MiB: read and write every row\n{left_out}".strip()
     )
@@ -81,7 +85,7 @@ def main() -> None:
 
     both = [Contender(name, with_backward(way), inputs.prepare) for name, way in all_ways.items()]
     moved += 2 * total * row
-    lines = race(both[-1], both[:-1], copied(moved), args.rounds)
+    lines = race(both[-1], both[:-1], copied(moved), args.rounds, UPSTREAM)
     show(f"merge, forward and backward: {shape}", lines, f"must move {moved >> 20} MiB")
     write_json(args.json)
 

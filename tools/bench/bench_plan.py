@@ -5,6 +5,8 @@ python tools/bench/bench_plan.py [--batch 8] [--seq 131072] [--sp 8] [--rounds 3
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import paddle
 
@@ -14,6 +16,7 @@ from timing import Contender, copied, parse_sizes, race, runs_of_visual, show, s
 
 RUN = (256, 4096)  # visual tokens of an image or a few frames
 IMAGE = 151655
+PEER = "sample by sample"
 
 
 def sample_by_sample(mask: paddle.Tensor, rank: int, size: int) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -68,9 +71,11 @@ def main() -> None:
         return plan.update_indices, plan.gather_indices
 
     others = [
-        Contender("sample by sample", lambda: sample_by_sample(mask, rank, args.sp)),
+        Contender(PEER, lambda: sample_by_sample(mask, rank, args.sp)),
         Contender("vectorised", lambda: vectorised(mask, rank, args.sp)),
-        Contender("ours, plain Paddle", lambda: plain.build_plan(mask, None, layout, True, -1, False)[:2]),
+        Contender("plain Paddle, from a mask", lambda: plain.build_plan(mask, None, layout, True, -1, False)[:2]),
+        Contender("plain Paddle, from int64 ids", lambda: plain.build_plan(ids, (IMAGE,), layout, True, -1, False)[:2]),
+        Contender("plain Paddle, as on a device", lambda: _as_on_a_device(mask, layout)),
         Contender("ours, numpy", lambda: ours(host_mask, None)),
         Contender("ours, from int64 ids", lambda: ours(ids, (IMAGE,))),
         Contender("ours, padded", lambda: _padded(mask, layout)),
@@ -85,10 +90,17 @@ def main() -> None:
     note = f"one rank of {args.sp}, {pairs} pairs; must read {host_mask.size} and write {16 * pairs} bytes"
     show(
         f"index building, B {args.batch}, S {args.seq}, half visual, runs of {RUN[0]} to {RUN[1]}",
-        race(best, others, copied(moved), args.rounds),
+        race(best, others, copied(moved), args.rounds, PEER),
         note,
     )
     write_json(args.json)
+
+
+def _as_on_a_device(mask: paddle.Tensor, layout: SeqLayout) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """What plain Paddle does where the host must not read the tokens."""
+    with mock.patch.object(plain, "is_on_host", return_value=False):
+        update, gather, _ = plain.build_plan(mask, None, layout, True, -1, False)
+    return update, gather
 
 
 def _padded(mask: paddle.Tensor, layout: SeqLayout) -> tuple[paddle.Tensor, paddle.Tensor]:

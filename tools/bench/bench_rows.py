@@ -18,6 +18,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from paddle_vl_sp import SeqLayout, VisualPlan, add_rows, plan_visual
+from paddle_vl_sp.backends import plain
 from timing import Contender, copied, parse_sizes, race, runs_of_visual, show, start_race, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -60,6 +61,9 @@ def ways(mask: paddle.Tensor, layout: SeqLayout, plan: VisualPlan) -> tuple[dict
         left_out = f"{UPSTREAM} is left out, since it cannot be imported ({error}): {FORMERS}"
     return upstream | {
         "indices known, gather and scatter_nd_add": indices_with_scatter,
+        "plain Paddle, on a copy": lambda hidden, features: plain.add_rows(
+            hidden, features, update, plan.gather_indices
+        ),
         "ours, on a copy": lambda hidden, features: add_rows(hidden, features, plan),
         "ours, in place, planning too": planning_too,
         "ours, in place": lambda hidden, features: add_rows(hidden, features, plan, inplace=True),
@@ -124,7 +128,7 @@ def main() -> None:
         f"B {args.batch}, S {args.seq}, {args.sp} ranks, H {args.hidden}, float32, {own} of {everywhere} visual rows"
     )
     forward = [Contender(name, way, inputs.prepare) for name, way in all_ways.items()]
-    lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds)
+    lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds, UPSTREAM)
     note = f"must move {3 * own * row >> 20} MiB: read two rows, write one"
     show(f"deepstack add, forward: {shape}", lines, f"{note}\n{left_out}" if left_out else note)
 
@@ -133,7 +137,7 @@ def main() -> None:
 
     both = [Contender(name, with_backward(way), inputs.prepare) for name, way in all_ways.items()]
     moved = (3 * own + own + everywhere) * row
-    lines = race(both[-1], both[:-1], copied(moved), args.rounds)
+    lines = race(both[-1], both[:-1], copied(moved), args.rounds, UPSTREAM)
     show(f"deepstack add, forward and backward: {shape}", lines, f"must move {moved >> 20} MiB")
     write_json(args.json)
 

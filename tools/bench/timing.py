@@ -59,10 +59,14 @@ class Line:
     times_ours: float
     times_floor: float
     syncs: int
+    times_as_fast: float | None  # as the peer; None where the peer did not run
 
 
-def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int) -> list[Line]:
-    """A line for ours and each other contender: median time, and medians of the ratios within each round."""
+def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int, peer: str) -> list[Line]:
+    """A line for ours and each other contender: median time, and medians of the ratios within each round.
+
+    peer  the contender that is what users have today
+    """
     contenders = [ours, *others, floor]
     syncs = {c.name: count_syncs(c) for c in contenders}  # also the warm-up
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -77,7 +81,14 @@ def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int
         return median(a / b for a, b in zip(times[name], times[to], strict=True))
 
     return [
-        Line(c.name, 1e3 * median(times[c.name]), ratio(c.name, ours.name), ratio(c.name, floor.name), syncs[c.name])
+        Line(
+            c.name,
+            1e3 * median(times[c.name]),
+            ratio(c.name, ours.name),
+            ratio(c.name, floor.name),
+            syncs[c.name],
+            ratio(peer, c.name) if peer in times else None,
+        )
         for c in contenders
     ]
 
@@ -98,11 +109,12 @@ def add_table(title: str, note: str) -> list[dict[str, object]]:
 def show(title: str, lines: list[Line], note: str) -> None:
     add_table(title, note).extend(asdict(line) for line in lines)
     print(f"\n{title}\n  {note}")
-    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11}")
+    print(f"  {'':44} {'median ms':>10} {'x ours':>8} {'x floor':>8} {'host syncs':>11} {'peer / it':>10}")
     for line in lines:
+        as_fast = "-" if line.times_as_fast is None else f"{line.times_as_fast:.1f}"
         print(
             f"  {line.name:44} {line.milliseconds:10.3f} {line.times_ours:8.2f} {line.times_floor:8.2f}"
-            f" {line.syncs:11d}"
+            f" {line.syncs:11d} {as_fast:>10}"
         )
 
 

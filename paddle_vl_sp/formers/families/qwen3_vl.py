@@ -149,7 +149,7 @@ def _of_this_rank(mask: Tensor, levels: list[Tensor], sequence_parallel: bool) -
     syncs += visual.syncs if visual else 0
     if not (visual and visual.is_part):  # which is counted where it is placed
         note_forward(plan, num_levels=len(levels), group=group, syncs=syncs)
-    return plan, complete_grad(levels, plan, group)
+    return plan, levels if group is None else complete_grad(levels, plan, group)
 
 
 def _own_plan(mask: Tensor, num_features: int, visual: Visual | None, group: Group | None) -> tuple[VisualPlan, int]:

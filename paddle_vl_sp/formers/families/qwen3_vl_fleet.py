@@ -175,7 +175,7 @@ def _planned(layer: Layer, dict_args: dict[str, Any]) -> tuple[VisualPlan, list[
         layout = SeqLayout(mask.shape[1], sp_size=group.nranks, sp_rank=group.rank)
     plan = plan_visual(mask, None, layout, sequence_first=sequence_first, num_features=num_features)
     note_forward(plan, num_levels=len(levels), group=group)
-    return plan, complete_grad(levels, plan, group)
+    return plan, levels if group is None else complete_grad(levels, plan, group)
 
 
 def _num_stages() -> int:
