@@ -13,7 +13,7 @@ from paddle_vl_sp.attention.shares import Chain, chain, check_share, shares_of_g
 from paddle_vl_sp.attention.state import conv_of_share, delta_rule_of_share
 from paddle_vl_sp.attention.ulysses import heads_to_sequence, sequence_to_heads
 from paddle_vl_sp.attention.visible import Boundaries, each_row
-from paddle_vl_sp.autograd import via_float32
+from paddle_vl_sp.autograd import concat, via_float32
 from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
 from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout
@@ -93,7 +93,7 @@ def _by_heads(
     def to_heads(x: Tensor) -> Tensor:
         return _ordered(sequence_to_heads(x, rows.counts, group), rows.in_order)
 
-    q, k = to_heads(paddle.concat([q, k], axis=-1)).split(2, axis=-1)
+    q, k = to_heads(concat([q, k], axis=-1)).split(2, axis=-1)
     v = to_heads(v)
     g, beta = to_heads(paddle.stack([g, beta.astype(g.dtype)], axis=-1)).unbind(-1)
     outs = []
@@ -102,7 +102,7 @@ def _by_heads(
         if weights is not None:
             row[:3] = [causal_conv(x, weight, cu_seqlens) for x, weight in zip(row, weights, strict=False)]
         outs.append(delta_rule(*row, cu_seqlens=cu_seqlens))
-    out = outs[0] if len(outs) == 1 else paddle.concat(outs)
+    out = outs[0] if len(outs) == 1 else concat(outs)
     return heads_to_sequence(_ordered(out, rows.back), rows.counts, group)
 
 
@@ -115,7 +115,7 @@ def _by_states(
         q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
     if conv_weight is not None:
         sizes = _channels((q, k, v), conv_weight)
-        rows = paddle.concat([x.flatten(2) for x in (q, k, v)], axis=-1)  # [B, S_local, C]
+        rows = concat([x.flatten(2) for x in (q, k, v)], axis=-1)  # [B, S_local, C]
         rows = conv_of_share(rows, conv_weight.reshape([sum(sizes), -1]), links, group)
         parts = rows.split(sizes, axis=-1)
         q, k, v = (part.reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))

@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.attention.delta import causal_conv, chunked, delta_inputs, outputs_from, state_map
 from paddle_vl_sp.attention.shares import Chain, Piece, halo
-from paddle_vl_sp.autograd import differentiable_once
+from paddle_vl_sp.autograd import concat, differentiable_once
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.gather import gather_rows, needs_grad, take_rows
 from paddle_vl_sp.comm.uneven import rank_after_rank
@@ -28,7 +28,7 @@ def conv_of_share(x: Tensor, weight: Tensor, links: Chain, group: Group) -> Tens
     sources = [rows, rows.new_zeros([1, *rows.shape[1:]])]
     if sum(edge.counts):
         sources.insert(1, _gathered(take_rows(rows, edge.sent), edge.counts, group, needs_grad([x])))
-    extended = take_rows(paddle.concat(sources), edge.source).moveaxis(0, 1)  # [B, E, C]
+    extended = take_rows(concat(sources), edge.source).moveaxis(0, 1)  # [B, E, C]
     one_head = extended.unsqueeze(2), weight.unsqueeze(0)
     out = causal_conv(*one_head, edge.bounds if extended.shape[1] else None).squeeze(2)
     return take_rows(out.moveaxis(1, 0), edge.kept).moveaxis(0, 1)
