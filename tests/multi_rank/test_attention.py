@@ -416,8 +416,11 @@ def as_on_nccl():
 def on_flash_attention_in_bfloat16():
     """In bf16, 2e-2. What travels has one dtype on all ranks, also where a rank has no keys."""
     group = dist.get_group(0)
-    for lengths, causal in (([16] * 5, True), ([6, 10, 3], True), ([32], False)):
-        layout = padded_layout(sum(lengths), cu_seqlens=bounds_of(lengths), cp_size=group.nranks, cp_rank=group.rank)
+    cut_by = {"cp_size": group.nranks, "cp_rank": group.rank}
+    for lengths, causal, mode in (
+        ([16] * 5, True, "zigzag"), ([6, 10, 3], True, "zigzag"), ([32], False, "zigzag"), ([8, 24], True, "contiguous")
+    ):  # fmt: skip
+        layout = padded_layout(sum(lengths), cu_seqlens=bounds_of(lengths), cp_mode=mode, **cut_by)
         *arrays, weight = attention_arrays(1, sum(lengths), 4, 2)
         rows = rows_of(layout, lengths)
         local = [cut(x, rows).detach().astype("bfloat16") for x in arrays]
