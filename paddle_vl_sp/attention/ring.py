@@ -164,6 +164,7 @@ def _backward(
         blocks = ring.schedule[ring.source(step)]
         grad_q, *grads = kernel.backward(grad_q, grad, q, keys, values, shared, lse, blocks, ring.scale)
         shares = [kernel.store(x) for x in grads]
+        del grads  # else it is kept through the next step
         if step == 0:
             own = shares
         if step > 1:
