@@ -25,7 +25,7 @@ class Rows:
 
     batch: int
     length: int
-    index: Resident  # int64 [rows], of [B * S, ..]; increasing
+    index: Resident  # int32 [rows], of [B * S, ..]; increasing
 
     @property
     def are_all(self) -> bool:
@@ -53,7 +53,7 @@ class Rows:
     def _inverse(self) -> Resident:
         """For every row of [B * S] where it is among these, and their number for the others."""
         rows = self.index.array
-        inverse = np.full(self.batch * self.length, rows.size, dtype=np.int64)
+        inverse = np.full(self.batch * self.length, rows.size, dtype=np.int32)
         inverse[rows] = np.arange(rows.size)
         return Resident(inverse)
 
@@ -86,7 +86,7 @@ class Span:
         return Resident(place), Resident(inverse)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def spans(blocks: tuple[Block, ...], batch: int, num_queries: int, num_keys: int) -> tuple[Span, ...]:
     """The calls that compute the blocks; kept, with their indices on the device, from forward to forward."""
     return tuple(_span(group, batch, num_queries, num_keys) for group in _groups(blocks))
@@ -137,8 +137,8 @@ def _span(blocks: Sequence[Block], batch: int, num_queries: int, num_keys: int) 
 
 
 def _rows(stretches: Sequence[tuple[int, int]], batch: int, length: int) -> Rows:
-    one = np.concatenate([np.arange(start, start + size, dtype=np.int64) for start, size in stretches])
-    return Rows(batch, length, Resident((one + length * np.arange(batch)[:, None]).reshape(-1)))
+    one = np.concatenate([np.arange(start, start + size, dtype=np.int32) for start, size in stretches])
+    return Rows(batch, length, Resident((one + length * np.arange(batch, dtype=np.int32)[:, None]).reshape(-1)))
 
 
 def _bounds(lengths: Integers, batch: int) -> Resident:
