@@ -1,9 +1,9 @@
-"""Workarounds for Paddle: an error where a PyLayer has no second gradient, float16 kernels that the CPU lacks."""
+"""Workarounds for Paddle: an error where a PyLayer has no second gradient, 16-bit kernels that the CPU lacks."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import paddle
@@ -31,6 +31,13 @@ def via_float32(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.place.is_cpu_place() and x.dtype == paddle.float16:
         return move(x.astype("float32")).astype("float16")
     return move(x)
+
+
+def concat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """paddle.concat with a gradient; by way of float32 for bfloat16 on the CPU, where there is none: same bits."""
+    if tensors[0].place.is_cpu_place() and tensors[0].dtype == paddle.bfloat16:
+        return paddle.concat([x.astype("float32") for x in tensors], axis=axis).astype("bfloat16")
+    return paddle.concat(list(tensors), axis=axis)
 
 
 def keep_gradient_contiguous(parameter: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import paddle
 from paddle import Tensor
@@ -17,15 +17,20 @@ TILE = 256  # rows and columns of scores that are in memory at a time
 NO_KEY = -1e30
 
 
-class Kernel(Protocol):
-    """Attention of some query rows with some key rows, on tensors in a form of the kernel's own.
+class Part(NamedTuple):
+    """Attention over some keys: a softmax average and its log-sum-exp, which has the form of an output of width 1."""
 
-    Tensors are brought into that form by `load`, once and not for every block. A log-sum-exp has the form of an output
-    of width 1. Rows are along `axis`.
+    out: Tensor
+    lse: Tensor
+
+
+class Kernel(Protocol):
+    """Attention of this rank's queries with the keys that are here at one step, on tensors in a form of its own.
+
+    Tensors are brought into that form by `load`, once and not for every block.
     """
 
     name: str
-    axis: int
 
     def load(self, x: Tensor, kv_heads: int) -> Tensor:
         """[B, S, heads, D] in the kernel's form."""
@@ -33,22 +38,31 @@ class Kernel(Protocol):
     def store(self, x: Tensor) -> Tensor:
         """The inverse."""
 
-    def zeros(self, rows: Tensor, width: int, value: float = 0.0) -> Tensor:
-        """fp32, for the rows and heads of `rows`, which is in the kernel's form."""
+    def nothing(self, q: Tensor, width: int) -> Part:
+        """Attention of q over no keys: 0 and NO_KEY, fp32."""
 
     def shared(self, grad: Tensor, out: Tensor) -> Tensor:
-        """What `backward` needs of the output over *all* keys, from it and its gradient; rows along `axis`."""
+        """What `backward` needs of the output over *all* keys, from it and its gradient."""
 
-    def pieces(self, block: Block) -> Iterable[Block]:
-        """The block in the sizes that `forward` and `backward` are called with."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        """The output over these keys and its log-sum-exp, fp32."""
+    def forward(
+        self, so_far: Part | None, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: float
+    ) -> Part | None:
+        """so_far with these keys too: merged in fp32, and overwritten. None is over no keys."""
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shared: Tensor, lse: Tensor, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What these keys add to the gradients of q, k, v; lse is that over *all* keys."""
+        self,
+        so_far: Tensor | None,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shared: Tensor,
+        lse: Tensor,
+        blocks: Iterable[Block],
+        scale: float,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """so_far, the gradient of q (None is zeros), with what these keys add to it, and the gradients of k and v. lse
+        is that over *all* keys."""
 
 
 class Blockwise:
@@ -58,7 +72,6 @@ class Blockwise:
     """
 
     name = "blockwise"
-    axis = 3
 
     def load(self, x: Tensor, kv_heads: int) -> Tensor:
         return by_head(x, kv_heads)
@@ -66,86 +79,89 @@ class Blockwise:
     def store(self, x: Tensor) -> Tensor:
         return by_row(x)
 
-    def zeros(self, rows: Tensor, width: int, value: float = 0.0) -> Tensor:
-        return paddle.full([*rows.shape[:4], width], value, "float32")
+    def nothing(self, q: Tensor, width: int) -> Part:
+        return Part(q.new_zeros([*q.shape[:4], width]), q.new_full([*q.shape[:4], 1], NO_KEY))
 
     def shared(self, grad: Tensor, out: Tensor) -> Tensor:
         return (grad * out).sum(-1, keepdim=True)  # [B, Hk, G, S, 1]
 
-    def pieces(self, block: Block) -> Iterable[Block]:
-        return tiles(block, TILE)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        weights = _scores(_folded(q) * scale, k, causal)  # [B, Hk, G * Sq, Sk]
-        top = weights.max(-1, keepdim=True)
-        total = weights.subtract_(top).exp_().sum(-1, keepdim=True)
-        out = paddle.matmul(weights, v.squeeze(2)) / total  # [B, Hk, G * Sq, Dv]
-        return _unfolded(out, q), _unfolded(top + paddle.log(total), q)
+    def forward(
+        self, so_far: Part | None, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: float
+    ) -> Part | None:
+        out, lse = so_far or self.nothing(q, v.shape[-1])
+        for block in blocks:
+            for tile in tiles(block, TILE):
+                rows, cols = _slices(tile)
+                part = tile_forward(q[rows], k[cols], v[cols], scale, tile.causal)
+                is_first = so_far is None and tile.k_start == block.k_start
+                out[rows], lse[rows] = part if is_first else merge(out[rows], lse[rows], *part)
+        return Part(out, lse)
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shared: Tensor, lse: Tensor, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        queries, own_grad = _folded(q) * scale, _folded(grad)
-        weights = _scores(queries, k, causal).subtract_(_folded(lse)).exp_()  # [B, Hk, G * Sq, Sk]
-        grad_values = paddle.matmul(weights, own_grad, transpose_x=True)
-        grad_weights = paddle.matmul(own_grad, v.squeeze(2), transpose_y=True)
-        grad_scores = grad_weights.subtract_(_folded(shared)).multiply_(weights)
-        grad_queries = paddle.matmul(grad_scores, k.squeeze(2)) * scale
-        grad_keys = paddle.matmul(grad_scores, queries, transpose_x=True)
-        return _unfolded(grad_queries, q), grad_keys.unsqueeze(2), grad_values.unsqueeze(2)
+        self,
+        so_far: Tensor | None,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shared: Tensor,
+        lse: Tensor,
+        blocks: Iterable[Block],
+        scale: float,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        grad_q = paddle.zeros_like(q) if so_far is None else so_far
+        grad_k, grad_v = paddle.zeros_like(k), paddle.zeros_like(v)
+        for block in blocks:
+            for tile in tiles(block, TILE):
+                rows, cols = _slices(tile)
+                parts = tile_backward(
+                    grad[rows], q[rows], k[cols], v[cols], shared[rows], lse[rows], scale, tile.causal
+                )
+                grad_q[rows] += parts[0]
+                grad_k[cols] += parts[1]
+                grad_v[cols] += parts[2]
+        return grad_q, grad_k, grad_v
 
 
-def attend(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], kernel: Kernel, scale: float
-) -> None:
-    """Merges the blocks into out and lse, fp32; lse is NO_KEY where no key was seen. All in the kernel's form."""
-    for block in blocks:
-        for piece in kernel.pieces(block):
-            rows, cols = _slices(piece, kernel.axis)
-            part, part_lse = kernel.forward(q[rows], k[cols], v[cols], scale, piece.causal)
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+def tile_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    """The output over these keys and its log-sum-exp."""
+    weights = _scores(_folded(q) * scale, k, causal)  # [B, Hk, G * Sq, Sk]
+    top = weights.max(-1, keepdim=True)
+    total = weights.subtract_(top).exp_().sum(-1, keepdim=True)
+    out = paddle.matmul(weights, v.squeeze(2)) / total  # [B, Hk, G * Sq, Dv]
+    return Part(_unfolded(out, q), _unfolded(top + paddle.log(total), q))
 
 
-def attend_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shared: Tensor,
-    lse: Tensor,
-    blocks: Iterable[Block],
-    kernel: Kernel,
-    scale: float,
-) -> None:
-    """Adds what the blocks contribute to grads: the gradients of q, k and v, fp32. All in the kernel's form."""
-    grad_q, grad_k, grad_v = grads
-    for block in blocks:
-        for piece in kernel.pieces(block):
-            rows, cols = _slices(piece, kernel.axis)
-            part_q, part_k, part_v = kernel.backward(
-                grad[rows], q[rows], k[cols], v[cols], shared[rows], lse[rows], scale, piece.causal
-            )
-            grad_q[rows] += part_q
-            grad_k[cols] += part_k
-            grad_v[cols] += part_v
+def tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shared: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What these keys add to the gradients of q, k, v; lse is that over *all* keys."""
+    queries, own_grad = _folded(q) * scale, _folded(grad)
+    weights = _scores(queries, k, causal).subtract_(_folded(lse)).exp_()  # [B, Hk, G * Sq, Sk]
+    grad_values = paddle.matmul(weights, own_grad, transpose_x=True)
+    grad_weights = paddle.matmul(own_grad, v.squeeze(2), transpose_y=True)
+    grad_scores = grad_weights.subtract_(_folded(shared)).multiply_(weights)
+    grad_queries = paddle.matmul(grad_scores, k.squeeze(2)) * scale
+    grad_keys = paddle.matmul(grad_scores, queries, transpose_x=True)
+    return _unfolded(grad_queries, q), grad_keys.unsqueeze(2), grad_values.unsqueeze(2)
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Part:
     """Joins two softmax averages over different keys, each weighted by the exponential of its log-sum-exp [.., 1].
 
-    Where lse is NO_KEY (no keys so far) the result is the part, bit for bit.
+    In fp32. Where lse is NO_KEY (no keys so far, and out is 0) the result is the part, bit for bit.
     """
     top = paddle.maximum(lse, part_lse)
-    weight, part_weight = paddle.exp(lse - top), paddle.exp(part_lse - top)
-    total = weight + part_weight
-    return out * (weight / total) + part * (part_weight / total), top + paddle.log(total)
+    part_weight = paddle.exp(part_lse - top)
+    total = paddle.exp(lse - top) + part_weight
+    joined = paddle.lerp(out.astype("float32"), part.astype("float32"), part_weight / total)
+    return Part(joined, top + paddle.log(total))
 
 
-def _slices(piece: Block, axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    rows = slice(piece.q_start, piece.q_start + piece.q_len)
-    before = (slice(None),) * axis
-    return (*before, rows), (*before, slice(piece.k_start, piece.k_start + piece.k_len))
+def _slices(tile: Block) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    before = (slice(None),) * 3
+    rows = slice(tile.q_start, tile.q_start + tile.q_len)
+    return (*before, rows), (*before, slice(tile.k_start, tile.k_start + tile.k_len))
 
 
 def _folded(x: Tensor) -> Tensor:
@@ -164,5 +180,5 @@ def _scores(queries: Tensor, k: Tensor, causal: bool) -> Tensor:
     if not causal:
         return scores
     batch, kv_heads, rows, cols = scores.shape
-    later = paddle.triu(paddle.full([cols, cols], NO_KEY, "float32"), diagonal=1)  # [Sq, Sk]
+    later = paddle.triu(scores.new_full([cols, cols], NO_KEY), diagonal=1)  # [Sq, Sk]
     return (scores.reshape([batch, -1, cols, cols]) + later).reshape([batch, kv_heads, rows, cols])

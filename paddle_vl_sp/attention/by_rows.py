@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 from paddle import Tensor
+from paddle.base import core
 
 from paddle_vl_sp.attention.blocks import NO_KEY
 from paddle_vl_sp.attention.heads import by_head, by_row, folded, unfolded
@@ -79,6 +80,11 @@ def _scores(queries: Tensor, keys: Tensor, chunk: Chunk, scale: float) -> Tensor
 
 def _chunks(visible: VisibleRows, q: Tensor) -> Iterator[Chunk]:
     """All query rows, some at a time; chunks of which no row sees a key see key 0, masked."""
+    if q.place.is_gpu_place() and core.is_cuda_graph_capturing():
+        raise ValueError(
+            f"a CUDA graph is being captured, and gather_attention of {q.dtype}, heads of {q.shape[3]}, has its mask "
+            "on the host: use bfloat16 or float16 and heads that flash attention takes, or the ring"
+        )
     begin, end = (x.numpy() for x in visible)  # [B or 1, S]
     batch, num_rows, heads, _ = q.shape
     step = min(max(SCORES // max(batch * heads * begin.shape[1], 1), 1), MOST_ROWS)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import paddle
 from paddle import Tensor
 from paddle.nn import functional as F  # noqa: N812
 
 from paddle_vl_sp.attention.blocks import NO_KEY
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout
 
 CHUNK = 64  # positions that the delta rule computes at once
@@ -66,27 +67,31 @@ def delta_inputs(
 def causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Sequence[int] | None = None) -> Tensor:
     """Depthwise causal convolution within each segment, then silu: x [B, S, H, D], weight [H, D, K] -> [B, S, H, D].
 
-    out[t] = silu(sum over i of weight[.., K - 1 - i] * x[t - i]), where x is zero before its segment begins.
+    out[t] = silu(sum over i of weight[.., K - 1 - i] * x[t - i]), where x is zero before its segment begins. In fp32,
+    rounded once to x's dtype.
     """
     length, taps = x.shape[1], weight.shape[-1]
-    offset = paddle.to_tensor(_offset_in_segment(length, cu_seqlens), place=x.place)  # [S]
-    total = x * weight[..., taps - 1]
-    for back in range(1, min(taps, length)):
-        earlier = paddle.concat([paddle.zeros_like(x[:, :back]), x[:, : length - back]], axis=1)
-        inside = (offset >= back).astype(x.dtype).reshape([1, length, 1, 1])
-        total = total + earlier * inside * weight[..., taps - 1 - back]
-    return F.silu(total)
+    offset = _offset_in_segment(_bounds(length, cu_seqlens)).on(x.place)  # [S]
+    with paddle.amp.auto_cast(enable=False):
+        rows, weight = x.astype("float32"), weight.astype("float32")
+        total = rows * weight[..., taps - 1]
+        for back in range(1, min(taps, length)):
+            earlier = paddle.concat([paddle.zeros_like(rows[:, :back]), rows[:, : length - back]], axis=1)
+            inside = (offset >= back).astype("float32").reshape([1, length, 1, 1])
+            total = total + earlier * inside * weight[..., taps - 1 - back]
+        return F.silu(total).astype(x.dtype)
 
 
-def _bounds(length: int, cu_seqlens: Sequence[int] | None) -> Sequence[int]:
+def _bounds(length: int, cu_seqlens: Sequence[int] | None) -> tuple[int, ...]:
     """The segments' boundaries, checked against the length; without cu_seqlens the sequence is one segment."""
-    return SeqLayout(length, cu_seqlens=cu_seqlens).cu_seqlens or (0, length)
+    return tuple(SeqLayout(length, cu_seqlens=cu_seqlens).cu_seqlens or (0, length))
 
 
-def _offset_in_segment(length: int, cu_seqlens: Sequence[int] | None) -> npt.NDArray[np.int64]:
-    """int64 [S]: how many positions of its segment come before each.   cu_seqlens 0 3 5  ->  0 1 2 0 1"""
-    bounds = np.asarray(_bounds(length, cu_seqlens), dtype=np.int64)
-    return np.arange(length, dtype=np.int64) - np.repeat(bounds[:-1], np.diff(bounds))
+@lru_cache(maxsize=16)
+def _offset_in_segment(bounds: tuple[int, ...]) -> Resident:
+    """int64 [S]: how many positions of its segment come before each.   bounds 0 3 5  ->  0 1 2 0 1"""
+    begins = np.repeat(bounds[:-1], np.diff(bounds))
+    return Resident(np.arange(bounds[-1], dtype=np.int64) - begins)
 
 
 class Chunks(NamedTuple):
@@ -105,7 +110,7 @@ def delta_rule_of_segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     """The rule for one segment: all [B, S, H, ..] in fp32 -> [B, S, H, Dv]."""
     chunks = chunked(q, k, v, g, beta)
     batch, heads, _, _, width = chunks.k.shape
-    return outputs_from(chunks, paddle.zeros([batch, heads, width, v.shape[-1]], "float32"))
+    return outputs_from(chunks, v.new_zeros([batch, heads, width, v.shape[-1]]))
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunks:
@@ -116,12 +121,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunks:
     g, beta = (_split_into_chunks(x.unsqueeze(-1)) for x in (g, beta))  # [B, H, N, C, 1]
     chunk = q.shape[3]
     total = paddle.cumsum(g, axis=3)  # [B, H, N, C, 1], log of the decay since the chunk began
-    later = paddle.triu(paddle.full([chunk, chunk], NO_KEY, "float32"), diagonal=1)
+    later = paddle.triu(g.new_full([chunk, chunk], NO_KEY), diagonal=1)
     decay = paddle.exp(total - total.transpose([0, 1, 2, 4, 3]) + later)  # [B, H, N, C, C], lower triangular
     written = k * beta
     coupling = paddle.tril(paddle.matmul(written, k, transpose_y=True) * decay, -1)
     right = paddle.concat([v * beta, written * paddle.exp(total)], axis=-1)  # [B, H, N, C, Dv + Dk]
-    system = coupling + paddle.eye(chunk, dtype="float32")
+    system = coupling + _unit_matrix(coupling, chunk)
     solved = paddle.linalg.triangular_solve(system, right, upper=False, unitriangular=True)
     values, reads = solved.split([v.shape[-1], k.shape[-1]], axis=-1)
     scores = paddle.matmul(q, k, transpose_y=True) * decay
@@ -147,12 +152,18 @@ def state_map(chunks: Chunks) -> Tensor:
     """
     batch, heads, _, _, width = chunks.k.shape
     value_width = chunks.values.shape[-1]
-    start = paddle.concat([paddle.zeros([width, value_width], "float32"), paddle.eye(width, dtype="float32")], axis=-1)
+    unit = _unit_matrix(chunks.k, width)
+    start = paddle.concat([unit.new_zeros([width, value_width]), unit], axis=-1)
     state = start.expand([batch, heads, width, value_width + width])
     for n in range(chunks.k.shape[2]):
         values = F.pad(chunks.values[:, :, n], [0, width])  # [B, H, C, Dv + Dk]
         state = _next_state(chunks, n, state, values - paddle.matmul(chunks.reads[:, :, n], state))
     return state
+
+
+def _unit_matrix(like: Tensor, size: int) -> Tensor:
+    """On like's device, which may not be the default one."""
+    return paddle.diag(like.new_full([size], 1.0))
 
 
 def _next_state(chunks: Chunks, n: int, state: Tensor, written: Tensor) -> Tensor:
@@ -166,5 +177,5 @@ def _split_into_chunks(x: Tensor) -> Tensor:
     chunk = min(CHUNK, length)
     missing = -length % chunk
     if missing:
-        x = paddle.concat([x, paddle.zeros([batch, missing, heads, width], "float32")], axis=1)
+        x = paddle.concat([x, x.new_zeros([batch, missing, heads, width])], axis=1)
     return x.reshape([batch, -1, chunk, heads, width]).transpose([0, 3, 1, 2, 4])

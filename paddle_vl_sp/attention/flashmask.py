@@ -5,7 +5,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.attention.kernels import apply_scale, choose_kernel
+from paddle_vl_sp.attention.kernels import choose_kernel
 from paddle_vl_sp.attention.visible import VisibleRows
 
 
@@ -16,23 +16,29 @@ def can_run(q: Tensor, v: Tensor) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, visible: VisibleRows, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, Sq, Hq, D], k and v [B, S, Hk, D] -> out [B, Sq, Hq, D]; no log-sum-exp is kept."""
-    return _attention(apply_scale(q, scale), k, v, visible), paddle.zeros([0], "float32")
+    return _attention(_scaled(q, scale), k, v, visible), q.new_zeros([0], dtype="float32")
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: VisibleRows, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, fp32. The forward runs once more: its graph would have kept the whole k and v."""
-    q, k, v = inputs = [x.detach() for x in (apply_scale(q, scale), k, v)]
+    q, k, v = inputs = [x.detach() for x in (_scaled(q, scale), k, v)]
     for x in inputs:
         x.stop_gradient = False
     with paddle.enable_grad():
         again = _attention(q, k, v, visible)
     paddle.autograd.backward([again], [grad.astype(q.dtype)])  # paddle.grad within paddle.grad ends the process
     grad_q, grad_k, grad_v = (
-        paddle.zeros(x.shape, "float32") if x.grad is None else x.grad.astype("float32") for x in inputs
+        x.new_zeros(x.shape, dtype="float32") if x.grad is None else x.grad.astype("float32") for x in inputs
     )
-    return apply_scale(grad_q, scale), grad_k, grad_v
+    return _scaled(grad_q, scale), grad_k, grad_v
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """x * (scale / (1 / sqrt(D))): the operator multiplies by 1 / sqrt(D) itself, and takes no other scale."""
+    factor = scale * float(x.shape[-1]) ** 0.5
+    return x if abs(factor - 1.0) < 1e-6 else x * factor
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: VisibleRows) -> Tensor:

@@ -11,14 +11,16 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.attention import by_rows, flashmask
 from paddle_vl_sp.attention.groups import group_or_alone
+from paddle_vl_sp.attention.kernels import check_backward
 from paddle_vl_sp.attention.ring import check_heads, check_one_row
-from paddle_vl_sp.attention.shares import check_share, rows_in_order, shares_of_group
+from paddle_vl_sp.attention.shares import check_share, shares_of_group
 from paddle_vl_sp.attention.visible import Boundaries, VisibleRows, row_bounds, visible_by_indices, visible_rows
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.gather import collect_rows, sum_rows
 from paddle_vl_sp.comm.uneven import UnevenRows
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.sequence.gathered import rows_in_order
 
 
 def gather_attention(
@@ -63,7 +65,10 @@ def gather_attention(
         _check_indices(startend_row_indices, q.shape[0], share.seq_len, causal, boundaries)
         visible = visible_by_indices(share, startend_row_indices)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    kernel: Kernel = flashmask if flashmask.can_run(q, v) else by_rows
+    kernel: Kernel = by_rows
+    if flashmask.can_run(q, v):
+        check_backward(q, k, v, "flash")
+        kernel = flashmask
     out: Tensor = _GatherAttention.apply(q, k, v, _Call(visible, rows_in_order(shares), group, kernel, scale))
     return out
 

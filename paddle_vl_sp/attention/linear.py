@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.attention.delta import causal_conv, gated_delta_rule
 from paddle_vl_sp.attention.groups import group_or_alone
-from paddle_vl_sp.attention.shares import Chain, Integers, chain, check_share, order_of, shares_of_group
+from paddle_vl_sp.attention.shares import Chain, chain, check_share, shares_of_group
 from paddle_vl_sp.attention.state import conv_of_share, delta_rule_of_share
 from paddle_vl_sp.attention.ulysses import heads_to_sequence, sequence_to_heads
 from paddle_vl_sp.attention.visible import Boundaries, each_row
-from paddle_vl_sp.autograd import via_float32
+from paddle_vl_sp.autograd import concat, via_float32
 from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.sequence.gathered import rows_in_order
 from paddle_vl_sp.settings import check_choice
 
 METHODS = ("ulysses", "state")
@@ -87,12 +88,12 @@ def _by_heads(
     """Ulysses: the whole sequence with part of the heads, in order, whatever the cut."""
     _check_heads(q.shape[2], v.shape[2], group.nranks)
     weights = None if conv_weight is None else _weights_of_heads((q, k, v), conv_weight, group)
-    lengths, order = [share.local_len for share in shares], order_of(shares)
+    rows = rows_in_order(shares)
 
     def to_heads(x: Tensor) -> Tensor:
-        return _ordered(sequence_to_heads(x, lengths, group), order)
+        return _ordered(sequence_to_heads(x, rows.counts, group), rows.in_order)
 
-    q, k = to_heads(paddle.concat([q, k], axis=-1)).split(2, axis=-1)
+    q, k = to_heads(concat([q, k], axis=-1)).split(2, axis=-1)
     v = to_heads(v)
     g, beta = to_heads(paddle.stack([g, beta.astype(g.dtype)], axis=-1)).unbind(-1)
     outs = []
@@ -101,8 +102,8 @@ def _by_heads(
         if weights is not None:
             row[:3] = [causal_conv(x, weight, cu_seqlens) for x, weight in zip(row, weights, strict=False)]
         outs.append(delta_rule(*row, cu_seqlens=cu_seqlens))
-    out = outs[0] if len(outs) == 1 else paddle.concat(outs)
-    return heads_to_sequence(_ordered(out, np.argsort(order)), lengths, group)
+    out = outs[0] if len(outs) == 1 else concat(outs)
+    return heads_to_sequence(_ordered(out, rows.back), rows.counts, group)
 
 
 def _by_states(
@@ -114,18 +115,18 @@ def _by_states(
         q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
     if conv_weight is not None:
         sizes = _channels((q, k, v), conv_weight)
-        rows = paddle.concat([x.flatten(2) for x in (q, k, v)], axis=-1)  # [B, S_local, C]
-        rows = conv_of_share(rows, conv_weight.reshape([sum(sizes), -1]).astype(rows.dtype), links, group)
+        rows = concat([x.flatten(2) for x in (q, k, v)], axis=-1)  # [B, S_local, C]
+        rows = conv_of_share(rows, conv_weight.reshape([sum(sizes), -1]), links, group)
         parts = rows.split(sizes, axis=-1)
         q, k, v = (part.reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
     return delta_rule_of_share(q, k, v, g, beta, links, group).reshape(shape)
 
 
-def _ordered(x: Tensor, order: Integers) -> Tensor:
-    """x[:, order], x itself where it is in order."""
-    if (order == np.arange(order.size)).all():
+def _ordered(x: Tensor, order: Resident) -> Tensor:
+    """x[:, order], a permutation; x itself where it is in order."""
+    if order.stretch is not None:
         return x
-    at = paddle.to_tensor(order, place=x.place)
+    at = order.on(x.place)
     return via_float32(lambda y: paddle.gather(y, at, axis=1), x)
 
 
@@ -137,7 +138,7 @@ def _weights_of_heads(shares: Sequence[Tensor], weight: Tensor, group: Group) ->
     for x, part in zip(shares, parts, strict=True):
         count = x.shape[2] // group.nranks
         own = slice(group.rank * count, (group.rank + 1) * count)
-        mine.append(part.reshape([x.shape[2], x.shape[3], -1])[own].astype(x.dtype))
+        mine.append(part.reshape([x.shape[2], x.shape[3], -1])[own])
     return mine
 
 

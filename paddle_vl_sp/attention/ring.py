@@ -9,9 +9,9 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer, PyLayerContext
 
-from paddle_vl_sp.attention.blocks import NO_KEY, Kernel, attend, attend_backward
+from paddle_vl_sp.attention.blocks import Kernel, Part
 from paddle_vl_sp.attention.groups import Alone, group_or_alone
-from paddle_vl_sp.attention.kernels import choose_kernel
+from paddle_vl_sp.attention.kernels import check_backward, choose_kernel
 from paddle_vl_sp.attention.schedule import Schedule, ring_schedule, ring_share
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.comm.collectives import Group
@@ -75,6 +75,7 @@ def attention_over(
     """The attention that a schedule describes; rows says how many keys each rank of the ring holds."""
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     kernel = choose_kernel(q, v).kernel
+    check_backward(q, k, v, kernel.name)
     out: Tensor = _RingAttention.apply(q, k, v, _Ring(schedule, tuple(rows), group, kernel, scale))
     return out
 
@@ -124,21 +125,21 @@ class _RingAttention(PyLayer):  # type: ignore[misc]
         return tuple(g.astype(q.dtype) if needed else None for g, needed in zip(grads, ctx.needed, strict=True))
 
 
-def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> Part:
     """The output and its log-sum-exp, in the kernel's form."""
     kernel, heads, here = ring.kernel, k.shape[2], [k, v]
     q = kernel.load(q, heads)
-    out, lse = kernel.zeros(q, v.shape[-1]), kernel.zeros(q, 1, NO_KEY)
+    part = None
     for step in range(ring.size):
         last = step == ring.size - 1
         if not last:
             arriving, messages = ring.pass_on(here, step)
         keys, values = (kernel.load(x, heads) for x in here)
-        attend(out, lse, q, keys, values, ring.schedule[ring.source(step)], kernel, ring.scale)
+        part = kernel.forward(part, q, keys, values, ring.schedule[ring.source(step)], ring.scale)
         if not last:
             messages.wait()
             here = arriving
-    return out, lse
+    return part or kernel.nothing(q, v.shape[-1])
 
 
 def _backward(
@@ -150,7 +151,7 @@ def _backward(
     """
     kernel, heads, here = ring.kernel, k.shape[2], [k, v]
     q, grad, out = (kernel.load(x, heads) for x in (q, grad, out))
-    grad_q, shared = kernel.zeros(q, q.shape[-1]), kernel.shared(grad, out)
+    grad_q, shared = None, kernel.shared(grad, out)
     own: list[Tensor] = []
     travelling: list[Tensor] = []
     for step in range(ring.size):
@@ -160,17 +161,17 @@ def _backward(
         if step > 1:
             travelling, grad_messages = ring.pass_on(travelling, step - 1)
         keys, values = (kernel.load(x, heads) for x in here)
-        grad_k, grad_v = (kernel.zeros(x, x.shape[-1]) for x in (keys, values))
         blocks = ring.schedule[ring.source(step)]
-        attend_backward((grad_q, grad_k, grad_v), grad, q, keys, values, shared, lse, blocks, kernel, ring.scale)
-        shares = [kernel.store(x) for x in (grad_k, grad_v)]
+        grad_q, *grads = kernel.backward(grad_q, grad, q, keys, values, shared, lse, blocks, ring.scale)
+        shares = [kernel.store(x) for x in grads]
+        del grads  # else it is kept through the next step
         if step == 0:
             own = shares
         if step > 1:
             grad_messages.wait()
             travelling = _sums(travelling, shares)
         elif step == 1:
-            travelling = shares
+            travelling = [x.astype("float32") for x in shares]  # of one dtype on all ranks
         if not last:
             messages.wait()
             here = arriving
@@ -178,11 +179,12 @@ def _backward(
         travelling, grad_messages = ring.pass_on(travelling, ring.size - 1)
         grad_messages.wait()
         own = _sums(own, travelling)
+    grad_q = kernel.nothing(q, q.shape[-1]).out if grad_q is None else grad_q
     return kernel.store(grad_q), own[0], own[1]
 
 
 def _sums(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
-    return [x + y for x, y in zip(left, right, strict=True)]
+    return [x.astype("float32") + y.astype("float32") for x, y in zip(left, right, strict=True)]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from paddle_vl_sp.attention.schedule import ring_share
 from paddle_vl_sp.comm.collectives import Group
-from paddle_vl_sp.comm.uneven import UnevenRows
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout, layouts_of_all_ranks
 
 Integers = npt.NDArray[np.int64]
@@ -47,19 +47,6 @@ def check_share(rows: int, share: SeqLayout) -> None:
             f"q has {rows} rows, the layout's share of this rank is {share.local_len}: pass the rank's own share "
             "of the sequence"
         )
-
-
-@lru_cache(maxsize=16)
-def order_of(shares: tuple[SeqLayout, ...]) -> Integers:
-    """int64 [S], for each position of the sequence its row among the rows of all ranks, rank after rank."""
-    order: Integers = np.argsort(np.concatenate([share.positions() for share in shares]))
-    return order
-
-
-@lru_cache(maxsize=16)
-def rows_in_order(shares: tuple[SeqLayout, ...]) -> UnevenRows:
-    """The rows of all ranks in the order of the sequence."""
-    return UnevenRows(tuple(share.local_len for share in shares), order_of(shares))
 
 
 def pieces(shares: Sequence[SeqLayout], bounds: Sequence[int]) -> list[Piece]:
@@ -155,11 +142,11 @@ class Halo:
     kept     int64 [S_local]: where this rank's rows are among the E
     """
 
-    sent: Integers
+    sent: Resident
     counts: tuple[int, ...]
-    source: Integers
+    source: Resident
     bounds: tuple[int, ...]
-    kept: Integers
+    kept: Resident
 
 
 @lru_cache(maxsize=16)
@@ -187,6 +174,5 @@ def halo(links: Chain, taps: int) -> Halo:
     return Halo(_joined(own), tuple(counts), _joined(source), tuple(edges), _joined(kept))
 
 
-def _joined(parts: list[Integers]) -> Integers:
-    joined: Integers = np.concatenate([np.arange(0), *parts]).astype(np.int64)
-    return joined
+def _joined(parts: list[Integers]) -> Resident:
+    return Resident(np.concatenate([np.arange(0), *parts]).astype(np.int64))

@@ -14,24 +14,24 @@ from paddle import Tensor
 from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.attention.delta import causal_conv, chunked, delta_inputs, outputs_from, state_map
-from paddle_vl_sp.attention.shares import Chain, Integers, Piece, halo
-from paddle_vl_sp.autograd import differentiable_once, via_float32
+from paddle_vl_sp.attention.shares import Chain, Piece, halo
+from paddle_vl_sp.autograd import concat, differentiable_once
 from paddle_vl_sp.comm.collectives import Group
-from paddle_vl_sp.comm.gather import gather_rows, needs_grad
-from paddle_vl_sp.comm.uneven import UnevenRows
+from paddle_vl_sp.comm.gather import gather_rows, needs_grad, take_rows
+from paddle_vl_sp.comm.uneven import rank_after_rank
 
 
 def conv_of_share(x: Tensor, weight: Tensor, links: Chain, group: Group) -> Tensor:
     """`causal_conv` of this rank's rows, with those before them on other ranks: x [B, S_local, C], weight [C, K]."""
     edge = halo(links, weight.shape[-1])
     rows = x.moveaxis(1, 0)  # [S_local, B, C]
-    sources = [rows, paddle.zeros([1, *rows.shape[1:]], x.dtype)]
+    sources = [rows, rows.new_zeros([1, *rows.shape[1:]])]
     if sum(edge.counts):
-        sources.insert(1, _gathered(_taken(rows, edge.sent), edge.counts, group, needs_grad([x])))
-    extended = _taken(paddle.concat(sources), edge.source).moveaxis(0, 1)  # [B, E, C]
+        sources.insert(1, _gathered(take_rows(rows, edge.sent), edge.counts, group, needs_grad([x])))
+    extended = take_rows(concat(sources), edge.source).moveaxis(0, 1)  # [B, E, C]
     one_head = extended.unsqueeze(2), weight.unsqueeze(0)
     out = causal_conv(*one_head, edge.bounds if extended.shape[1] else None).squeeze(2)
-    return _taken(out.moveaxis(1, 0), edge.kept).moveaxis(0, 1)
+    return take_rows(out.moveaxis(1, 0), edge.kept).moveaxis(0, 1)
 
 
 def delta_rule_of_share(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, links: Chain, group: Group) -> Tensor:
@@ -41,7 +41,7 @@ def delta_rule_of_share(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
         inputs = delta_inputs(q, k, v, g, beta)
         pieces = {p: chunked(*(x[:, p.row : p.row + p.length] for x in inputs)) for p in links.own}
         shape = [v.shape[0], v.shape[2], q.shape[3], v.shape[3] + q.shape[3]]  # B, Hv, Dk, Dv + Dk
-        maps, start = None, paddle.zeros([*shape[:3], v.shape[3]], "float32")
+        maps, start = None, v.new_zeros([*shape[:3], v.shape[3]], dtype="float32")
         if links.passing:
             own = [state_map(pieces[p]) for p in links.own_passing]
             maps = _gathered(_stacked(own, shape, inputs), links.counts(), group, wants_grad)  # [P, B, Hv, Dk, Dv + Dk]
@@ -80,16 +80,8 @@ def _stacked(own: Sequence[Tensor], shape: list[int], inputs: Sequence[Tensor]) 
 
 
 def _gathered(rows: Tensor, counts: Sequence[int], group: Group, wants_grad: bool) -> Tensor:
-    (whole,) = gather_rows([rows], UnevenRows(tuple(counts)), group, "max", "partial", wants_grad)
+    (whole,) = gather_rows([rows], rank_after_rank(tuple(counts)), group, "max", "partial", wants_grad)
     return whole
-
-
-def _taken(x: Tensor, index: Integers) -> Tensor:
-    """x[index], rows of x."""
-    if not index.size:
-        return x[:0]
-    at = paddle.to_tensor(index, place=x.place)
-    return via_float32(lambda rows: paddle.gather(rows, at), x)
 
 
 class _AfterGather(PyLayer):  # type: ignore[misc]
@@ -103,4 +95,4 @@ class _AfterGather(PyLayer):  # type: ignore[misc]
     @staticmethod
     @differentiable_once
     def backward(ctx: PyLayerContext, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad.clone(), paddle.zeros(ctx.shape, "float32")
+        return grad.clone(), grad.new_zeros(ctx.shape, dtype="float32")

@@ -15,7 +15,7 @@ from paddle_vl_sp.attention.groups import group_or_alone
 from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
 from paddle_vl_sp.autograd import differentiable_once, via_float32
 from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
-from paddle_vl_sp.comm.exchange import all_to_all
+from paddle_vl_sp.comm.exchange import all_to_all, all_to_all_equal, has_all_to_all
 from paddle_vl_sp.layout import SeqLayout
 
 
@@ -189,8 +189,12 @@ class _HeadsToSequence(PyLayer):  # type: ignore[misc]
 
 def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """[B, lengths[rank], H, D] -> [B, sum(lengths), H / nranks, D]"""
-    batch, _, heads, width = x.shape
+    batch, own, heads, width = x.shape
     share = heads // group.nranks
+    if _is_one_buffer(x, lengths, group):
+        sent = x.reshape([batch, own, group.nranks, share, width]).transpose([2, 0, 1, 3, 4])
+        arrived = all_to_all_equal(sent, group)  # [nranks, B, lengths[rank], H / nranks, D], both
+        return arrived.transpose([1, 0, 2, 3, 4]).reshape([batch, group.nranks * own, share, width])
     parts = [x[:, :, rank * share : (rank + 1) * share] for rank in range(group.nranks)]
     shapes = [[batch, length, share, width] for length in lengths]
     return paddle.concat([part for part in all_to_all(parts, shapes, group) if part.size] or [parts[0]], axis=1)
@@ -199,7 +203,15 @@ def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
 def _to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """[B, sum(lengths), H / nranks, D] -> [B, lengths[rank], H, D]"""
     batch, _, share, width = x.shape
+    if _is_one_buffer(x, lengths, group):
+        sent = x.reshape([batch, group.nranks, lengths[0], share, width]).transpose([1, 0, 2, 3, 4])
+        arrived = all_to_all_equal(sent, group)  # [nranks, B, lengths[rank], H / nranks, D], both
+        return arrived.transpose([1, 2, 0, 3, 4]).reshape([batch, lengths[0], group.nranks * share, width])
     ends = list(accumulate(lengths))
     parts = [x[:, end - length : end] for end, length in zip(ends, lengths, strict=True)]
     shapes = [[batch, lengths[group.rank], share, width]] * group.nranks
     return paddle.concat(all_to_all(parts, shapes, group), axis=2)
+
+
+def _is_one_buffer(x: Tensor, lengths: Sequence[int], group: Group) -> bool:
+    return has_all_to_all(group) and len(set(lengths)) == 1 and x.size > 0

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from paddle_vl_sp.comm.resident import Resident, check_not_capturing
 from paddle_vl_sp.layout import SeqLayout
 
 Boundaries: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"  # of all rows of the batch, or of each
@@ -67,12 +68,19 @@ def _visible_by_bounds(share: SeqLayout, causal: bool, bounds: RowBounds | None,
         ends.append(np.repeat(edge[1:], np.diff(edge)))
     own = share.positions()
     begin, end = (np.searchsorted(own, np.stack(edges)).astype(np.int32) for edges in (begins, ends))
+    check_not_capturing(place)
     return VisibleRows(paddle.to_tensor(begin, place=place), paddle.to_tensor(end, place=place))
 
 
 def visible_by_indices(share: SeqLayout, indices: Tensor) -> VisibleRows:
     """By flashmask's row indices [B, 1, S, 1]: the global row from which each key is no longer seen. Causal."""
-    own = paddle.to_tensor(share.positions(), place=indices.place)
+    own, begin = (x.on(indices.place) for x in _own_positions(share))
     ends = paddle.searchsorted(own, indices.reshape([indices.shape[0], -1]).astype("int64"), out_int32=True)  # [B, S]
-    key = paddle.to_tensor(np.arange(share.seq_len), place=indices.place)
-    return VisibleRows(paddle.searchsorted(own, key, out_int32=True).expand(ends.shape), ends)
+    return VisibleRows(begin.expand(ends.shape), ends)
+
+
+@lru_cache(maxsize=16)
+def _own_positions(share: SeqLayout) -> tuple[Resident, Resident]:
+    """The positions of this rank's rows, and for each key the first row that is not before it."""
+    own = share.positions()
+    return Resident(own), Resident(np.searchsorted(own, np.arange(share.seq_len)).astype(np.int32))

@@ -115,17 +115,25 @@ def pass_on(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: G
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """parts[r] goes to rank r; the r-th tensor of the result, of shapes[r], came from rank r.
-
-    One collective if the backend has it and all parts have one shape, else messages.
-    """
+    """parts[r] goes to rank r; the r-th tensor of the result, of shapes[r], came from rank r. By messages."""
     me = group.rank
     arriving = [_buffer(shape, parts[me]) for shape in shapes]
-    is_one_shape = len({tuple(x.shape) for x in parts} | {tuple(shape) for shape in shapes}) == 1
-    if not is_gloo(group) and is_one_shape and parts[me].size:
-        dist.alltoall(arriving, [part.contiguous() for part in parts], group=group)
-        return arriving
     others = [rank for rank in range(group.nranks) if rank != me]
     Messages([(r, parts[r]) for r in others], [(r, arriving[r]) for r in others], group).wait()
     arriving[me] = parts[me]
     return arriving
+
+
+def all_to_all_equal(x: Tensor, group: Group) -> Tensor:
+    """x[r] goes to rank r, the result's [r] came from rank r: [nranks, ..] both. One collective on one buffer.
+
+    Only where `has_all_to_all`.
+    """
+    arriving = _buffer(x.shape, x)
+    dist.alltoall_single(arriving, x.contiguous(), group=group)
+    return arriving
+
+
+def has_all_to_all(group: Group) -> bool:
+    """False on gloo, where messages replace it."""
+    return not is_gloo(group)

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-import numpy as np
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
 
 from paddle_vl_sp.autograd import differentiable_once, via_float32
-from paddle_vl_sp.backends.dispatch import on_place
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.agree import agree_on, check_equal_fingerprints, fingerprint
 from paddle_vl_sp.comm.collectives import Group
-from paddle_vl_sp.comm.uneven import MODES, Indices, UnevenRows
+from paddle_vl_sp.comm.resident import Resident
+from paddle_vl_sp.comm.uneven import MODES, UnevenRows, rank_after_rank
 from paddle_vl_sp.settings import check_choice
 
 Rows = TypeVar("Rows", bound="Tensor | Sequence[Tensor]")
@@ -67,7 +66,7 @@ def all_gather_rows(
         wants_grad = agree_rows(xs, form, fingerprint(counts, mode, grad), error, group).needs_grad
     else:
         wants_grad = needs_grad(xs)
-    whole = gather_rows(xs, UnevenRows(tuple(counts)), group, mode, grad, wants_grad)
+    whole = gather_rows(xs, rank_after_rank(tuple(counts)), group, mode, grad, wants_grad)
     return cast(Rows, whole if is_list else whole[0])
 
 
@@ -126,7 +125,7 @@ def gather_rows(
 def collect_rows(xs: Sequence[Tensor], rows: UnevenRows, group: Group | None, mode: str = "max") -> list[Tensor]:
     """As `gather_rows`, for a PyLayer's own forward or backward: no gradient; one process only orders its rows."""
     if not collectives.has_peers(group):
-        return [x if rows.order is None else take_rows(x, rows.order) for x in xs]
+        return [take_rows(x, rows.in_order) for x in xs]
     return list(_unpack(_GATHER[mode](_pack(xs), rows, group), [x.shape[1:] for x in xs]))
 
 
@@ -184,16 +183,14 @@ def _gather_padded(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     missing = rows.longest - own.shape[0]
     if missing:
         own = paddle.concat([own, own.new_zeros([missing, own.shape[1]])])
-    return take_rows(collectives.all_gather(own, group), rows.from_padded())
+    return take_rows(collectives.all_gather(own, group), rows.from_padded)
 
 
 def _sum_among_zeros(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     # -0.0 and not 0.0, which would turn a row's -0.0 into 0.0: x + -0.0 is x, in every bit, for every x
     zero = own.new_full([1, own.shape[1]], -0.0)
-    place = rows.rows_of(group.rank)
-    source = np.full(rows.total, len(place), dtype=np.int64)
-    source[place] = np.arange(len(place))
-    return collectives.all_reduce_sum(take_rows(paddle.concat([own, zero]), source), group)
+    padded = paddle.concat([own, zero])
+    return collectives.all_reduce_sum(take_rows(padded, rows.among_others(group.rank)), group)
 
 
 def _broadcast_each(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
@@ -202,14 +199,14 @@ def _broadcast_each(own: Tensor, rows: UnevenRows, group: Group) -> Tensor:
         block = own if rank == group.rank else own.new_empty([count, own.shape[1]])
         blocks.append(collectives.broadcast(block, rank, group))
     whole = paddle.concat(blocks)
-    return whole if rows.order is None else take_rows(whole, rows.order)
+    return take_rows(whole, rows.in_order)
 
 
 def _scatter_sum(grad: Tensor, rows: UnevenRows, group: Group) -> Tensor:
     if not collectives.has_reduce_scatter(group):
         return _cut_sum(grad, rows, group)
     padding = grad.new_zeros([1, grad.shape[1]])
-    blocks = take_rows(paddle.concat([grad, padding]), rows.to_padded())
+    blocks = take_rows(paddle.concat([grad, padding]), rows.to_padded)
     return collectives.reduce_scatter_sum(blocks, group)[: rows.counts[group.rank]]
 
 
@@ -226,12 +223,12 @@ _GATHER = {"max": _gather_padded, "sum": _sum_among_zeros, "ragged": _broadcast_
 _SUM_AND_CUT = {"max": _scatter_sum, "sum": _cut_sum, "ragged": _reduce_each}
 
 
-def take_rows(x: Tensor, index: Indices) -> Tensor:
+def take_rows(x: Tensor, index: Resident) -> Tensor:
     """x[index], rows of x; a view where they follow each other in x."""
-    first, size = (int(index[0]) if index.size else 0), index.size
-    if size == 0 or bool((np.diff(index) == 1).all()):
+    if index.stretch is not None:
+        first, size = index.stretch
         return x if size == x.shape[0] else x[first : first + size]
-    at = on_place(index, x.place)
+    at = index.on(x.place)
     return via_float32(lambda rows: paddle.gather(rows, at), x)
 
 

@@ -1,12 +1,14 @@
-"""Gathering rows of which every rank has another number: what each way costs, which row goes where. Numpy only."""
+"""Gathering rows of which every rank has another number: what each way costs, which row goes where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import consecutive
 
 MODES = ("max", "sum", "ragged")
@@ -38,22 +40,47 @@ class UnevenRows:
     def longest(self) -> int:
         return max(self.counts)
 
-    def rows_of(self, rank: int) -> Indices:
+    def rows_of(self, rank: int) -> Resident:
         """Which rows of the result are those of `rank`: above [1 3] of rank 0, [0 2 4] of rank 2."""
-        begin = sum(self.counts[:rank])
-        return self._place[begin : begin + self.counts[rank]]
+        return self._rows_of_ranks[rank]
 
-    def from_padded(self) -> Indices:
+    @cached_property
+    def in_order(self) -> Resident:
+        """The order, or 0 1 2 .. where it is rank after rank."""
+        return Resident(np.arange(self.total, dtype=np.int64) if self.order is None else self.order)
+
+    @cached_property
+    def back(self) -> Resident:
+        """The inverse of the order, for every row of the ranks its row in the result: [1 3 0 2 4] above."""
+        back = np.arange(self.total, dtype=np.int64)
+        back[self.in_order.array] = np.arange(self.total, dtype=np.int64)
+        return Resident(back)
+
+    @cached_property
+    def from_padded(self) -> Resident:
         """For every row of the result its row in the ranks' blocks, padded to the longest: [6 0 7 1 8] above."""
         start = np.arange(len(self.counts), dtype=np.int64) * self.longest
         padded = consecutive(start, np.asarray(self.counts, dtype=np.int64))
-        return padded if self.order is None else padded[self.order]
+        return Resident(padded if self.order is None else padded[self.order])
 
-    def to_padded(self) -> Indices:
+    @cached_property
+    def to_padded(self) -> Resident:
         """For every padded row its row in the result, and `total` for padding: [1 3 5  5 5 5  0 2 4] above."""
         rows = np.full(len(self.counts) * self.longest, self.total, dtype=np.int64)
-        rows[self.from_padded()] = np.arange(self.total, dtype=np.int64)
-        return rows
+        rows[self.from_padded.array] = np.arange(self.total, dtype=np.int64)
+        return Resident(rows)
+
+    def among_others(self, rank: int) -> Resident:
+        """For every row of the result its row in `rank`'s block, and the block's length for others' rows.
+
+        Above [2 0 2 1 2] of rank 0.
+        """
+        if rank not in self._among_others:
+            place = self.rows_of(rank).array
+            source = np.full(self.total, len(place), dtype=np.int64)
+            source[place] = np.arange(len(place))
+            self._among_others[rank] = Resident(source)
+        return self._among_others[rank]
 
     def wire_rows(self, mode: str) -> int:
         """Rows that each of n ranks sends in one gather, on average, times n / (n - 1).
@@ -78,10 +105,16 @@ class UnevenRows:
         collectives = {"max": 1, "sum": 1, "ragged": max(owners, 1)}
         return min(MODES, key=lambda mode: self.wire_rows(mode) * row_bytes + collectives[mode] * COLLECTIVE_BYTES)
 
-    @property
-    def _place(self) -> Indices:
-        """For every row of the ranks, rank after rank, its row in the result: the inverse of `order`."""
-        place = np.arange(self.total, dtype=np.int64)
-        if self.order is not None:
-            place[self.order] = np.arange(self.total, dtype=np.int64)
-        return place
+    @cached_property
+    def _rows_of_ranks(self) -> list[Resident]:
+        return [Resident(rows) for rows in np.split(self.back.array, np.cumsum(self.counts)[:-1])]
+
+    @cached_property
+    def _among_others(self) -> dict[int, Resident]:
+        return {}
+
+
+@lru_cache(maxsize=16)
+def rank_after_rank(counts: tuple[int, ...]) -> UnevenRows:
+    """Without an order of its own. Kept, so that its indices stay on the device from one forward to the next."""
+    return UnevenRows(counts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.autograd import via_float32
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.sequence.padding import checked_bounds, source_positions
 
@@ -59,34 +61,47 @@ def shard_batch(
     _check_names(batch, fill, whole)
     lengths = {name: int(x.shape[-1]) for name, x in batch.items() if name in fill and x is not None}
     real = _real_bounds(lengths, layout, cu_seqlens)
-    source = source_positions(real, layout)[layout.positions()]  # [S_local], -1 where padded
-    shifted = _next_in_segment(real, source) if shift_labels else source
+    sources = [_sources(tuple(real.tolist()), layout, shifted) for shifted in (False, shift_labels)]
     share = dict(batch)
     for name in lengths:
-        share[name] = _gather_or_fill(batch[name], shifted if name in WITH_LABELS else source, fill[name])
+        share[name] = _gather_or_fill(batch[name], sources[name in WITH_LABELS], fill[name])
     return share
 
 
-def _gather_or_fill(x: Array, source: npt.NDArray[np.int64], fill: float) -> Array:
-    """x [..., S] at the source positions of its last axis, `fill` where the source is -1: [..., S_local]"""
-    positions, padded = np.maximum(source, 0), source < 0
+class _Sources(NamedTuple):
+    """For each of this rank's positions its position in the batch's arrays (0 where it is padding)."""
+
+    positions: Resident  # int64 [S_local]
+    padded: Resident  # bool [S_local]
+
+
+@lru_cache(maxsize=16)
+def _sources(real: tuple[int, ...], layout: SeqLayout, shifted: bool) -> _Sources:
+    """Of the labels, where they are shifted: of the next position in the segment."""
+    bounds = np.asarray(real, dtype=np.int64)
+    source = source_positions(bounds, layout)[layout.positions()]
+    source = _next_in_segment(bounds, source) if shifted else source
+    return _Sources(Resident(np.maximum(source, 0)), Resident(source < 0))
+
+
+def _gather_or_fill(x: Array, sources: _Sources, fill: float) -> Array:
+    """x [..., S] at the source positions of its last axis, `fill` where there is none: [..., S_local]"""
+    positions, padded = sources
     if isinstance(x, np.ndarray):
-        gathered = x[..., positions]
-        gathered[..., padded] = fill
+        gathered = x[..., positions.array]
+        gathered[..., padded.array] = fill
         return gathered
-    if not positions.size:
-        return paddle.empty([*x.shape[:-1], 0], x.dtype)
-    return via_float32(lambda y: _gather_or_fill_tensor(y, positions, padded, fill), x)
+    if not positions.array.size:
+        return x.new_empty([*x.shape[:-1], 0])
+    return via_float32(lambda y: _gather_or_fill_tensor(y, sources, fill), x)
 
 
-def _gather_or_fill_tensor(
-    x: Tensor, positions: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_], fill: float
-) -> Tensor:
-    gathered = paddle.gather(x, paddle.to_tensor(positions, place=x.place), axis=len(x.shape) - 1)
-    if not padded.any():
+def _gather_or_fill_tensor(x: Tensor, sources: _Sources, fill: float) -> Tensor:
+    gathered = paddle.gather(x, sources.positions.on(x.place), axis=len(x.shape) - 1)
+    if not sources.padded.array.any():
         return gathered
-    mask = paddle.to_tensor(padded, place=x.place).expand(gathered.shape)
-    return paddle.where(mask, paddle.full(gathered.shape, fill, x.dtype), gathered)
+    mask = sources.padded.on(x.place).expand(gathered.shape)
+    return paddle.where(mask, x.new_full(gathered.shape, fill), gathered)
 
 
 def _next_in_segment(real: npt.NDArray[np.int64], source: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
-import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.autograd import via_float32
 from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.comm.gather import GRADS, gather_rows, needs_grad, take_rows
-from paddle_vl_sp.comm.uneven import UnevenRows
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout, layouts_of_all_ranks
+from paddle_vl_sp.sequence.gathered import rows_in_order
 from paddle_vl_sp.sequence.padding import checked_bounds, source_positions
 from paddle_vl_sp.settings import check_choice
 
@@ -40,23 +40,24 @@ def unshard(
     if x.shape[axis] != layout.local_len:
         raise ValueError(f"axis {axis} of x {list(x.shape)} must be this rank's {layout.local_len} positions")
     check_choice("grad", grad, GRADS)
-    order = np.argsort(
-        np.concatenate([share.positions() for share in shares])
-    )  # [S], the row of each position among the gathered shares
-    rows = UnevenRows(tuple(share.local_len for share in shares), order)
+    rows = rows_in_order(shares)
     x = x.moveaxis(axis, 0)  # [S_local, ...]
     if has_peers(group):
         (x,) = gather_rows([x], rows, group, "max", grad, needs_grad([x]))  # [S, ...]
     else:
-        x = take_rows(x, order)
+        x = take_rows(x, rows.in_order)
     if cu_seqlens is not None:
-        source = source_positions(checked_bounds(cu_seqlens, layout), layout)
-        kept = paddle.to_tensor(np.flatnonzero(source >= 0), place=x.place)
-        x = via_float32(lambda y: paddle.gather(y, kept), x)
+        x = take_rows(x, _kept(tuple(checked_bounds(cu_seqlens, layout).tolist()), layout))
     return x.moveaxis(0, axis)
 
 
-def _all_shares(layout: SeqLayout, group: Group | None) -> list[SeqLayout]:
+@lru_cache(maxsize=16)
+def _kept(bounds: tuple[int, ...], layout: SeqLayout) -> Resident:
+    """The positions that are no padding."""
+    return Resident(np.flatnonzero(source_positions(np.asarray(bounds, dtype=np.int64), layout) >= 0))
+
+
+def _all_shares(layout: SeqLayout, group: Group | None) -> tuple[SeqLayout, ...]:
     expected = layout.cp_rank * layout.sp_size + layout.sp_rank
     nranks, rank = (1, 0) if group is None else (group.nranks, group.rank)
     if (nranks, rank) != (layout.cp_size * layout.sp_size, expected):
@@ -64,4 +65,4 @@ def _all_shares(layout: SeqLayout, group: Group | None) -> list[SeqLayout]:
             f"the group must hold all {layout.cp_size} x {layout.sp_size} ranks of the layout, and this rank as rank "
             f"{expected}; the group says rank {rank} of {nranks}"
         )
-    return layouts_of_all_ranks(layout)
+    return tuple(layouts_of_all_ranks(layout))

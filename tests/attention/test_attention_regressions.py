@@ -6,7 +6,7 @@ from paddle.distributed.fleet.utils import recompute
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import packed_attention, padded_layout, ring_attention, shard_batch
-from paddle_vl_sp.attention.blocks import NO_KEY, Blockwise, attend
+from paddle_vl_sp.attention.blocks import Blockwise
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import ring_schedule
 from paddle_vl_sp.testing import FakeGroup
@@ -21,11 +21,11 @@ def ring_outputs(x, bounds, size):
     result, kernel, heads = np.full(padded.shape, np.nan, "float32"), Blockwise(), x.shape[2]
     for layout in layouts:
         q = kernel.load(paddle.to_tensor(padded[:, layout.positions()]), heads)
-        out, lse = kernel.zeros(q, q.shape[-1]), kernel.zeros(q, 1, NO_KEY)
+        part = None
         for source, blocks in zip(layouts, ring_schedule(layout, True), strict=True):
             keys = kernel.load(paddle.to_tensor(padded[:, source.positions()]), heads)
-            attend(out, lse, q, keys, keys, blocks, kernel, q.shape[-1] ** -0.5)
-        result[:, layout.positions()] = kernel.store(out).numpy()
+            part = kernel.forward(part, q, keys, keys, blocks, q.shape[-1] ** -0.5)
+        result[:, layout.positions()] = kernel.store(part.out).numpy()
     starts = layouts[0].segments()[:, 0]
     real = np.concatenate([s + np.arange(n) for s, n in zip(starts, np.diff(bounds), strict=True)])
     return result[:, real]

@@ -8,7 +8,8 @@ import pytest
 
 from paddle_vl_sp.attention import blocks, kernels, packed_attention
 from paddle_vl_sp.attention.blocks import Blockwise, merge
-from paddle_vl_sp.attention.kernels import Flash, choose_kernel
+from paddle_vl_sp.attention.flash import Flash
+from paddle_vl_sp.attention.kernels import choose_kernel
 from paddle_vl_sp.attention.reference import full_attention
 
 
@@ -82,49 +83,6 @@ def test_merging_is_softmax_over_both():
         np.testing.assert_allclose(lse.numpy(), scores.logsumexp(-1, keepdim=True).numpy(), atol=1e-5)
 
 
-class FlashDouble:
-    """paddle._C_ops.flash_attn and its gradient, by signature, in plain Paddle: refuses what the operators would."""
-
-    def flash_attn(self, q, k, v, seed_offset, mask, dropout, causal, return_softmax, is_test, rng_name):
-        assert (seed_offset, mask, dropout, return_softmax, is_test, rng_name) == (None, None, 0.0, False, True, "")
-        assert all(x.is_contiguous() and x.dtype == paddle.float16 for x in (q, k, v))
-        assert q.shape[1] % 128 == 0
-        kernel = Blockwise()
-        out, lse = kernel.forward(*(kernel.load(x, k.shape[2]) for x in (q, k, v)), q.shape[-1] ** -0.5, causal)
-        lse = kernel.store(lse).squeeze(-1).transpose([0, 2, 1])
-        return kernel.store(out).astype("float16"), None, lse, paddle.zeros([2], "int64")
-
-    def flash_attn_grad(self, q, k, v, out, lse, seed_offset, mask, grad, dropout, causal):
-        assert (mask, dropout) == (None, 0.0)
-        assert seed_offset.place.is_cpu_place()
-        assert all(x.is_contiguous() and x.dtype == paddle.float16 for x in (q, k, v, out, grad))
-        assert lse.shape == [q.shape[0], q.shape[2], q.shape[1]]
-        assert q.shape[1] % 128 == 0
-        kernel, lse = Blockwise(), lse.transpose([0, 2, 1]).unsqueeze(-1)
-        grad, q, keys, values, out, lse = (kernel.load(x, k.shape[2]) for x in (grad, q, k, v, out, lse))
-        shared = kernel.shared(grad, out)
-        parts = kernel.backward(grad, q, keys, values, shared, lse, q.shape[-1] ** -0.5, causal)
-        return tuple(kernel.store(part).astype("float16") for part in parts)
-
-
-@pytest.mark.parametrize("bounds", [(0, 256), (0, 1, 131, 256)])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_the_flash_path_on_a_double_of_the_operators(monkeypatch, scale, causal, bounds):
-    """What a GPU would run, against full attention: fp16, 1e-2 relative. The real operators are not run here."""
-    monkeypatch.setattr(paddle, "_C_ops", FlashDouble())
-    monkeypatch.setattr(kernels, "_flash_obstacles", lambda *_: [])
-    inputs = arrays(256, 4, 2, dtype="float16")
-    got = out_and_grads(packed_attention, inputs, scale=scale, causal=causal, cu_seqlens=bounds)
-    monkeypatch.undo()
-    exact = [x.astype("float32").detach() for x in inputs]
-    for x in exact:
-        x.stop_gradient = False
-    expected = out_and_grads(full_attention, exact, scale=scale, causal=causal, cu_seqlens=bounds)
-    for x, y in zip(got, expected, strict=True):
-        np.testing.assert_allclose(x.astype("float32").numpy(), y.numpy(), atol=1e-2 * float(y.abs().max()))
-
-
 class Described:
     """A tensor as the choice of kernel sees it."""
 
@@ -143,7 +101,7 @@ class Place:
 
 def test_flash_serves_where_it_can(monkeypatch):
     """The choice and the reason for it, by descriptions of tensors: no GPU is needed."""
-    monkeypatch.setattr(kernels, "_before_ampere", lambda: False)
+    monkeypatch.setattr(kernels, "_capability", lambda _: (9, 0))
     chosen = choose_kernel(Described(), Described())
     assert isinstance(chosen.kernel, Flash)
     assert str(chosen).startswith("flash: paddle.bfloat16 on Place(gpu:0), heads of 128")
@@ -161,7 +119,7 @@ def test_flash_serves_where_it_can(monkeypatch):
 )
 def test_blockwise_serves_elsewhere_and_says_why(q, v, reason, monkeypatch):
     """The choice and the reason for it, one for each obstacle."""
-    monkeypatch.setattr(kernels, "_before_ampere", lambda: "capability" in reason)
+    monkeypatch.setattr(kernels, "_capability", lambda _: (7, 5) if "capability" in reason else (9, 0))
     chosen = choose_kernel(q, v)
     assert isinstance(chosen.kernel, Blockwise)
     assert re.search(reason, str(chosen))

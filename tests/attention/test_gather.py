@@ -1,10 +1,12 @@
 """Attention over gathered keys on one process: the rows at a time, the flashmask path on a double, refusals."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+from paddle.base import core
 
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import by_rows, flashmask, gather, gather_attention
@@ -226,6 +228,16 @@ def test_boundaries_of_rows():
     assert row_bounds((0, 3, 8), 2, 8) == ((0, 3, 8),)
     assert row_bounds(np.array([0, 3]), 2, 8) == ((0, 3, 8),)
     assert row_bounds([(0, 3), np.array([0, 8])], 2, 8) == ((0, 3, 8), (0, 8))
+
+
+def test_masks_on_the_host_cannot_be_captured(monkeypatch):
+    """Refused with what to do, on a GPU alone."""
+    q = SimpleNamespace(place=SimpleNamespace(is_gpu_place=lambda: True), dtype=paddle.float32, shape=[1, 8, 4, 8])
+    monkeypatch.setattr(core, "is_cuda_graph_capturing", lambda: True)
+    visible = visible_rows(SeqLayout(8), True, None, paddle.CPUPlace())
+    with pytest.raises(ValueError, match=r"gather_attention of paddle\.float32, heads of 8, has its mask on the host"):
+        list(by_rows._chunks(visible, q))
+    assert list(by_rows._chunks(visible, paddle.zeros(q.shape)))
 
 
 def test_flashmask_is_not_called_without_queries(monkeypatch):

@@ -85,6 +85,42 @@ def test_convolution_is_causal_within_its_segment():
         np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_convolution_in_half_precision(dtype):
+    """Output and gradients are those of fp32, from the same numbers, rounded once: exact bits."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((2, 9, 2, 3)), rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 9, 2, 3))
+    *inputs, weighting = (paddle.to_tensor(value.astype("float32")).astype(dtype) for value in values)
+    exact = [x.astype("float32").detach() for x in inputs]
+    results = []
+    for x, weight in (inputs, exact):
+        x.stop_gradient = weight.stop_gradient = False
+        out = causal_conv(x, weight, (0, 1, 3, 9))
+        results.append([out, *paddle.grad((out.astype("float32") * weighting.astype("float32")).sum(), [x, weight])])
+    for got, want in zip(*results, strict=True):
+        assert str(got.dtype).endswith(dtype)
+        np.testing.assert_array_equal(got.numpy(), want.astype(dtype).numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["ulysses", "state"])
+def test_half_precision_with_rows_of_their_own(method, dtype):
+    """2e-2 relative against fp32, output and all gradients; each row of the batch with boundaries of its own."""
+    bounds, rng = [(0, 5, 24), (0, 24)], np.random.default_rng(2)
+    low = [x.detach().astype(dtype) for x in arrays(24, batch=2)]
+    low.append(paddle.to_tensor(rng.standard_normal((56, 4)).astype("float32")).astype(dtype))
+    exact = [x.astype("float32") for x in low]
+
+    def attend(q, k, v, g, beta, weight):
+        out = gated_delta_net_sp(q, k, v, g, beta, group=None, conv_weight=weight, cu_seqlens=bounds, method=method)
+        return out.astype("float32")
+
+    for x in (*low, *exact):
+        x.stop_gradient = False
+    for x, y in zip(out_and_grads(attend, low), out_and_grads(attend, exact), strict=True):
+        np.testing.assert_allclose(x.astype("float32").numpy(), y.numpy(), atol=2e-2 * float(y.abs().max()))
+
+
 def test_any_delta_rule_is_called_with_the_boundaries():
     """On a group of one nothing moves: the rule sees exactly what was given."""
     inputs, seen = arrays(6), {}

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_double import FlashDouble
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import padded_layout
-from paddle_vl_sp.attention.blocks import NO_KEY, Blockwise, attend, attend_backward
+from paddle_vl_sp.attention.blocks import Blockwise
+from paddle_vl_sp.attention.flash import Flash
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import Block, num_pairs, ring_schedule, ring_share, tiles
 
@@ -116,15 +118,25 @@ def test_tiles_cover_a_block_once(block, size):
     np.testing.assert_array_equal(count, expected)
 
 
-@settings(max_examples=25, deadline=None)
-@given(layouts())
-def test_the_ring_walked_by_hand_equals_full_attention(case):
-    """Forward and backward, 1e-5: each rank's blocks, source after source, with what each source holds."""
-    (layout, lengths, causal), kernel = case, Blockwise()
+@settings(max_examples=50, deadline=None)
+@given(layouts(), st.sampled_from(["blockwise", "flash", "flash, padded log-sum-exp"]))
+def test_the_ring_walked_by_hand_equals_full_attention(case, name):
+    """Forward and backward, 1e-5: each rank's blocks, source after source, with what each source holds.
+
+    Flash is on a double of Paddle's operators.
+    """
+    if name == "blockwise":
+        return walk(case, Blockwise(), 6)
+    with FlashDouble(has_padded_lse="padded" in name):
+        return walk(case, Flash(), 8)
+
+
+def walk(case, kernel, width):
+    layout, lengths, causal = case
     bounds = tuple(np.cumsum([0, *lengths]).tolist())
     real = np.concatenate([s + np.arange(n) for s, n in zip(layout.segments()[:, 0], lengths, strict=True)])
     rng = np.random.default_rng(0)
-    shapes = [(4, 6), (2, 6), (2, 6), (4, 6)]
+    shapes = [(4, width), (2, width), (2, width), (4, width)]
     padded = [np.full((1, layout.seq_len, *shape), 9.0, "float32") for shape in shapes]
     for x in padded:
         x[:, real] = rng.standard_normal(x[:, real].shape)
@@ -140,19 +152,22 @@ def test_the_ring_walked_by_hand_equals_full_attention(case):
         at = mine.positions()
         q, weight = paddle.to_tensor(padded[0][:, at]), paddle.to_tensor(padded[3][:, at])
         q, weight = kernel.load(q, 2), kernel.load(weight, 2)
-        out, lse = kernel.zeros(q, 6), kernel.zeros(q, 1, NO_KEY)
+        part, grad_q = None, None
         sources = [ring_share(layout, source).positions() for source in range(layout.cp_size)]
         steps = list(zip(sources, ring_schedule(mine, causal, lengths), strict=True))
         for keys, blocks in steps:
             k, v = (kernel.load(paddle.to_tensor(x[:, keys]), 2) for x in padded[1:3])
-            attend(out, lse, q, k, v, blocks, kernel, 6**-0.5)
+            part = kernel.forward(part, q, k, v, blocks, width**-0.5)
+        out, lse = part or kernel.nothing(q, width)
         outs[:, at] = kernel.store(out).numpy()
+        shared = kernel.shared(weight, out)
         for keys, blocks in steps:
             k, v = (kernel.load(paddle.to_tensor(x[:, keys]), 2) for x in padded[1:3])
-            parts = tuple(kernel.zeros(x, 6) for x in (q, k, v))
-            attend_backward(parts, weight, q, k, v, kernel.shared(weight, out), lse, blocks, kernel, 6**-0.5)
-            for grad, where, part in zip(grads, (at, keys, keys), parts, strict=True):
-                grad[:, where] += kernel.store(part).numpy()
+            grad_q, *parts = kernel.backward(grad_q, weight, q, k, v, shared, lse, blocks, width**-0.5)
+            for grad, part in zip(grads[1:], parts, strict=True):
+                grad[:, keys] += kernel.store(part).numpy()
+        if grad_q is not None:
+            grads[0][:, at] = kernel.store(grad_q).numpy()
     np.testing.assert_allclose(outs[:, real], expected.numpy(), atol=1e-5, rtol=1e-4)
     for grad, want in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad[:, real], want.numpy(), atol=2e-5, rtol=1e-4)

@@ -10,8 +10,9 @@ from paddle.autograd import PyLayer
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import delta, gated_delta_net_sp, padded_layout, state
 from paddle_vl_sp.attention.delta import chunked, delta_inputs, outputs_from, state_map
-from paddle_vl_sp.attention.shares import Chain, Piece, halo, order_of, pieces, shares_of_group
+from paddle_vl_sp.attention.shares import Chain, Piece, halo, pieces, shares_of_group
 from paddle_vl_sp.layout import layouts_of_all_ranks
+from paddle_vl_sp.sequence.gathered import rows_in_order
 from paddle_vl_sp.testing import FakeGroup
 
 
@@ -30,9 +31,9 @@ def test_worked_examples():
     assert [each.own_passing for each in links] == [[Piece(0, 0, 0, 0, 2)], [Piece(1, 1, 3, 5, 1)]]
     assert links[0].counts() == (1, 1)
     edge = halo(links[1], 3)  # what is before: positions 0 1 for rows 2 3 4, zeros for row 5
-    assert (edge.sent.tolist(), edge.counts, edge.bounds) == ([3], (2, 1), (0, 5, 8))
-    assert edge.source.tolist() == [4, 5, 0, 1, 2, 7, 7, 3]
-    assert edge.kept.tolist() == [2, 3, 4, 7]
+    assert (edge.sent.array.tolist(), edge.counts, edge.bounds) == ([3], (2, 1), (0, 5, 8))
+    assert edge.source.array.tolist() == [4, 5, 0, 1, 2, 7, 7, 3]
+    assert edge.kept.array.tolist() == [2, 3, 4, 7]
     two_rows = Chain(1, shares, ((0, 5, 8), (0, 8)))  # the second row, one segment, follows the first
     assert two_rows.own == [Piece(1, 0, 0, 2, 3), Piece(1, 1, 3, 5, 1), Piece(1, 2, 4, 10, 4)]
     assert (two_rows.edges, two_rows.local_len) == ([0, 5, 8, 16], 8)
@@ -52,13 +53,13 @@ def test_a_piece_reads_what_is_before_it_in_its_segment(lengths, size, kind, tap
     shares = tuple(layouts_of_all_ranks(layout))
     bounds = layout.cu_seqlens or (bounds if bounds[-1] == layout.seq_len else (*bounds, layout.seq_len))
     halos = [halo(Chain(rank, shares, (bounds,)), taps) for rank in range(size)]
-    sent = np.concatenate([share.positions()[edge.sent] for share, edge in zip(shares, halos, strict=True)])
+    sent = np.concatenate([share.positions()[edge.sent.array] for share, edge in zip(shares, halos, strict=True)])
     for rank, (share, edge) in enumerate(zip(shares, halos, strict=True)):
         own = share.positions()
-        assert edge.counts[rank] == edge.sent.size
-        found = np.concatenate([own, sent, [-1]])[edge.source]
-        np.testing.assert_array_equal(found[edge.kept], own)
-        for position, at in zip(own, edge.kept, strict=True):
+        assert edge.counts[rank] == edge.sent.array.size
+        found = np.concatenate([own, sent, [-1]])[edge.source.array]
+        np.testing.assert_array_equal(found[edge.kept.array], own)
+        for position, at in zip(own, edge.kept.array, strict=True):
             begin = max(bound for bound in bounds if bound <= position)
             for back in range(1, taps):
                 expected = position - back if position - back >= begin else -1
@@ -134,6 +135,6 @@ def test_shares_of_a_group():
     assert [share.local_len for share in shares_of_group(layout, FakeGroup(2, 4))] == [4] * 4
     undone = shares_of_group(layout, FakeGroup(1, 2))
     assert [share.positions().tolist() for share in undone] == [[0, 1, 2, 3, 12, 13, 14, 15], list(range(4, 12))]
-    assert order_of(undone).tolist() == [0, 1, 2, 3, *range(8, 16), 4, 5, 6, 7]
+    assert rows_in_order(undone).in_order.array.tolist() == [0, 1, 2, 3, *range(8, 16), 4, 5, 6, 7]
     with pytest.raises(ValueError, match=r"rank 2 of 4 \(cp_size 2, sp_size 2\), but the group says rank 0 of 4"):
         shares_of_group(layout, FakeGroup(0, 4))

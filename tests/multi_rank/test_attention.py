@@ -11,6 +11,7 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
 from cut_arrays import attention_arrays, bounds_of, close, cut, rows_of, same_as_whole, whole
+from flash_double import FlashDouble
 from paddle_vl_sp import SeqLayout
 from paddle_vl_sp.attention import (
     gated_delta_net_sp,
@@ -35,7 +36,9 @@ from rank_cases import hold, pairs
 # ring
 
 
-def ring_case(lengths, *, causal=True, mode="zigzag", packed=True, batch=1, heads=(4, 2), front=False, **options):
+def ring_case(
+    lengths, *, causal=True, mode="zigzag", packed=True, batch=1, heads=(4, 2), front=False, value_width=5, **options
+):
     group = dist.get_group(0)
     size, rank = group.nranks, group.rank
     cu_seqlens = bounds_of(lengths) if packed else None
@@ -44,7 +47,7 @@ def ring_case(lengths, *, causal=True, mode="zigzag", packed=True, batch=1, head
         layout = SeqLayout(sum(lengths), cu_seqlens=cu_seqlens, remainder="front", **cp)
     else:
         layout = padded_layout(sum(lengths), cu_seqlens=cu_seqlens, **cp)
-    *arrays, weight = attention_arrays(batch, sum(lengths), *heads, value_width=5)
+    *arrays, weight = attention_arrays(batch, sum(lengths), *heads, value_width=value_width)
     same_as_whole(
         partial(ring_attention, layout=layout, group=group, causal=causal, lengths=lengths, **options),
         partial(full_attention, causal=causal, cu_seqlens=cu_seqlens, **options),
@@ -86,11 +89,11 @@ def ring_memory():
 # Ulysses
 
 
-def ulysses_case(lengths, *, causal=True, packed=True, batch=1, heads=(4, 4), told=True, **options):
+def ulysses_case(lengths, *, causal=True, packed=True, batch=1, heads=(4, 4), told=True, value_width=5, **options):
     group = dist.get_group(0)
     cu_seqlens = bounds_of(lengths) if packed else None
     layout = SeqLayout(sum(lengths), sp_size=group.nranks, sp_rank=group.rank, cu_seqlens=cu_seqlens, remainder="front")
-    *arrays, weight = attention_arrays(batch, sum(lengths), *heads, value_width=5)
+    *arrays, weight = attention_arrays(batch, sum(lengths), *heads, value_width=value_width)
     how = {"layout": layout} if told else {"cu_seqlens": cu_seqlens}
     same_as_whole(
         partial(ulysses_attention, group=group, causal=causal, **how, **options),
@@ -386,23 +389,79 @@ def as_on_nccl():
         exchange._exchange_on_gloo(sends, expects, group)
         return []
 
-    def alltoall(outputs, inputs, group):
-        used.add("alltoall")
-        peers = range(group.nranks)
-        others = [peer for peer in peers if peer != group.rank]
-        exchange._exchange_on_gloo([(p, inputs[p]) for p in others], [(p, outputs[p]) for p in others], group)
-        paddle.assign(inputs[group.rank], output=outputs[group.rank])
+    def alltoall_single(out_tensor, in_tensor, group):
+        used.add("alltoall_single")
+        assert in_tensor.is_contiguous()
+        assert out_tensor.shape == in_tensor.shape
+        others = [peer for peer in range(group.nranks) if peer != group.rank]
+        arriving = {peer: paddle.empty_like(in_tensor[peer]) for peer in others}
+        exchange._exchange_on_gloo([(p, in_tensor[p]) for p in others], list(arriving.items()), group)
+        arriving[group.rank] = in_tensor[group.rank]
+        paddle.assign(paddle.stack([arriving[peer] for peer in range(group.nranks)]), output=out_tensor)
 
-    doubles = {(exchange, "is_gloo"): lambda _: False, (dist, "alltoall"): alltoall}
+    doubles = {(exchange, "is_gloo"): lambda _: False, (dist, "alltoall_single"): alltoall_single}
     doubles[(dist, "batch_isend_irecv")] = batch_isend_irecv
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), double in doubles.items():
             patch.setattr(module, name, double)
         ring_case([6, 10, 3])
         ulysses_case([16], packed=False, batch=2, told=False)
+        ulysses_case([16 * group.nranks], heads=(2 * group.nranks, group.nranks))
+        linear_case([16], packed=False, told=False)
         ulysses_case([5, 8 * group.nranks])
         all_to_all_equals_gather()
-    assert used == {"batch_isend_irecv", "alltoall"}
+    assert used == {"batch_isend_irecv", "alltoall_single"}
+
+
+def on_flash_attention_in_bfloat16():
+    """In bf16, 2e-2. What travels has one dtype on all ranks, also where a rank has no keys."""
+    group = dist.get_group(0)
+    cut_by = {"cp_size": group.nranks, "cp_rank": group.rank}
+    for lengths, causal, mode in (
+        ([16] * 5, True, "zigzag"), ([6, 10, 3], True, "zigzag"), ([32], False, "zigzag"), ([8, 24], True, "contiguous")
+    ):  # fmt: skip
+        layout = padded_layout(sum(lengths), cu_seqlens=bounds_of(lengths), cp_mode=mode, **cut_by)
+        *arrays, weight = attention_arrays(1, sum(lengths), 4, 2)
+        rows = rows_of(layout, lengths)
+        local = [cut(x, rows).detach().astype("bfloat16") for x in arrays]
+        exact = [paddle.to_tensor(x).astype("bfloat16").astype("float32") for x in arrays]
+        for x in (*local, *exact):
+            x.stop_gradient = False
+        with FlashDouble():
+            out = ring_attention(*local, layout=layout, group=group, causal=causal, lengths=lengths)
+            grads = paddle.grad((out.astype("float32") * cut(weight, rows, 0.0)).sum(), local)
+        expected = full_attention(*exact, causal=causal, cu_seqlens=bounds_of(lengths))
+        wanted = paddle.grad((expected * paddle.to_tensor(weight)).sum(), exact)
+        real = np.flatnonzero(rows >= 0)
+        for got, want in zip([out, *grads], [expected, *wanted], strict=True):
+            assert got.dtype == paddle.bfloat16
+            want = want.numpy()
+            error = np.abs(got.astype("float32").numpy()[:, real] - want[:, rows[real]]).max() / np.abs(want).max()
+            assert error < 2e-2, error
+
+
+def on_flash_attention():
+    """The kernel that a GPU uses, on a double of Paddle's operators: the same results, 1e-5; one call a step."""
+    size = dist.get_world_size()
+    for has_padded_lse in (False, True):
+        with FlashDouble(has_padded_lse) as double:
+            ring = partial(ring_case, value_width=8)
+            ring([32], packed=False, batch=2)
+            assert double.calls["flash_attn_unpadded_grad"] == double.calls["flash_attn_unpadded"]
+            ring([16] * 5)
+            ring([6, 10, 3], scale=0.7)
+            ring([6, 10, 3], causal=False)
+            ring([13], packed=False, mode="contiguous", front=True)
+            ring([1], mode="contiguous", front=True)
+            ring([1, 9, 1], causal=False, heads=(6, 2))
+            ring_recompute()
+            double.calls.clear()
+            ulysses_case([5, 8], value_width=8)
+            assert double.calls["flash_attn_unpadded"] == 1
+            ulysses_case([16], packed=False, batch=2, causal=False, value_width=8)
+            if size == 4:
+                both_case([6, 10, 3])
+                both_case([32], packed=False, batch=2)
 
 
 def emulated_groups():
@@ -504,6 +563,8 @@ CASES = {
     "loss, ranks without valid tokens": loss_on_some_ranks_only,
     "all-to-all": all_to_all_equals_gather,
     "as on NCCL": as_on_nccl,
+    "on flash attention": on_flash_attention,
+    "on flash attention, bf16": on_flash_attention_in_bfloat16,
     "emulated groups": emulated_groups,
 }
 TWO_RANKS = {"groups of fleet": groups_of_fleet}

@@ -79,11 +79,13 @@ def test_unpacking_indices_undo_each_other(counts, seed, permuted):
     total = sum(counts)
     rows = UnevenRows(tuple(counts), np.random.default_rng(seed).permutation(total) if permuted else None)
     whole = np.arange(total)  # the result
-    padded = np.append(whole, -1)[rows.to_padded()].reshape(len(counts), rows.longest)
-    np.testing.assert_array_equal(padded.ravel()[rows.from_padded()], whole)
+    padded = np.append(whole, -1)[rows.to_padded.array].reshape(len(counts), rows.longest)
+    np.testing.assert_array_equal(padded.ravel()[rows.from_padded.array], whole)
     for rank, count in enumerate(counts):
-        np.testing.assert_array_equal(padded[rank, :count], whole[rows.rows_of(rank)])
+        np.testing.assert_array_equal(padded[rank, :count], whole[rows.rows_of(rank).array])
         assert (padded[rank, count:] == -1).all()
+        own = np.append(padded[rank, :count], -1)[rows.among_others(rank).array]
+        np.testing.assert_array_equal(own, np.where(np.isin(whole, padded[rank, :count]), whole, -1))
 
 
 @settings(max_examples=300)
