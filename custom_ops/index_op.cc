@@ -12,8 +12,8 @@ namespace {
 
 using OptionalTensor = paddle::optional<Tensor>;
 
-TokenType token_type(const Tensor& tokens) {
-  switch (tokens.dtype()) {
+TokenType token_type(DataType type) {
+  switch (type) {
     case DataType::INT32:
       return TokenType::kInt32;
     case DataType::INT64:
@@ -23,6 +23,10 @@ TokenType token_type(const Tensor& tokens) {
     default:
       PD_THROW("paddle_vl_sp: tokens must be int32, int64 or bool");
   }
+}
+
+void check_rank(const Shape& tokens) {
+  PD_CHECK(tokens.size() == 2, "paddle_vl_sp: tokens must be [B, S], got ", text(tokens));
 }
 
 Placeholders placeholders(const std::vector<int64_t>& ids) {
@@ -150,7 +154,8 @@ PlanTensors plan_on_cpu(const PlanRequest& request) {
 
 #ifdef VLSP_WITH_CUDA
 PlanTensors plan_on_gpu(const PlanRequest& request, const Tensor& tokens) {
-  void* stream = tokens.stream();
+  const DeviceOf device(tokens);
+  void* stream = device.stream();
   const int64_t num_tiles = num_tiles_cuda(request.tokens);
   Tensor tiles = empty_indices(2 * num_tiles, request.place);
   auto* tile_counts = reinterpret_cast<TileCount*>(tiles.data<int64_t>());
@@ -176,11 +181,11 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
                          const OptionalTensor& table, const std::vector<int64_t>& ids,
                          const std::vector<int64_t>& rule, int64_t table_local_len, bool sequence_first,
                          int64_t num_features, bool padded) {
-  PD_CHECK(tokens.shape().size() == 2, "paddle_vl_sp: tokens must be [B, S]");
+  check_rank(tokens.shape());
   const Ownership ownership(tokens, table, parse_rule(rule), table_local_len);
   const int64_t num_rows = tokens.shape()[0] * ownership.owned().local_len;
   const int64_t padded_size = !padded ? -1 : num_features < 0 ? num_rows : std::min(num_rows, num_features);
-  const PlanRequest request{{tokens.data(), token_type(tokens), tokens.shape()[0], tokens.shape()[1]},
+  const PlanRequest request{{tokens.data(), token_type(tokens.dtype()), tokens.shape()[0], tokens.shape()[1]},
                             placeholders(ids),
                             ownership.owned(),
                             tokens.place(),
@@ -192,10 +197,12 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
 }
 
 std::vector<Shape> plan_shapes(const Shape& tokens, const paddle::optional<Shape>& table) {
+  check_rank(tokens);
   return {{-1}, {-1}, {2}};
 }
 
 std::vector<DataType> plan_types(const DataType& tokens, const paddle::optional<DataType>& table) {
+  token_type(tokens);
   return {DataType::INT64, DataType::INT64, DataType::INT64};
 }
 

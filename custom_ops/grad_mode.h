@@ -1,0 +1,11 @@
+// Whether an operator's result may be differentiated further, which Paddle does not tell a custom operator.
+#pragma once
+
+#include <paddle/phi/api/include/tensor.h>
+
+namespace vlsp {
+
+// Whether what is computed from x belongs to a paddle.grad(..., create_graph=True). Never in a static graph.
+bool is_recorded(const paddle::Tensor& x);
+
+}  // namespace vlsp
