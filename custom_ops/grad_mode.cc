@@ -1,5 +1,7 @@
 #include "grad_mode.h"
 
+#include <paddle/phi/api/include/tensor.h>
+
 #include <atomic>
 
 namespace vlsp {

@@ -1,7 +1,9 @@
 // Whether an operator's result may be differentiated further, which Paddle does not tell a custom operator.
 #pragma once
 
-#include <paddle/phi/api/include/tensor.h>
+namespace paddle {
+class Tensor;
+}
 
 namespace vlsp {
 

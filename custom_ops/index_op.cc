@@ -12,8 +12,8 @@ namespace {
 
 using OptionalTensor = paddle::optional<Tensor>;
 
-TokenType token_type(DataType type) {
-  switch (type) {
+TokenType token_type(const Tensor& tokens) {
+  switch (tokens.dtype()) {
     case DataType::INT32:
       return TokenType::kInt32;
     case DataType::INT64:
@@ -23,10 +23,6 @@ TokenType token_type(DataType type) {
     default:
       PD_THROW("paddle_vl_sp: tokens must be int32, int64 or bool");
   }
-}
-
-void check_rank(const Shape& tokens) {
-  PD_CHECK(tokens.size() == 2, "paddle_vl_sp: tokens must be [B, S], got ", text(tokens));
 }
 
 Placeholders placeholders(const std::vector<int64_t>& ids) {
@@ -181,11 +177,11 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
                          const OptionalTensor& table, const std::vector<int64_t>& ids,
                          const std::vector<int64_t>& rule, int64_t table_local_len, bool sequence_first,
                          int64_t num_features, bool padded) {
-  check_rank(tokens.shape());
+  PD_CHECK(tokens.shape().size() == 2, "paddle_vl_sp: tokens must be [B, S], got ", text(tokens.shape()));
   const Ownership ownership(tokens, table, parse_rule(rule), table_local_len);
   const int64_t num_rows = tokens.shape()[0] * ownership.owned().local_len;
   const int64_t padded_size = !padded ? -1 : num_features < 0 ? num_rows : std::min(num_rows, num_features);
-  const PlanRequest request{{tokens.data(), token_type(tokens.dtype()), tokens.shape()[0], tokens.shape()[1]},
+  const PlanRequest request{{tokens.data(), token_type(tokens), tokens.shape()[0], tokens.shape()[1]},
                             placeholders(ids),
                             ownership.owned(),
                             tokens.place(),
@@ -197,12 +193,10 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
 }
 
 std::vector<Shape> plan_shapes(const Shape& tokens, const paddle::optional<Shape>& table) {
-  check_rank(tokens);
   return {{-1}, {-1}, {2}};
 }
 
 std::vector<DataType> plan_types(const DataType& tokens, const paddle::optional<DataType>& table) {
-  token_type(tokens);
   return {DataType::INT64, DataType::INT64, DataType::INT64};
 }
 

@@ -36,26 +36,6 @@ Shape feature_shape(const Shape& rows, const Shape& like_features) {
   return {like_features[0], rows.back()};
 }
 
-// ---- checks, also while a graph is built: then an unknown size is -1 ----
-
-bool differ(int64_t a, int64_t b) { return a >= 0 && b >= 0 && a != b; }
-
-void check_shapes(const Shape& hidden, const Shape& features, const Shape& update, const Shape& gather) {
-  PD_CHECK(!hidden.empty() && features.size() == 2 && !differ(hidden.back(), features[1]),
-           "paddle_vl_sp: hidden must be [.., H] and features [N, H], got ", text(hidden), " and ",
-           text(features));
-  PD_CHECK(update.size() == 1 && gather.size() == 1 && !differ(update[0], gather[0]),
-           "paddle_vl_sp: update and gather indices must be 1-D and of one length, got ", text(update),
-           " and ", text(gather));
-}
-
-void check_types(DataType hidden, DataType features, DataType update, DataType gather) {
-  element_type(hidden);
-  element_type(features);
-  PD_CHECK(update == DataType::INT64 && gather == DataType::INT64,
-           "paddle_vl_sp: update and gather indices must be int64");
-}
-
 // ---- kernels ----
 
 // One kernel of rows.h in both forms.
@@ -97,11 +77,16 @@ struct Where {
 };
 
 Where check(const Tensor& hidden, const Tensor& features, const Tensor& update, const Tensor& gather) {
-  check_shapes(hidden.shape(), features.shape(), update.shape(), gather.shape());
-  check_types(hidden.dtype(), features.dtype(), update.dtype(), gather.dtype());
+  PD_CHECK(
+      !hidden.shape().empty() && features.shape().size() == 2 && hidden.shape().back() == features.shape()[1],
+      "paddle_vl_sp: hidden must be [.., H] and features [N, H], got ", text(hidden.shape()), " and ",
+      text(features.shape()));
   PD_CHECK(hidden.place() == features.place() && hidden.place() == update.place() &&
                hidden.place() == gather.place(),
            "paddle_vl_sp: hidden, features and indices must be on one device");
+  PD_CHECK(update.dtype() == DataType::INT64 && gather.dtype() == DataType::INT64 &&
+               update.numel() == gather.numel(),
+           "paddle_vl_sp: update and gather indices must be int64 and of one length");
   const int64_t width = features.shape()[1];
   return {{update.data<int64_t>(), gather.data<int64_t>(), update.numel()},
           {width ? hidden.numel() / width : 0, features.shape()[0], width}};
@@ -142,16 +127,11 @@ void add_rows_inplace(Tensor& hidden, const Tensor& features, const Tensor& upda
   write_rows(kAddRows, hidden, features, update, gather);
 }
 
-std::vector<Shape> infer_out_shape(const Shape& hidden, const Shape& features, const Shape& update,
-                                   const Shape& gather, const Shape& like_features, int feature_type) {
-  check_shapes(hidden, features, update, gather);
-  return {hidden};
-}
-
-std::vector<DataType> infer_out_type(const DataType& hidden, const DataType& features, const DataType& update,
-                                     const DataType& gather, const DataType& like_features,
-                                     int feature_type) {
-  check_types(hidden, features, update, gather);
+// The same for shapes and for types. It must not throw: the process would end while a graph is traced, whose
+// inputs are checked in Python and when it runs.
+template <class T>
+std::vector<T> infer_out(const T& hidden, const T& features, const T& update, const T& gather,
+                         const T& like_features, int feature_type) {
   return {hidden};
 }
 
@@ -224,8 +204,8 @@ std::vector<T> infer_double_grad(const T& update, const T& gather, const T& like
       .Outputs({"out"})                                                                       \
       .Attrs({"feature_type: int"})                                                           \
       .SetKernelFn(PD_KERNEL(vlsp::move_rows<kernel>))                                        \
-      .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_out_shape))                                 \
-      .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_out_type));                                 \
+      .SetInferShapeFn(PD_INFER_SHAPE(vlsp::infer_out<vlsp::Shape>))                          \
+      .SetInferDtypeFn(PD_INFER_DTYPE(vlsp::infer_out<vlsp::DataType>));                      \
   PD_BUILD_GRAD_OP(op)                                                                        \
       .Inputs({"update", "gather", "like_features", paddle::Grad("out")})                     \
       .Outputs({paddle::Grad("hidden"), paddle::Grad("features")})                            \

@@ -15,6 +15,7 @@ from paddle import Tensor
 from paddle.static import InputSpec
 
 from paddle_vl_sp.backends import dispatch, load, operators, plain
+from paddle_vl_sp.backends.checks import check_rows
 from paddle_vl_sp.backends.operators import interval_table
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.log import logger
@@ -116,6 +117,7 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
         ]
 
     def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+        check_rows(hidden, features, update, gather)
         add = operators.add_rows if self.backend == "op" else plain.add_rows
         return add(hidden, features, update, gather)
 

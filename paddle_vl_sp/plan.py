@@ -235,6 +235,11 @@ def _check_pairs(plan: VisualPlan) -> None:
 
 def _check_layout(tokens: Array, layout: SeqLayout) -> None:
     batch, seq_len = tokens.shape
+    if not isinstance(batch, int) or not isinstance(seq_len, int):
+        raise ValueError(
+            "a graph of unknown batch or length cannot hold plan_visual, whose layout has a length: trace it with "
+            "InputSpec([B, S]), or use export.IndexBuilder"
+        )
     if seq_len != layout.seq_len:
         raise ValueError(
             f"tokens are [{batch}, {seq_len}] but the layout is for seq_len {layout.seq_len}: plan with the ids of "

@@ -170,3 +170,19 @@ v.plan_visual(mask, None, layout, sequence_first=True, num_features=4, padded=Tr
 print([name for name in sys.modules if name.startswith("paddle") and not name.startswith("paddle_vl_sp")])
 """
     assert python(code)[1] == ["[]"]
+
+
+def test_of_two_pythons_side_by_side_each_takes_its_own_operators(copy):
+    """One whose name sorts last is broken and stays unread; without its own, the others are named."""
+    with_operators()
+    own = load.library_path(copy / "paddle_vl_sp")
+    for other in ("cpython-310", "cpython-399"):
+        (own.parent / f"_ops.{other}-x86_64-linux-gnu.so").write_bytes(b"of another Python")
+    _, lines = python(USE, copy)
+    assert lines[0] == "8.0"
+    assert lines[1].startswith("op on cpu")
+    own.unlink()
+    _, lines = python(USE, copy)
+    assert lines[1].endswith(
+        "for this Python, only _ops.cpython-310-x86_64-linux-gnu.so, _ops.cpython-399-x86_64-linux-gnu.so"
+    )

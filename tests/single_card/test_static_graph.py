@@ -169,7 +169,7 @@ def test_what_guards_memory_in_the_operator_itself():
     hidden, features, update, gather = drawn(2, 6)
     with pytest.raises(ValueError, match=r"hidden must be \[.., H\] and features \[N, H\], got \[2, 6, 4\] and"):
         operators.replace_rows(hidden, features[:, :2], update, gather)
-    with pytest.raises(ValueError, match=r"must be 1-D and of one length, got \[\d\] and \[\d\]"):
+    with pytest.raises(ValueError, match="must be int64 and of one length"):
         operators.replace_rows(hidden, features, update[:-1], gather)
     with pytest.raises(ValueError, match="tokens must be"):
         operators.build_plan(paddle.zeros([8], "int64"), (1,), SeqLayout(8), True, -1, False)
