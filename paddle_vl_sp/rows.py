@@ -56,32 +56,25 @@ def _add_rows(hidden: Tensor, features: Tensor, plan: VisualPlan, inplace: bool)
 
 def _check(hidden: Tensor, features: Tensor, plan: VisualPlan) -> None:
     from paddle_vl_sp.backends import dispatch
-    from paddle_vl_sp.backends.checks import check_rows, known_shape
+    from paddle_vl_sp.backends.checks import check_rows, is_same_shape
 
     if isinstance(plan.update_indices, np.ndarray):
         raise ValueError("the plan holds numpy arrays: bring it to the hidden states first, plan.to(hidden.place)")
-    check_rows(hidden, features, plan.update_indices, plan.gather_indices)
-    _check_fits(plan, known_shape(hidden), known_shape(features))
-    if not dispatch.is_tracing():
-        _check_places(hidden, features, plan)
-
-
-def _check_fits(plan: VisualPlan, hidden: list[int], features: list[int]) -> None:
-    """As far as sizes are known: a traced graph has -1 where the others come with the data."""
-    from paddle_vl_sp.backends.checks import is_same_shape
-
-    leading, row_shape = hidden[:-1], plan.row_shape
-    num_rows = -1 if -1 in row_shape else row_shape[0] * row_shape[1]
-    if not is_same_shape(leading, row_shape) and not is_same_shape(leading, [num_rows]):
+    shape, feature_shape = check_rows(hidden, features, plan.update_indices, plan.gather_indices)
+    row_shape = plan.row_shape
+    num_rows = -1 if -1 in row_shape else plan.num_rows
+    if not is_same_shape(shape[:-1], row_shape) and not is_same_shape(shape[:-1], [num_rows]):
         raise ValueError(
             f"the plan is for hidden states {list(row_shape)} + [H] (or [{num_rows}, H]), got "
-            f"{hidden}: plan with the layout, batch and sequence_first of these hidden states"
+            f"{shape}: plan with the layout, batch and sequence_first of these hidden states"
         )
-    if plan.num_features is not None and not is_same_shape([plan.num_features], features[:1]):
+    if plan.num_features is not None and not is_same_shape([plan.num_features], feature_shape[:1]):
         raise ValueError(
-            f"the plan is for {plan.num_features} feature rows, got {features[0]}: use the features of the "
+            f"the plan is for {plan.num_features} feature rows, got {feature_shape[0]}: use the features of the "
             "batch that was planned"
         )
+    if not dispatch.is_tracing():
+        _check_places(hidden, features, plan)
 
 
 def _check_places(hidden: Tensor, features: Tensor, plan: VisualPlan) -> None:

@@ -23,7 +23,7 @@ UNFIT = {
     "fewer features": ({"features": ([3, 3], "float32")}, "the plan is for 4 feature rows, got 3"),
     "integers": ({"hidden": ([2, 4, 3], "int64")}, "hidden must be floating point, got paddle.int64"),
     "integer features": ({"features": ([4, 3], "int64")}, "features must be floating point, got paddle.int64"),
-    "short indices": ({"update": ([4], "int32")}, r"indices must be int64, got \['int32', 'int64'\]"),
+    "short indices": ({"update": ([4], "int32")}, r"indices must be int64, got paddle.int32"),
 }
 
 
