@@ -9,7 +9,7 @@ NATIVE_SOURCES := custom_ops/index_cpu.cc custom_ops/rows_cpu.cc
 NATIVE_TESTS := $(addprefix tests/native/,kernels_test.cc half_test.cc index_test.cc rows_test.cc)
 NATIVE_DEPS := $(NATIVE_SOURCES) $(NATIVE_TESTS) $(wildcard custom_ops/*.h tests/native/*.h)
 SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
-CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc tests/gpu/emulator/*.h tests/gpu/emulator/*.cc)
+CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc tests/gpu/emulator/*.h tests/gpu/emulator/*.cc tests/gpu/device_double/*.h tests/gpu/device_double/*.cc tests/gpu/device_double/paddle/*.h tests/gpu/device_double/paddle/common/*.h)
 
 .PHONY: demo test coverage lint bench sanitize bench-native clean
 .DELETE_ON_ERROR:

@@ -1,14 +1,18 @@
 """Builds the one extension, paddle_vl_sp._ops, against the Paddle that is installed; everything else is in pyproject.
 
-PADDLE_VL_SP_BUILD   auto (default): without Paddle or a compiler the package installs without operators
-                     require: fail instead;  skip: never build
-PADDLE_VL_SP_CUDA    auto (default): with CUDA where Paddle has it and nvcc is found;  0: never;  1: always
-PADDLE_CUDA_ARCH_LIST, CUDA_HOME as Paddle understands them
+PADDLE_VL_SP_BUILD     auto (default): without Paddle or a compiler the package installs without operators, and where
+                       the CUDA code cannot be built, with those for the CPU; both are said at the end
+                       require: fail instead;  skip: never build
+PADDLE_VL_SP_CUDA      auto (default): with CUDA where Paddle has it;  0: never;  1: always, or fail
+PADDLE_CUDA_ARCH_LIST  8.0;9.0 (default); +PTX behind a number adds its PTX, the highest number has it anyway
+CUDA_HOME, CUDA_PATH   where nvcc is, as Paddle understands them
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +20,19 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = Path("custom_ops")
 BUILD = os.environ.get("PADDLE_VL_SP_BUILD", "auto")
 CUDA = os.environ.get("PADDLE_VL_SP_CUDA", "auto")
+MUST_HAVE_CUDA = CUDA == "1" or (BUILD == "require" and CUDA != "0")
+USUAL_CUDA = "/usr/local/cuda"
+BUILD_ERRORS = (BaseError, CCompilerError)
+notes: list[str] = []  # what is less than it could be, said at the end
+
+
+class NoCuda(Exception):
+    """Why the operators have no CUDA code, in words that the library records for `doctor`."""
 
 
 def find_paddle():
@@ -31,21 +44,27 @@ def find_paddle():
     except ImportError:
         if BUILD == "require":
             raise
-        print("paddle_vl_sp: no Paddle to build against, so no operators; use --no-build-isolation", file=sys.stderr)
+        notes.append("there are no operators, since there is no Paddle to build against; use --no-build-isolation")
         return None
     return paddle
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    beside_home = Path(home) / "bin" / "nvcc" if home else None
-    return str(beside_home) if beside_home and beside_home.exists() else shutil.which("nvcc")
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+    places = [Path(home) / "bin" / "nvcc" if home else "", shutil.which("nvcc") or "", Path(USUAL_CUDA, "bin", "nvcc")]
+    found = next((str(place) for place in places if place and Path(place).is_file()), "")
+    if not found:
+        raise NoCuda("no nvcc was found")
+    return found
 
 
-def with_cuda(paddle) -> bool:
-    if CUDA == "auto":
-        return paddle.is_compiled_with_cuda() and find_nvcc() is not None
-    return CUDA == "1"
+def check_versions(nvcc: str, paddle_cuda: str) -> None:
+    """Raises where nvcc is of another major version than Paddle's CUDA; a Paddle for the CPU has none."""
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)(\.\d+)?", done.stdout)
+    wanted = paddle_cuda.split(".")[0]
+    if release and wanted.isdecimal() and release[1] != wanted:
+        raise NoCuda(f"nvcc was that of CUDA {release[0].removeprefix('release ')} and Paddle has CUDA {paddle_cuda}")
 
 
 def cuda_root(nvcc: str) -> Path:
@@ -55,14 +74,24 @@ def cuda_root(nvcc: str) -> Path:
     return Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
 
 
-def cuda_architectures() -> list[str]:
-    listed = os.environ.get("PADDLE_CUDA_ARCH_LIST", "8.0;9.0").replace(",", ";").replace(" ", ";")
-    return [arch.strip().removesuffix("+PTX").replace(".", "") for arch in listed.split(";") if arch.strip()]
+def cuda_architectures() -> tuple[list[str], list[str]]:
+    """Those to compile machine code for and those whose PTX is embedded, such as "90".
+
+    Later GPUs compile PTX for themselves, but not that of an architecture with a letter.
+    """
+    listed = re.split("[;, ]+", os.environ.get("PADDLE_CUDA_ARCH_LIST") or "8.0;9.0")
+    parsed = [re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", arch) for arch in listed if arch]
+    if None in parsed or not parsed:
+        raise ValueError(f"PADDLE_CUDA_ARCH_LIST must be numbers such as 8.0;9.0+PTX, got {';'.join(listed)}")
+    known = sorted({(int(arch[1] + arch[2]), arch[3]): None for arch in parsed})
+    ptx = {(int(arch[1] + arch[2]), arch[3]) for arch in parsed if arch[4]}
+    ptx |= {max((arch for arch in known if not arch[1]), default=known[-1])}
+    return [f"{number}{letter}" for number, letter in known], [f"{number}{letter}" for number, letter in sorted(ptx)]
 
 
 def operators(paddle) -> Extension:
+    """For the CPU; `with_cuda` makes the other form of it."""
     include, library = Path(paddle.sysconfig.get_include()), Path(paddle.__file__).parent / "base"
-    built_for = {"paddle": paddle.version.full_version, "commit": paddle.version.commit, "cuda": "0"}
     extension = Extension(
         "paddle_vl_sp._ops",
         sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
@@ -73,18 +102,11 @@ def operators(paddle) -> Extension:
         library_dirs=[str(library)],
         extra_link_args=["-l:libpaddle.so", f"-Wl,-rpath,{library}", "-Wl,--strip-debug"],
         language="c++",
-        optional=BUILD != "require",
+        optional=BUILD != "require" and CUDA != "1",
     )
-    extension.cuda = with_cuda(paddle)
-    if extension.cuda:
-        root = cuda_root(find_nvcc() or "nvcc")
-        built_for["cuda"] = ",".join(cuda_architectures())
-        extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]  # thrust, since CUDA 13
-        extension.library_dirs.append(str(root / "lib64"))
-        extension.define_macros.append(("VLSP_WITH_CUDA", None))
-        extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    record = " ".join(f"{key}={value}" for key, value in built_for.items())
-    extension.define_macros.append(("VLSP_BUILD", f'"vlsp-build {record} "'))
+    extension.built_for = {"paddle": paddle.version.full_version, "commit": paddle.version.commit, "cuda": "0"}
+    extension.wants_cuda = CUDA == "1" or (CUDA == "auto" and paddle.is_compiled_with_cuda())
+    extension.paddle_cuda = str(paddle.version.cuda())
     return extension
 
 
@@ -92,22 +114,61 @@ class BuildOperators(build_ext):
     """Compiles the .cu files with nvcc; they do not include Paddle, so the host compiler does all the rest."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.cuda:
-            ext.extra_objects = [
-                self.compile_cuda(path) for path in sorted(SOURCES.glob("*.cu")) if path.stem != "c_api"
-            ]
-        super().build_extension(ext)
+        self.force = True  # a library that is there may be for another Paddle, or without CUDA
+        try:
+            if not (ext.wants_cuda and self.build_with_cuda(ext)):
+                self.build_with(ext)
+        except BUILD_ERRORS as error:
+            notes.append(f"there are no operators, slower plain Paddle will be used: {error}")
+            raise
 
-    def compile_cuda(self, source: Path) -> str:
+    def build_with_cuda(self, ext: Extension) -> bool:
+        """False where it failed and need not be."""
+        try:
+            self.build_with(self.with_cuda(ext))
+        except (NoCuda, *BUILD_ERRORS) as error:
+            why = str(error) if isinstance(error, NoCuda) else "they did not compile or link with CUDA"
+            if MUST_HAVE_CUDA:
+                raise RuntimeError(f"CUDA operators are required: {why}; PADDLE_VL_SP_CUDA=0 does without") from error
+            ext.built_for["why"] = why.replace(" ", "_")
+            notes.append(f"the operators are for the CPU only, since {why}: on a GPU, slower plain Paddle will be used")
+            return False
+        return True
+
+    def with_cuda(self, ext: Extension) -> Extension:
+        nvcc = find_nvcc()
+        check_versions(nvcc, ext.paddle_cuda)
+        machine, ptx = cuda_architectures()
+        ext, root = copy.deepcopy(ext), cuda_root(nvcc)
+        ext.extra_objects = [
+            self.compile_cuda(nvcc, path, machine, ptx) for path in sorted(SOURCES.glob("*.cu")) if path.stem != "c_api"
+        ]
+        ext.built_for |= {"cuda": ",".join(machine), "ptx": ",".join(ptx)}
+        ext.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]  # thrust, since CUDA 13
+        ext.library_dirs.append(str(root / "lib64"))
+        ext.define_macros.append(("VLSP_WITH_CUDA", None))
+        ext.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return ext
+
+    def compile_cuda(self, nvcc: str, source: Path, machine: list[str], ptx: list[str]) -> str:
         target = Path(self.build_temp) / f"{source.stem}.cu.o"
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_architectures()]
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise RuntimeError("PADDLE_VL_SP_CUDA=1 but there is no nvcc: set CUDA_HOME or put nvcc on the PATH")
-        self.spawn([nvcc, "-std=c++17", "-O3", *archs, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(target)])
+        archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
+        archs += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+        try:
+            self.spawn([nvcc, "-std=c++17", "-O3", *archs, "-Xcompiler=-fPIC", "-c", str(source), "-o", str(target)])
+        except BUILD_ERRORS as error:
+            raise NoCuda(f"nvcc failed on {source.name}") from error
         return str(target)
+
+    def build_with(self, ext: Extension) -> None:
+        record = " ".join(f"{key}={value}" for key, value in ext.built_for.items())
+        ext = copy.copy(ext)
+        ext.define_macros = [*ext.define_macros, ("VLSP_BUILD", f'"vlsp-build {record} "')]
+        super().build_extension(ext)
 
 
 paddle = find_paddle()
 setup(ext_modules=[operators(paddle)] if paddle else [], cmdclass={"build_ext": BuildOperators})
+for note in notes:
+    print(f"\n{'=' * 80}\npaddle_vl_sp: {note}\n{'=' * 80}\n", file=sys.stderr)

@@ -153,7 +153,8 @@ PlanTensors plan_on_gpu(const PlanRequest& request, const Tensor& tokens) {
   PD_CHECK(request.tokens.batch * std::max(request.tokens.seq_len, request.owned.local_len) <= kMaxTokensCuda,
            "paddle_vl_sp: on a GPU a batch has at most 2^31 - 1 tokens, got ", request.tokens.batch, " x ",
            request.tokens.seq_len);
-  void* stream = tokens.stream();
+  const DeviceOf device(tokens);
+  void* stream = device.stream();
   Tensor workspace = empty_indices(workspace_size_cuda(request.tokens), request.place);
   void* memory = workspace.data<int64_t>();
   Tensor counts = empty_indices(2, request.place);
@@ -176,7 +177,7 @@ std::vector<Tensor> plan(const Tensor& tokens,  // [B, S]
                          const OptionalTensor& table, const std::vector<int64_t>& ids,
                          const std::vector<int64_t>& rule, int64_t table_local_len, bool sequence_first,
                          int64_t num_features, bool padded) {
-  PD_CHECK(tokens.shape().size() == 2, "paddle_vl_sp: tokens must be [B, S]");
+  PD_CHECK(tokens.shape().size() == 2, "paddle_vl_sp: tokens must be [B, S], got ", text(tokens.shape()));
   const Ownership ownership(tokens, table, parse_rule(rule), table_local_len);
   const int64_t num_rows = tokens.shape()[0] * ownership.owned().local_len;
   const int64_t padded_size = !padded ? -1 : num_features < 0 ? num_rows : std::min(num_rows, num_features);

@@ -5,6 +5,7 @@
 // their memory until the backward pass. The type is the attribute feature_type. The number, which may be
 // unknown while a graph is built, is the height of the input like_features [N, 0].
 
+#include "grad_mode.h"
 #include "paddle_op.h"
 #include "rows.h"
 #include "unshared.h"
@@ -48,7 +49,7 @@ struct Kernel {
   void launch(const Tensor& x, const Args&... args) const {
     if (!x.is_gpu()) return cpu(args...);
 #ifdef VLSP_WITH_CUDA
-    check_cuda(cuda(args..., x.stream()), name);
+    check_cuda(cuda(args..., DeviceOf(x).stream()), name);
 #else
     refuse_gpu(name);
 #endif
@@ -79,7 +80,8 @@ struct Where {
 Where check(const Tensor& hidden, const Tensor& features, const Tensor& update, const Tensor& gather) {
   PD_CHECK(
       !hidden.shape().empty() && features.shape().size() == 2 && hidden.shape().back() == features.shape()[1],
-      "paddle_vl_sp: hidden must be [.., H] and features [N, H]");
+      "paddle_vl_sp: hidden must be [.., H] and features [N, H], got ", text(hidden.shape()), " and ",
+      text(features.shape()));
   PD_CHECK(hidden.place() == features.place() && hidden.place() == update.place() &&
                hidden.place() == gather.place(),
            "paddle_vl_sp: hidden, features and indices must be on one device");
@@ -127,7 +129,8 @@ void add_rows_inplace(Tensor& hidden, const Tensor& features, const Tensor& upda
   kAddRowsInPlace.launch(hidden, written(hidden), read(features), where.pairs, where.shape);
 }
 
-// The same for shapes and for types.
+// The same for shapes and for types. It must not throw: the process would end while a graph is traced, whose
+// inputs are checked in Python and when it runs.
 template <class T>
 std::vector<T> infer_out(const T& hidden, const T& features, const T& update, const T& gather,
                          const T& like_features, int feature_type) {
@@ -179,6 +182,9 @@ std::vector<Tensor> merge_rows_double_grad(const Tensor& update, const Tensor& g
                                            const Tensor& like_features, const Tensor& out_grad,
                                            const Tensor& hidden_grad_grad, const Tensor& feature_grad_grad,
                                            int feature_type) {
+  PD_CHECK(!is_recorded(hidden_grad_grad) && !is_recorded(feature_grad_grad),
+           "paddle_vl_sp: replace_rows and add_rows have no third gradient: leave create_graph out of the "
+           "second, or keep them out of what is differentiated three times");
   const Shape hidden_shape = out_grad.shape();
   const Tensor hidden = given_or_zeros(hidden_grad_grad, hidden_shape, out_grad.dtype(), out_grad.place());
   const Tensor features =

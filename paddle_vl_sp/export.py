@@ -14,7 +14,8 @@ import paddle
 from paddle import Tensor
 from paddle.static import InputSpec
 
-from paddle_vl_sp.backends import load, operators, plain
+from paddle_vl_sp.backends import dispatch, load, operators, plain
+from paddle_vl_sp.backends.checks import check_rows
 from paddle_vl_sp.backends.operators import interval_table
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.log import logger
@@ -37,7 +38,7 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
     packed           forward takes `interval_table(layout)` as a second input, and B = 1; the table says which positions
                      a rank owns, so one program runs on all ranks
     padded           fixed size B * S_local, unused pairs -1: no shape depends on what is in a tensor
-    backend          "op": one operator; "python": plain Paddle; "auto": the operator where it is loaded
+    backend          "op": one operator; "python": plain Paddle; "auto": the operator where it runs on this device
     The other arguments are those of SeqLayout. A length that does not divide stops the program.
     """
 
@@ -116,6 +117,7 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
         ]
 
     def forward(self, hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor) -> Tensor:
+        check_rows(hidden, features, update, gather)
         add = operators.add_rows if self.backend == "op" else plain.add_rows
         return add(hidden, features, update, gather)
 
@@ -148,4 +150,6 @@ def _chosen_backend(backend: str) -> str:
     available = load.backend()
     if backend == "op" and available.name != "op":
         raise ValueError(f"backend 'op' needs the operators, but they are not loaded: {available.reason}")
-    return available.name if backend == "auto" else backend
+    if backend == "auto":
+        return "op" if dispatch.has_operators(paddle.get_device()) else "python"
+    return backend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -156,17 +156,29 @@ def plan_visual(
 
     On a device tensor the exact form synchronises once, the padded form never.
     """
+    options = (sequence_first, num_features, padded)
+    if isinstance(tokens, np.ndarray):
+        return _plan(host.build_plan, tokens, placeholder_ids, layout, *options)
+    from paddle_vl_sp.backends import dispatch
+
+    return dispatch.untranslated(_plan, dispatch.build_plan, tokens, placeholder_ids, layout, *options)
+
+
+def _plan(
+    build: Callable[..., tuple[Array, Array, Array]],
+    tokens: Array,
+    placeholder_ids: Sequence[int] | None,
+    layout: SeqLayout,
+    sequence_first: bool,
+    num_features: int | None,
+    padded: bool,
+) -> VisualPlan:
     ids = checked_ids(tokens, placeholder_ids)
     _check_layout(tokens, layout)
     if num_features is not None and num_features < 0:
         raise ValueError(f"num_features must not be negative, got {num_features}; leave it out if it is not known")
     limit = -1 if num_features is None else int(num_features)
-    if isinstance(tokens, np.ndarray):
-        update, gather, counts = host.build_plan(tokens, ids, layout, sequence_first, limit, padded)
-    else:
-        from paddle_vl_sp.backends import dispatch
-
-        update, gather, counts = dispatch.build_plan(tokens, ids, layout, sequence_first, limit, padded)
+    update, gather, counts = build(tokens, ids, layout, sequence_first, limit, padded)
     batch = int(tokens.shape[0])
     row_shape = (layout.local_len, batch) if sequence_first else (batch, layout.local_len)
     if padded:
@@ -224,6 +236,11 @@ def _check_pairs(plan: VisualPlan) -> None:
 
 def _check_layout(tokens: Array, layout: SeqLayout) -> None:
     batch, seq_len = tokens.shape
+    if not isinstance(batch, int) or not isinstance(seq_len, int):
+        raise ValueError(
+            "a graph of unknown batch or length cannot hold plan_visual, whose layout has a length: trace it with "
+            "InputSpec([B, S]), or use export.IndexBuilder"
+        )
     if seq_len != layout.seq_len:
         raise ValueError(
             f"tokens are [{batch}, {seq_len}] but the layout is for seq_len {layout.seq_len}: plan with the ids of "

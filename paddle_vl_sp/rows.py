@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +20,7 @@ def replace_rows(hidden: Tensor, features: Tensor, plan: VisualPlan) -> Tensor:
     """
     from paddle_vl_sp.backends import dispatch
 
-    if not dispatch.is_tracing():  # in a traced graph shapes are not numbers; there the operators check memory bounds
-        _check(hidden, features, plan)
-    return dispatch.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
+    return dispatch.untranslated(_replace_rows, hidden, features, plan)
 
 
 def add_rows(hidden: Tensor, features: Tensor, plan: VisualPlan, *, inplace: bool = False) -> Tensor:
@@ -35,49 +32,55 @@ def add_rows(hidden: Tensor, features: Tensor, plan: VisualPlan, *, inplace: boo
     """
     from paddle_vl_sp.backends import dispatch
 
-    if not dispatch.is_tracing():
-        _check(hidden, features, plan)
-        if inplace and hidden.is_leaf and not hidden.stop_gradient:
-            raise ValueError(
-                "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
-                "pass inplace=False, or hidden states that an operation made"
-            )
+    return dispatch.untranslated(_add_rows, hidden, features, plan, inplace)
+
+
+def _replace_rows(hidden: Tensor, features: Tensor, plan: VisualPlan) -> Tensor:
+    from paddle_vl_sp.backends import dispatch
+
+    _check(hidden, features, plan)
+    return dispatch.replace_rows(hidden, features, plan.update_indices, plan.gather_indices)
+
+
+def _add_rows(hidden: Tensor, features: Tensor, plan: VisualPlan, inplace: bool) -> Tensor:
+    from paddle_vl_sp.backends import dispatch
+
+    _check(hidden, features, plan)
+    if inplace and not dispatch.is_tracing() and hidden.is_leaf and not hidden.stop_gradient:
+        raise ValueError(
+            "add_rows(inplace=True) got a leaf that needs a gradient: its old value would be lost; "
+            "pass inplace=False, or hidden states that an operation made"
+        )
     return dispatch.add_rows(hidden, features, plan.update_indices, plan.gather_indices, inplace)
 
 
 def _check(hidden: Tensor, features: Tensor, plan: VisualPlan) -> None:
-    """Reads fields of the plan, not its properties, which Paddle's bytecode translator (to_static) cannot trace."""
+    from paddle_vl_sp.backends import dispatch
+    from paddle_vl_sp.backends.checks import check_rows, is_same_shape
+
     if isinstance(plan.update_indices, np.ndarray):
         raise ValueError("the plan holds numpy arrays: bring it to the hidden states first, plan.to(hidden.place)")
-    for name, x in (("hidden", hidden), ("features", features)):
-        if not hasattr(x, "place"):
-            raise ValueError(f"{name} must be a Paddle tensor, got {type(x).__name__}: paddle.to_tensor(...) makes one")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    leading, width = list(hidden.shape[:-1]), hidden.shape[-1]
-    if len(features.shape) != 2 or not _is_same_shape([features.shape[1]], [width]):
+    shape, feature_shape = check_rows(hidden, features, plan.update_indices, plan.gather_indices)
+    row_shape = plan.row_shape
+    num_rows = -1 if -1 in row_shape else plan.num_rows
+    if not is_same_shape(shape[:-1], row_shape) and not is_same_shape(shape[:-1], [num_rows]):
         raise ValueError(
-            f"features must be [N, {width}] for hidden states {list(hidden.shape)}, got {list(features.shape)}"
+            f"the plan is for hidden states {list(row_shape)} + [H] (or [{num_rows}, H]), got "
+            f"{shape}: plan with the layout, batch and sequence_first of these hidden states"
         )
-    num_rows = plan.row_shape[0] * plan.row_shape[1]
-    if not _is_same_shape(leading, plan.row_shape) and not _is_same_shape(leading, [num_rows]):
+    if plan.num_features is not None and not is_same_shape([plan.num_features], feature_shape[:1]):
         raise ValueError(
-            f"the plan is for hidden states {list(plan.row_shape)} + [H] (or [{num_rows}, H]), got "
-            f"{list(hidden.shape)}: plan with the layout, batch and sequence_first of these hidden states"
-        )
-    if plan.num_features is not None and not _is_same_shape([plan.num_features], [features.shape[0]]):
-        raise ValueError(
-            f"the plan is for {plan.num_features} feature rows, got {features.shape[0]}: use the features of the "
+            f"the plan is for {plan.num_features} feature rows, got {feature_shape[0]}: use the features of the "
             "batch that was planned"
         )
+    if not dispatch.is_tracing():
+        _check_places(hidden, features, plan)
+
+
+def _check_places(hidden: Tensor, features: Tensor, plan: VisualPlan) -> None:
     tensors: list[Tensor] = [hidden, features, plan.update_indices, plan.gather_indices]
     places = {str(x.place) for x in tensors}
     if len(places) > 1:
         raise ValueError(
             f"hidden, features and plan must be on one device, got {sorted(places)}: plan.to(hidden.place)"
         )
-
-
-def _is_same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two shapes are equal, as far as they are known: -1 is an unknown size."""
-    return len(a) == len(b) and all(x == y or -1 in (x, y) for x, y in zip(a, b, strict=True))

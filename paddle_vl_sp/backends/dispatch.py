@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import paddle
 from paddle import Tensor
+from paddle.jit.sot import psdb
 
 from paddle_vl_sp.backends import load, plain
 from paddle_vl_sp.layout import SeqLayout
@@ -15,6 +17,8 @@ from paddle_vl_sp.layout import SeqLayout
 if TYPE_CHECKING:
     import numpy.typing as npt
     from paddle.base.core import Place
+
+Result = TypeVar("Result")
 
 
 def build_plan(
@@ -77,19 +81,33 @@ def on_place(x: Tensor | npt.NDArray[Any], place: str | Place) -> Tensor:
     return tensor.to(place, blocking=False)
 
 
+def untranslated(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), eagerly inside the default `to_static`, whose bytecode translator knows no properties."""
+    psdb.fallback(recursive=True)
+    return function(*arguments)
+
+
 def is_tracing() -> bool:
     """Whether a static graph is being traced, where tensors have no place and shapes may not be numbers."""
     return not paddle.in_dynamic_mode()
 
 
+def has_operators(device: str) -> bool:
+    """Whether the operators can run on a device such as "cpu" or "gpu:0"."""
+    kind, _, number = device.partition(":")
+    return load.has_kernels_for(int(number)) if kind == "gpu" else kind in load.backend().devices
+
+
 def _implementation(x: Tensor) -> ModuleType:
     """The module to use on x's device or, while a graph is traced, on the current one, where it will run."""
-    if not is_tracing():
-        device = "cpu" if x.place.is_cpu_place() else "gpu" if x.place.is_gpu_place() else "other"
-    else:
-        device = paddle.get_device().split(":")[0]
-    if device not in load.backend().devices:
+    if not has_operators(paddle.get_device() if is_tracing() else _device(x)):
         return plain
     from paddle_vl_sp.backends import operators
 
     return operators
+
+
+def _device(x: Tensor) -> str:
+    if x.place.is_gpu_place():
+        return f"gpu:{x.place.gpu_device_id()}"
+    return "cpu" if x.place.is_cpu_place() else "other"

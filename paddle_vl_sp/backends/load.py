@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import re
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
+from paddle_vl_sp.backends.record import architectures, build_info, is_built_for, runs_on, why_no_cuda
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, setting
 
@@ -50,7 +51,33 @@ def backend() -> Backend:
         logger.warning("the custom operators are not available, plain Paddle is used: %s; %s", why, rebuild())
         return Backend("python", (), str(why))
     devices = ("cpu",) if info["cuda"] == "0" else ("cpu", "gpu")
-    return Backend("op", devices, f"operators built for Paddle {info['paddle']}")
+    without = f", without CUDA: {why_no_cuda(info)}" if "why" in info else ""
+    return Backend("op", devices, f"operators built for Paddle {info['paddle']}{without}")
+
+
+@functools.cache
+def has_kernels_for(gpu: int) -> bool:
+    """Whether the operators can run on that GPU, compared once; if not, one warning, and plain Paddle is used there."""
+    if backend().name != "op":
+        return False
+    lacking = missing_kernels(build_info(library_path(HERE)), gpu)
+    if lacking and setting(BACKEND) == "op":
+        raise OperatorsUnavailable(f"{BACKEND}=op requires the operators on gpu:{gpu}: {lacking}; {rebuild()}")
+    if lacking:
+        logger.warning(
+            "the operators have nothing to run on gpu:%s, plain Paddle is used there: %s; %s", gpu, lacking, rebuild()
+        )
+    return not lacking
+
+
+def missing_kernels(info: dict[str, str], gpu: int) -> str:
+    """Why operators with this record cannot run on a GPU; empty where they can."""
+    if info["cuda"] == "0":
+        return f"they were built without CUDA, since {why_no_cuda(info)}"
+    major, minor = paddle.device.cuda.get_device_capability(gpu)
+    if runs_on(info, (major, minor)):
+        return ""
+    return f"they hold {architectures(info)}, which it cannot run: build with PADDLE_CUDA_ARCH_LIST={major}.{minor}"
 
 
 class OperatorsUnavailable(ImportError):
@@ -72,16 +99,23 @@ def _hidden_package() -> Path | None:
     """An installed package with operators that this one, imported from its source, hides."""
     for found in importlib.metadata.distributions(name="paddle-vl-sp"):
         folder = Path(str(found.locate_file("paddle_vl_sp"))).resolve()
-        if folder != HERE.resolve() and any(folder.glob("_ops*.so")):
+        if folder != HERE.resolve() and library_path(folder).is_file():
             return folder
     return None
 
 
+def library_path(folder: Path) -> Path:
+    """Where the operators for this Python are: beside them may be those for another."""
+    return folder / f"_ops{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
 def _load_operators(folder: Path) -> dict[str, str]:
-    libraries = sorted(folder.glob("_ops*.so"))
-    if not libraries:
-        raise OperatorsUnavailable(f"there are no compiled operators in {folder}")
-    info = build_info(libraries[-1])
+    library = library_path(folder)
+    if not library.is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("_ops*.so")))
+        only = f" for this Python, only {others}" if others else ""
+        raise OperatorsUnavailable(f"there are no compiled operators in {folder}{only}")
+    info = build_info(library)
     running = running_paddle()
     if not is_built_for(running, info):  # loading it could abort the process
         raise OperatorsUnavailable(
@@ -89,24 +123,14 @@ def _load_operators(folder: Path) -> dict[str, str]:
             f"this is {running['paddle']} ({running['commit']})"
         )
     try:
-        load_op_meta_info_and_register_op(str(libraries[-1]))
+        load_op_meta_info_and_register_op(str(library))
     except (OSError, RuntimeError, ValueError) as error:
-        raise OperatorsUnavailable(f"{libraries[-1].name} does not load: {error}") from error
+        raise OperatorsUnavailable(f"{library.name} does not load: {error}") from error
     from paddle_vl_sp.backends import operators
 
-    operators.learn_references(libraries[-1])
+    operators.set_up(library)
     return info
 
 
 def running_paddle() -> dict[str, str]:
     return {"paddle": paddle.version.full_version, "commit": paddle.version.commit}
-
-
-def is_built_for(running: dict[str, str], info: dict[str, str]) -> bool:
-    return {key: info.get(key) for key in running} == running
-
-
-def build_info(library: Path) -> dict[str, str]:
-    """What a library of operators was built for (paddle, commit, cuda), read from the file without loading it."""
-    found = re.search(rb"vlsp-build ((?:\w+=\S* )+)", library.read_bytes())
-    return dict(pair.split("=", 1) for pair in found[1].decode().split()) if found else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,21 @@ def _like(num_features: int, features: Tensor) -> Tensor:
 
 def _element_type(x: Tensor) -> int:
     return ELEMENT_TYPES.index(x.dtype)
+
+
+def set_up(library: Path) -> None:
+    """What the operators cannot know by themselves."""
+    ctypes.CDLL(str(library)).vlsp_set_creates_graph(_creates_graph)
+    learn_references(library)
+
+
+def _is_creating_graph() -> bool:
+    """Whether an operator is called from paddle.grad(..., create_graph=True), the Python frame below this one."""
+    caller = sys._getframe().f_back
+    return caller is not None and bool(caller.f_locals.get("create_graph"))
+
+
+_creates_graph = ctypes.CFUNCTYPE(ctypes.c_bool)(_is_creating_graph)  # kept, since the library calls it
 
 
 def learn_references(library: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from paddle_vl_sp.backends.record import architectures, build_info, is_built_for, why_no_cuda
 from paddle_vl_sp.cli import Answer
 from paddle_vl_sp.cli.installation import (
     FAIL,
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Answer:
     checks = [*check_versions(), *check_conflicts()]
     paddle = _import_paddle()
-    checks += check_compilers(not isinstance(paddle, Check) and paddle.is_compiled_with_cuda())
+    has_cuda = not isinstance(paddle, Check) and paddle.is_compiled_with_cuda()
+    checks += check_compilers(paddle.version.cuda() if has_cuda else "")
     if isinstance(paddle, Check):
         checks.append(paddle)
     else:
@@ -77,9 +79,9 @@ def check_operators() -> Iterator[Check]:
     """Whether there are operators and they fit, and whether they are in use."""
     from paddle_vl_sp.backends import load
 
-    libraries = sorted(load.HERE.glob("_ops*.so"))
-    if libraries:
-        operators = _built_for(libraries[-1].name, load.build_info(libraries[-1]), load.running_paddle())
+    library = load.library_path(load.HERE)
+    if library.is_file():
+        operators = _built_for(library.name, build_info(library), load.running_paddle())
     else:
         operators = Check(WARN, "operators", "none compiled: plain Paddle is used, more slowly", load.rebuild())
     yield operators
@@ -94,13 +96,18 @@ def _built_for(name: str, info: dict[str, str], running: dict[str, str]) -> Chec
     def short(build: dict[str, str]) -> str:
         return f"{build.get('paddle', 'unknown')} ({build.get('commit', 'unknown')[:10]})"
 
-    if not load.is_built_for(running, info):
+    if not is_built_for(running, info):
         message = f"{name} was built for Paddle {short(info)}, this is {short(running)}: it is not loaded"
         return Check(FAIL, "operators", message, load.rebuild())
     if paddle.is_compiled_with_cuda() and info["cuda"] == "0":
-        message = f"{name} was built without CUDA: plain Paddle is used on the GPU"
+        message = f"{name} was built without CUDA, since {why_no_cuda(info)}: plain Paddle is used on the GPU"
         return Check(WARN, "operators", message, f"with nvcc on the PATH, {load.rebuild()}")
-    cuda = "CPU" if info["cuda"] == "0" else f"CPU and sm_{info['cuda'].replace(',', ', sm_')}"
+    gpus = range(paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0)
+    lacking = [f"gpu:{gpu}: {why}" for gpu in gpus if (why := load.missing_kernels(info, gpu))]
+    if lacking:
+        message = f"{name}: plain Paddle is used on {'; '.join(lacking)}"
+        return Check(WARN, "operators", message, load.rebuild())
+    cuda = "CPU" if info["cuda"] == "0" else f"CPU and {architectures(info)}"
     return Check(PASS, "operators", f"{name}, built for Paddle {short(info)}, {cuda}")
 
 

@@ -17,6 +17,7 @@ import paddle_vl_sp
 from paddle_vl_sp.settings import ENABLED, SWITCHES, setting
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
 PADDLE = (
     "`pip install paddlepaddle` (CPU; for a GPU as Paddle's installation page says), then install this package again, "
@@ -69,7 +70,8 @@ def check_conflicts() -> Iterator[Check]:
     yield _numpy_and_pyarrow()
 
 
-def check_compilers(paddle_has_cuda: bool) -> Iterator[Check]:
+def check_compilers(paddle_cuda: str) -> Iterator[Check]:
+    """paddle_cuda  the version of Paddle's CUDA; empty where it has none"""
     compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "")
     if shutil.which(compiler):
         yield Check(PASS, "compiler", _output([compiler, "--version"], ""))
@@ -77,17 +79,30 @@ def check_compilers(paddle_has_cuda: bool) -> Iterator[Check]:
         missing = f"CXX={compiler}, which does not exist" if compiler else "none: operators cannot be built here"
         yield Check(WARN, "compiler", missing, "apt install g++, if operators are to be built here")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
-    nvcc = str(Path(home) / "bin" / "nvcc") if home else ""
-    if not Path(nvcc).is_file():
-        nvcc = shutil.which("nvcc") or ""
-    yield _cuda_home(home, nvcc, paddle_has_cuda)
+    nvcc = _find_nvcc(home)
+    yield _cuda_home(home, nvcc, bool(paddle_cuda))
     if nvcc:
-        yield Check(PASS, "nvcc", f"{nvcc}: {_output([nvcc, '--version'], 'release')}")
-    elif paddle_has_cuda:
+        yield _nvcc(nvcc, paddle_cuda)
+    elif paddle_cuda:
         fix = "install the CUDA toolkit, export CUDA_HOME, then install paddle-vl-sp again"
         yield Check(WARN, "nvcc", "none: operators for the GPU cannot be built here", fix)
     else:
         yield Check(PASS, "nvcc", "none, and Paddle for the CPU needs none")
+
+
+def _find_nvcc(home: str) -> str:
+    """Where setup.py looks for it."""
+    places = (str(Path(home) / "bin" / "nvcc") if home else "", shutil.which("nvcc") or "", USUAL_NVCC)
+    return next((place for place in places if place and Path(place).is_file()), "")
+
+
+def _nvcc(nvcc: str, paddle_cuda: str) -> Check:
+    says = _output([nvcc, "--version"], "release")
+    release = says.partition("release ")[2]
+    if paddle_cuda and _major(release) != _major(paddle_cuda):
+        message = f"{nvcc}: {says}, and Paddle has CUDA {paddle_cuda}: operators for the GPU cannot be built with it"
+        return Check(WARN, "nvcc", message, f"the toolkit of CUDA {_major(paddle_cuda)}: export CUDA_HOME")
+    return Check(PASS, "nvcc", f"{nvcc}: {says}")
 
 
 def _switches() -> Check:

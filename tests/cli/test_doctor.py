@@ -151,7 +151,7 @@ def test_a_switch_with_an_unknown_word_fails_and_the_rest_is_checked(name):
 def test_operators_for_another_paddle_are_found(copy):
     """A library with another commit in it: both are named, the rest of the package works in plain Paddle."""
     with_operators()
-    (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
+    library = load.library_path(copy / "paddle_vl_sp")
     commit = load.build_info(library)["commit"].encode()
     library.write_bytes(library.read_bytes().replace(b"commit=" + commit, b"commit=" + b"0" * len(commit)))
     code, found = call_json("doctor", "--no-upstream", cwd=copy)
@@ -179,37 +179,41 @@ def test_no_operators_at_all_is_a_warning(copy):
     assert json.dumps(found).count("--no-build-isolation") == 1
 
 
-@pytest.mark.parametrize(("has_cuda", "state"), [(False, WARN), (True, FAIL)])
-def test_a_broken_cuda_home_is_found(monkeypatch, tmp_path, has_cuda, state):
+@pytest.mark.parametrize(("cuda", "state"), [("", WARN), ("13.0", FAIL)])
+def test_a_broken_cuda_home_is_found(monkeypatch, tmp_path, cuda, state):
     """Of a folder that does not exist and of one without nvcc; worse where Paddle has CUDA."""
     for home, why in ((tmp_path / "gone", "there is no such folder"), (tmp_path, "it has no bin/nvcc")):
         monkeypatch.setenv("CUDA_HOME", str(home))
-        check = by_subject(check_compilers(has_cuda))["CUDA_HOME"]
+        check = by_subject(check_compilers(cuda))["CUDA_HOME"]
         assert (check.state, why in check.message) == (state, True)
         assert "CUDA_HOME" in check.fix
 
 
 def test_a_good_cuda_home_passes(monkeypatch, tmp_path):
-    """Its nvcc is the one that is shown."""
+    """Its nvcc is the one that is shown; of another major version than Paddle's CUDA it is of no use."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho nvcc\necho Cuda compilation tools, release 99.1\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    checks = by_subject(check_compilers(True))
+    checks = by_subject(check_compilers("99.0"))
     assert checks["CUDA_HOME"].state == PASS
-    assert checks["nvcc"].message == f"{nvcc}: Cuda compilation tools, release 99.1"
+    assert (checks["nvcc"].state, checks["nvcc"].message) == (PASS, f"{nvcc}: Cuda compilation tools, release 99.1")
+    check = by_subject(check_compilers("13.0"))["nvcc"]
+    assert (check.state, "and Paddle has CUDA 13.0" in check.message) == (WARN, True)
+    assert check.fix == "the toolkit of CUDA 13: export CUDA_HOME"
 
 
 def test_missing_compilers_are_named(monkeypatch, tmp_path):
     """No g++ is a warning; no nvcc is one only where Paddle has CUDA."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installation, "USUAL_NVCC", str(tmp_path / "nvcc"))
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    checks = by_subject(check_compilers(False))
+    checks = by_subject(check_compilers(""))
     assert (checks["compiler"].state, checks["nvcc"].state) == (WARN, PASS)
     assert "apt install g++" in checks["compiler"].fix
-    assert by_subject(check_compilers(True))["nvcc"].state == WARN
+    assert by_subject(check_compilers("13.0"))["nvcc"].state == WARN
 
 
 def test_the_conflict_of_numpy_and_pyarrow_is_found(monkeypatch):
@@ -247,7 +251,36 @@ def test_a_paddle_with_cuda_and_operators_without(monkeypatch):
     with_operators()
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
     check = by_subject(check_operators())["operators"]
-    assert (check.state, "built without CUDA" in check.message) == (WARN, True)
+    assert (check.state, "built without CUDA, since it was not asked for" in check.message) == (WARN, True)
+
+
+def test_gpus_that_the_operators_cannot_run_on(monkeypatch, tmp_path):
+    """By each GPU's number and architecture, what the library holds, and the fix; one that fits is no finding."""
+    monkeypatch.setattr(load, "HERE", tmp_path)
+    built = {**load.running_paddle(), "cuda": "80,90", "ptx": "90"}
+    record = " ".join(f"{key}={value}" for key, value in built.items())
+    load.library_path(tmp_path).write_text(f"vlsp-build {record} ")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda gpu: [(9, 0), (7, 5)][gpu])
+    check = by_subject(check_operators())["operators"]
+    assert check.state == WARN
+    assert "plain Paddle is used on gpu:1: they hold machine code for sm_80, sm_90 and PTX of 90" in check.message
+    assert "PADDLE_CUDA_ARCH_LIST=7.5" in check.message
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda gpu: (12, 0))
+    check = by_subject(check_operators())["operators"]
+    assert (check.state, check.message.endswith("CPU and machine code for sm_80, sm_90 and PTX of 90")) == (PASS, True)
+
+
+def test_why_there_is_no_cuda_code_is_told(monkeypatch, tmp_path):
+    """In the words that the build has left in the library."""
+    monkeypatch.setattr(load, "HERE", tmp_path)
+    built = {**load.running_paddle(), "cuda": "0", "why": "nvcc_failed"}
+    record = " ".join(f"{key}={value}" for key, value in built.items())
+    load.library_path(tmp_path).write_text(f"vlsp-build {record} ")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    check = by_subject(check_operators())["operators"]
+    assert (check.state, "was built without CUDA, since nvcc failed: plain" in check.message) == (WARN, True)
 
 
 def test_without_paddle_the_rest_is_checked():

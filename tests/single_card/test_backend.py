@@ -115,14 +115,14 @@ def test_a_source_tree_in_front_of_the_installed_package_is_told(elsewhere, monk
     found = SimpleNamespace(locate_file=lambda name: elsewhere / "site-packages" / name)
     monkeypatch.setattr("importlib.metadata.distributions", lambda name: [found])
     assert "start from another folder" not in load.rebuild()
-    (installed / "_ops.so").touch()
+    load.library_path(installed).touch()
     assert f"finds the installed package in {installed}" in load.rebuild()
 
 
 def test_operators_of_another_paddle_are_never_loaded(copy):
     """The same result in plain Paddle and both versions in the reason; insisting is an error."""
     with_operators()
-    (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
+    library = load.library_path(copy / "paddle_vl_sp")
     info = load.build_info(library)
     content = library.read_bytes()
     here, other = f"commit={info['commit']} ".encode(), f"commit={'0' * len(info['commit'])} ".encode()
@@ -139,7 +139,7 @@ def test_operators_of_another_paddle_are_never_loaded(copy):
 def test_a_damaged_library_is_not_the_end(copy):
     """The same result in plain Paddle, and the file in the reason."""
     with_operators()
-    (library,) = (copy / "paddle_vl_sp").glob("_ops*.so")
+    library = load.library_path(copy / "paddle_vl_sp")
     marker = library.read_bytes().split(b"vlsp-build ")[1].split(b"\0")[0]
     library.write_bytes(b"not a library, vlsp-build " + marker + b"\0")
     done, lines = python(USE, copy)
@@ -153,7 +153,7 @@ def test_what_a_library_was_built_for_is_read_without_loading_it():
     with_operators()
     import paddle
 
-    (library,) = PACKAGE.glob("_ops*.so")
+    library = load.library_path(PACKAGE)
     assert load.build_info(library) == {
         "paddle": paddle.version.full_version,
         "commit": paddle.version.commit,
@@ -170,3 +170,19 @@ v.plan_visual(mask, None, layout, sequence_first=True, num_features=4, padded=Tr
 print([name for name in sys.modules if name.startswith("paddle") and not name.startswith("paddle_vl_sp")])
 """
     assert python(code)[1] == ["[]"]
+
+
+def test_of_two_pythons_side_by_side_each_takes_its_own_operators(copy):
+    """One whose name sorts last is broken and stays unread; without its own, the others are named."""
+    with_operators()
+    own = load.library_path(copy / "paddle_vl_sp")
+    for other in ("cpython-310", "cpython-399"):
+        (own.parent / f"_ops.{other}-x86_64-linux-gnu.so").write_bytes(b"of another Python")
+    _, lines = python(USE, copy)
+    assert lines[0] == "8.0"
+    assert lines[1].startswith("op on cpu")
+    own.unlink()
+    _, lines = python(USE, copy)
+    assert lines[1].endswith(
+        "for this Python, only _ops.cpython-310-x86_64-linux-gnu.so, _ops.cpython-399-x86_64-linux-gnu.so"
+    )

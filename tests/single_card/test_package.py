@@ -2,13 +2,17 @@
 
 import importlib
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from paddle_vl_sp.backends.record import build_info
 
 ROOT = Path(__file__).parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "build", "*.so", "*.egg-info", "__pycache__", ".hypothesis")
@@ -91,11 +95,26 @@ def cuda_library(tmp_path_factory):
     return next((folder / "lib").rglob("_ops*.so"))
 
 
-def test_operators_with_cuda_say_what_they_were_built_for(cuda_library):
-    """Exact architectures."""
-    from paddle_vl_sp.backends.load import build_info
+def device_code(library):
+    """What the fat binaries in a file hold, by their headers: ("ptx" or "machine code", architecture)."""
+    content, found = library.read_bytes(), []
+    for start in re.finditer(re.escape(struct.pack("<I", 0xBA55ED50)), content):
+        _, _, header, size = struct.unpack_from("<IHHQ", content, start.start())
+        at, end = start.start() + header, start.start() + header + size
+        while at < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, at)
+            (architecture,) = struct.unpack_from("<I", content, at + 28)
+            found.append(({1: "ptx", 2: "machine code"}[kind], architecture))
+            at += entry_header + entry_size
+    return found
 
-    assert build_info(cuda_library)["cuda"] == "80,90"
+
+def test_operators_with_cuda_say_what_they_were_built_for(cuda_library):
+    """Exact architectures, in the record and in the device code of every file: PTX of the highest one."""
+    info = build_info(cuda_library)
+    assert (info["cuda"], info["ptx"]) == ("80,90", "90")
+    assert set(device_code(cuda_library)) == {("machine code", 80), ("machine code", 90), ("ptx", 90)}
+    assert device_code(cuda_library).count(("ptx", 90)) == device_code(cuda_library).count(("machine code", 80)) >= 2
 
 
 def test_operators_with_cuda_register_run_on_the_cpu_and_refuse_what_does_not_fit(cuda_library):
@@ -109,7 +128,7 @@ ids = paddle.to_tensor([[1, 5, 5, 1]])
 print([x.tolist() for x in _C_ops._run_custom_op("vlsp_plan", ids, None, [5], [1, 0, 1, 1, 0, 0], 4, False, -1, False)])
 try:
     _C_ops._run_custom_op("vlsp_plan", ids, None, [5], [1, 0, 1, 3, 0, 0], 4, False, -1, False)
-except OSError as error:
+except ValueError as error:
     print("refused" if "the length 4 is not divisible by 3" in str(error) else error)
 """
     lines = run("-W", "ignore", "-c", code, cwd=cuda_library.parent).stdout.split("\n")
