@@ -106,7 +106,7 @@ class VisualPlan:
 
     def to(self, place: str | Place) -> VisualPlan:
         """The same plan as tensors on `place` ("cpu", "gpu:0" or a Paddle place); the copy does not synchronise."""
-        from paddle_vl_sp.backends.dispatch import on_place
+        from paddle_vl_sp.backends.copies import on_place
 
         update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
         return VisualPlan(update, gather, self.row_shape, self.num_features)
@@ -123,7 +123,7 @@ class _PaddedPlan(VisualPlan):
         return self.counted
 
     def to(self, place: str | Place) -> VisualPlan:
-        from paddle_vl_sp.backends.dispatch import on_place
+        from paddle_vl_sp.backends.copies import on_place
 
         update, gather = on_place(self.update_indices, place), on_place(self.gather_indices, place)
         return _PaddedPlan(update, gather, self.row_shape, self.num_features, on_place(self.counted, place))

@@ -10,7 +10,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.comm.resident import Resident, check_not_capturing
+from paddle_vl_sp.backends.copies import check_not_capturing
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.layout import SeqLayout
 
 Boundaries: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"  # of all rows of the batch, or of each

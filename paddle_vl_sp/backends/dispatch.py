@@ -12,11 +12,11 @@ from paddle import Tensor
 from paddle.jit.sot import psdb
 
 from paddle_vl_sp.backends import load, plain
+from paddle_vl_sp.backends.copies import on_place
 from paddle_vl_sp.layout import SeqLayout
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from paddle.base.core import Place
 
 Result = TypeVar("Result")
 
@@ -73,12 +73,6 @@ def joint_rows(image: Tensor, video: Tensor, order: Tensor | npt.NDArray[np.int6
     if isinstance(order, np.ndarray):
         order = on_place(order, image.place)
     return plain.joint_rows(image, video, order)
-
-
-def on_place(x: Tensor | npt.NDArray[Any], place: str | Place) -> Tensor:
-    """x on the place, without a host sync; a numpy array may be overwritten once this has returned."""
-    tensor = paddle.to_tensor(x, place=paddle.CPUPlace()) if isinstance(x, np.ndarray) else x
-    return tensor.to(place, blocking=False)
 
 
 def untranslated(function: Callable[..., Result], *arguments: Any) -> Result:

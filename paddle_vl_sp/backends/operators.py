@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from paddle_vl_sp.autograd import differentiable_once
 from paddle_vl_sp.backends import plain
+from paddle_vl_sp.backends.copies import on_place
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.log import logger
 
@@ -39,9 +40,7 @@ def build_plan(
     table = None
     if layout.cu_seqlens is not None:
         rows = interval_table(layout)
-        table = paddle.to_tensor(rows, place=paddle.CPUPlace())
-        if len(rows) > MAX_INLINE_INTERVALS:
-            table = table.to(tokens.place, blocking=False)
+        table = on_place(rows, tokens.place if len(rows) > MAX_INLINE_INTERVALS else paddle.CPUPlace())
     return build_plan_of(tokens, table, ids, layout, layout.local_len, sequence_first, num_features, padded)
 
 

@@ -15,6 +15,7 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.backends import host
+from paddle_vl_sp.backends.copies import on_place
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 
 FEW_INTERVALS = 8
@@ -268,10 +269,9 @@ def _own_columns(x: Tensor, layout: SeqLayout) -> Tensor:
     intervals = layout.intervals().tolist()
     if 0 < len(intervals) <= FEW_INTERVALS:
         return paddle.concat([x[:, start : start + length] for start, length in intervals], axis=1)
-    positions = paddle.to_tensor(layout.positions(), place=paddle.CPUPlace())
-    if paddle.in_dynamic_mode():
-        positions = positions.to(x.place, blocking=False)
-    return paddle.index_select(x, positions, axis=1)
+    positions = layout.positions()
+    on_device = on_place(positions, x.place) if paddle.in_dynamic_mode() else paddle.to_tensor(positions)
+    return paddle.index_select(x, on_device, axis=1)
 
 
 def _share(length: Tensor, size: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ class Resident:
 
     def on(self, place: Any) -> Tensor:
         """The copy on the place; not to be written to."""
-        from paddle_vl_sp.backends.dispatch import is_tracing, on_place
+        from paddle_vl_sp.backends.copies import on_place
+        from paddle_vl_sp.backends.dispatch import is_tracing
 
         if is_tracing():  # what belongs to one program must not be kept for the next
             import paddle
@@ -33,7 +34,6 @@ class Resident:
             return paddle.to_tensor(self.array)
         key = str(place)
         if key not in self._copies:
-            check_not_capturing(place)
             self._copies[key] = on_place(self.array, place)
         return self._copies[key]
 
@@ -43,15 +43,3 @@ class Resident:
         if self.array.size == 0:
             return 0, 0
         return (int(self.array[0]), self.array.size) if bool((np.diff(self.array) == 1).all()) else None
-
-
-def check_not_capturing(place: Any) -> None:
-    """Raises where a copy from the host would become a part of a CUDA graph."""
-    from paddle.base import core
-
-    if place.is_gpu_place() and core.is_cuda_graph_capturing():
-        raise ValueError(
-            f"a CUDA graph is being captured, and indices of this forward are not on {place} yet: a copy would be "
-            "captured with host memory that is freed; run the same forward and backward once before the capture, with "
-            "the same layout, boundaries and counts"
-        )

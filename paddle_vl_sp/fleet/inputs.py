@@ -8,7 +8,8 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from paddle_vl_sp.backends.dispatch import joint_rows, on_place
+from paddle_vl_sp.backends.copies import on_place
+from paddle_vl_sp.backends.dispatch import joint_rows
 from paddle_vl_sp.backends.plain import is_any_of
 from paddle_vl_sp.carried import ORDER
 from paddle_vl_sp.interleave import joint_features, order_on_host

@@ -18,7 +18,7 @@ from paddle_vl_sp.attention.flash import Flash
 from paddle_vl_sp.attention.reference import full_attention
 from paddle_vl_sp.attention.schedule import Block
 from paddle_vl_sp.attention.spans import ROOM, ROUNDED, spans
-from paddle_vl_sp.backends import dispatch
+from paddle_vl_sp.backends import copies
 from paddle_vl_sp.testing import FakeGroup
 
 HEADERS = Path(paddle.sysconfig.get_include()) / "paddle"
@@ -266,8 +266,8 @@ def test_launches_do_not_grow_with_the_number_of_segments(segments, size, expect
 def test_the_second_step_copies_no_index(monkeypatch):
     """None at all, forward and backward; the first copies each once."""
     copied = []
-    original = dispatch.on_place
-    monkeypatch.setattr(dispatch, "on_place", lambda x, place: copied.append(x) or original(x, place))
+    original = copies.on_place
+    monkeypatch.setattr(copies, "on_place", lambda x, place: copied.append(x) or original(x, place))
     spans.cache_clear()
     launches(5, 2, 0)
     assert copied

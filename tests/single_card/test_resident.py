@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle.base import core
 
-from paddle_vl_sp import SeqLayout
+from paddle_vl_sp import SeqLayout, plan_visual
 from paddle_vl_sp.attention import (
     flashmask,
     gated_delta_net_sp,
@@ -17,10 +17,12 @@ from paddle_vl_sp.attention import (
     visible,
 )
 from paddle_vl_sp.attention import unshard as attention_unshard
-from paddle_vl_sp.backends import dispatch
+from paddle_vl_sp.backends import copies as copying
+from paddle_vl_sp.backends import operators, plain
+from paddle_vl_sp.backends.copies import check_not_capturing, on_place
 from paddle_vl_sp.comm import collectives
 from paddle_vl_sp.comm.gather import gather_rows, take_rows
-from paddle_vl_sp.comm.resident import Resident, check_not_capturing
+from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.comm.uneven import UnevenRows, rank_after_rank
 from paddle_vl_sp.testing import FakeGroup
 
@@ -42,8 +44,14 @@ def capturing(monkeypatch):
 def copies(monkeypatch):
     """Every array that is copied from the host to a device."""
     found = []
-    original = dispatch.on_place
-    monkeypatch.setattr(dispatch, "on_place", lambda x, place: found.append(x) or original(x, place))
+    original = copying.on_place
+
+    def copy(x, place):
+        copied = original(x, place)
+        found.append(x)
+        return copied
+
+    monkeypatch.setattr(copying, "on_place", copy)
     return found
 
 
@@ -82,6 +90,31 @@ def test_no_copy_is_captured(capturing, copies):
 
 def test_nothing_is_refused_without_capture():
     check_not_capturing(GPU)
+    check_not_capturing("gpu:0")
+
+
+@pytest.mark.parametrize("place", [GPU, "gpu:1"])
+def test_no_host_array_is_captured_by_any_way(capturing, place):
+    """A loader's plan, and any array; what is already on a device moves, and so does all on the CPU."""
+    plan = plan_visual(np.array([[1, 1, 0]]), [1], SeqLayout(3), sequence_first=True)
+    with pytest.raises(ValueError, match="being captured"):
+        plan.to(place)
+    with pytest.raises(ValueError, match="being captured"):
+        on_place(paddle.zeros([2]), place)
+    moved = mock.Mock(spec=paddle.Tensor, **{"place.is_cpu_place.return_value": False})
+    assert on_place(moved, place) is moved.to.return_value
+    assert on_place(np.arange(3), "cpu").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "use", [plain._own_columns, lambda tokens, layout: operators.build_plan(tokens, (1,), layout, True, -1, True)]
+)
+def test_no_table_is_captured(capturing, use):
+    """The intervals of packed rows are a host array: more of them than the kernels take as arguments are copied."""
+    layout = SeqLayout(32, cp_size=2, cp_mode="zigzag", cu_seqlens=range(0, 33, 4))
+    tokens = mock.Mock(spec=paddle.Tensor, place=GPU, shape=[1, 32], dtype=paddle.int64)
+    with pytest.raises(ValueError, match="being captured"):
+        use(tokens, layout)
 
 
 def test_a_traced_graph_keeps_nothing():
