@@ -129,7 +129,9 @@ def main() -> None:
     )
     forward = [Contender(name, way, inputs.prepare) for name, way in all_ways.items()]
     lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds, UPSTREAM)
-    note = f"must move {3 * own * row >> 20} MiB: read two rows, write one"
+    all_rows = plan.row_shape[0] * plan.row_shape[1]
+    on_a_copy = (2 * all_rows + own) * row
+    note = f"must move {3 * own * row >> 20} MiB: read two rows, write one; on a copy {on_a_copy >> 20} MiB"
     show(f"deepstack add, forward: {shape}", lines, f"{note}\n{left_out}" if left_out else note)
 
     def with_backward(way: Way) -> Callable[..., object]:
@@ -138,7 +140,10 @@ def main() -> None:
     both = [Contender(name, with_backward(way), inputs.prepare) for name, way in all_ways.items()]
     moved = (3 * own + own + everywhere) * row
     lines = race(both[-1], both[:-1], copied(moved), args.rounds, UPSTREAM)
-    show(f"deepstack add, forward and backward: {shape}", lines, f"must move {moved >> 20} MiB")
+    note = (
+        f"must move {moved >> 20} MiB; the gradient, which is kept here, is copied too: {2 * all_rows * row >> 20} MiB"
+    )
+    show(f"deepstack add, forward and backward: {shape}", lines, note)
     write_json(args.json)
 
 
