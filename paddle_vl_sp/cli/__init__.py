@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+from paddle_vl_sp.cli.streams import Writer
 
 COMMANDS = {  # each a module of its name, with _ for -
     "doctor": "what is installed, which implementation is in use, what does not fit together, and how to fix it",
@@ -50,39 +50,35 @@ class UsageError(Problem):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the answer on stdout, errors on stderr; returns 0 (fine), 1 (a problem) or 2 (wrong usage)."""
-    _escape_unknown_letters()
+    stdout = Writer()
     given = _parser().parse_args(arguments)
+    try:
+        answer = _answer(given)
+        text = answer.rendered(given.json)
+        if text:
+            stdout.write(text)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"{given.command}: the answer cannot be written: {error}", file=sys.stderr)
+        return 1
+    return answer.code
+
+
+def _answer(given: argparse.Namespace) -> Answer:
     try:
         answer: Answer = _module(given.command).run(given)
     except Problem as error:
-        if not given.json:
-            print(f"{given.command}: {error}", file=sys.stderr)
-            return error.code
-        answer = Answer({"error": str(error)}, code=error.code)
-    text = answer.rendered(given.json)
-    if text:
-        _print(text)
-    return answer.code
+        if given.json:
+            return Answer({"error": str(error)}, code=error.code)
+        print(f"{given.command}: {error}", file=sys.stderr)
+        return Answer(None, code=error.code)
+    return answer
 
 
 def entry() -> None:
     """The installed command."""
     raise SystemExit(main())
-
-
-def _print(text: str) -> None:
-    """If the reader of a pipe, such as `head`, has closed it, the rest is dropped, here and when Python ends."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _escape_unknown_letters() -> None:
-    """A terminal of another alphabet gets them as numbers, instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _module(command: str) -> Any:

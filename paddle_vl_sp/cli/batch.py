@@ -18,6 +18,7 @@ PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a 
 QWEN3_VL_IDS = (151655, 151656)
 MASKS = ("mask", "visual_pos_masks")
 GRIDS = ("image_grid_thw", "video_grid_thw")
+MAX_TOKENS, MAX_RANKS, MAX_COUNTED = 1 << 27, 4096, 1 << 36  # some seconds and GB; counted: by every rank all tokens
 
 Grid = tuple[int, int, int]
 Mask = npt.NDArray[np.bool_]
@@ -72,6 +73,12 @@ def batch_of(arguments: argparse.Namespace) -> Batch:
         raise UsageError(f"--npz has the whole batch: leave out --{', --'.join(made_up)}")
     else:
         mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids))
+    ranks = arguments.cp * arguments.sp
+    if ranks > MAX_RANKS or ranks * mask.size > MAX_COUNTED:
+        raise UsageError(
+            f"--cp {arguments.cp} x --sp {arguments.sp} is {ranks:,} ranks for {mask.size:,} tokens: at most "
+            f"{min(MAX_RANKS, MAX_COUNTED // max(mask.size, 1)):,} ranks are looked at"
+        )
     return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens))
 
 
@@ -165,6 +172,11 @@ def _made_up(arguments: argparse.Namespace) -> tuple[Mask, list[Grid]]:
     batch = 1 if arguments.batch is None else arguments.batch
     if batch < 1 or arguments.seq < 1:
         raise UsageError(f"--batch and --seq must be at least 1, got {batch} and {arguments.seq}")
+    if batch * arguments.seq > MAX_TOKENS:
+        raise UsageError(
+            f"--batch {batch} x --seq {arguments.seq} is more than the {MAX_TOKENS:,} tokens that are looked at one by "
+            "one: fewer samples show the same, sample by sample"
+        )
     per_sample: list[list[Grid]] = [[] for _ in range(batch)]
     for name in ("images", "video"):
         given = getattr(arguments, name) or [""]

@@ -164,3 +164,43 @@ def test_the_reader_of_a_pipe_may_close_it():
 def test_a_table_puts_numbers_right_and_words_left():
     """By hand."""
     assert terminal.table(("name", "n"), [("a", 5), ("bcdef", 10)]) == "name    n\na       5\nbcdef  10"
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), ("inspect", *BATCH), ("plugin-path",)], ids=" ".join)
+@pytest.mark.parametrize(("stdout", "said"), [(">/dev/full", "No space left on device"), (">&-", "stdout is closed")])
+def test_an_answer_that_cannot_be_written_is_an_error(arguments, stdout, said):
+    """Exit code 1 and one line that says why; no traceback, nothing more when Python ends."""
+    done = shell(f"{shlex.join(arguments)} {stdout}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"{arguments[0]}: the answer cannot be written: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_without_stderr_the_answer_is_the_same():
+    """Nothing that a command opens gets the number of the closed stream."""
+    done = shell("doctor --json 2>&-")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == json.loads(shell("doctor --json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (f"--seq {10**14}", "is more than the 134,217,728 tokens"),
+        (f"--seq 4096 --batch {10**10}", "is more than the 134,217,728 tokens"),
+        (f"--seq {10**6} --sp {10**6}", "at most 4,096 ranks"),
+        (f"--seq {1 << 27} --sp 1024", "at most 512 ranks"),
+    ],
+)
+def test_what_would_take_hours_is_refused(arguments, said):
+    """Exit code 2 in seconds, in less than 4 GB."""
+    done = shell(f"inspect {arguments} --images 448x448", before="ulimit -v 4000000; ")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def shell(arguments, before=""):
+    command = f"{before}exec {shlex.quote(sys.executable)} -W ignore -m paddle_vl_sp {arguments}"
+    return subprocess.run(command, shell=True, env=ENV, capture_output=True, text=True, timeout=100, check=False)
