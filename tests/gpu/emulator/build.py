@@ -41,7 +41,7 @@ def build(folder: Path, changes: Iterable[Change] = (), reuse: Path | None = Non
         if reuse is not None and source not in touched:
             objects.append(reuse / name)
             continue
-        options = ["-std=c++20", "-O1", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", "-x", "c++"]
+        options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", "-x", "c++"]
         subprocess.run(["g++", *options, "-c", str(folder / source), "-o", str(folder / name)], check=True)
         objects.append(folder / name)
     library = folder / LIBRARY

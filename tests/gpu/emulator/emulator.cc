@@ -1,4 +1,6 @@
-// Fibers and what they wait for. One operating system thread, so nothing here is locked.
+// Fibers and what they wait for. One operating system thread, so nothing here is locked. A fiber that has run
+// a kernel waits for the next: contexts are made once, and switched without a system call.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -30,7 +32,8 @@ struct Meeting {
 };
 
 struct Fiber {
-  ucontext_t context;
+  jmp_buf place;  // where it waits
+  bool is_started = false, has_ended = false;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
   dim3 index;
   Meeting* waits_for = nullptr;
@@ -38,7 +41,7 @@ struct Fiber {
 };
 
 std::mt19937_64 rng{std::random_device{}()};
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Meeting> meetings;  // the block's, then each warp's
 unsigned current;
@@ -59,10 +62,31 @@ void leave(Meeting& meeting) {
   if (meeting.arrived > 0) fail("ends", meeting.what);
 }
 
+void wait(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
+}
+
 void run_fiber() {
-  (*running_kernel)();
-  leave(meetings[0]);
-  leave(meetings[1 + current / kWarp]);
+  for (;;) {
+    (*running_kernel)();
+    leave(meetings[0]);
+    leave(meetings[1 + current / kWarp]);
+    fibers[current]->has_ended = true;
+    wait(*fibers[current]);
+  }
+}
+
+// Until it waits.
+void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.is_started) _longjmp(fiber.place, 1);
+  fiber.is_started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
 }
 
 const uint64_t* meet(Meeting& meeting, unsigned place, const char* what, uint64_t value) {
@@ -79,7 +103,7 @@ const uint64_t* meet(Meeting& meeting, unsigned place, const char* what, uint64_
   Fiber& fiber = *fibers[current];
   fiber.waits_for = &meeting;
   fiber.turn = meeting.turn + (meeting.arrived > 0 ? 1 : 0);
-  swapcontext(&fiber.context, &scheduler);
+  wait(fiber);
   return meeting.values.data();
 }
 
@@ -100,11 +124,7 @@ void run_block(unsigned num_threads) {
   for (unsigned t = 0; t < num_threads; ++t) {
     if (t == fibers.size()) fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
+    fiber.has_ended = false;
     fiber.index = dim3(t % blockDim.x, t / blockDim.x);
     fiber.waits_for = nullptr;
     alive[t] = t;
@@ -119,8 +139,8 @@ void run_block(unsigned num_threads) {
       current = alive[i];
       threadIdx = fiber.index;
       fiber.waits_for = nullptr;
-      swapcontext(&scheduler, &fiber.context);
-      if (fiber.waits_for == nullptr) {  // it ended
+      resume(fiber);
+      if (fiber.has_ended) {
         alive[i] = alive.back();
         alive.pop_back();
       }
