@@ -167,8 +167,12 @@ def _sum_of_copies(returned: Tensor, routes: Routes) -> Tensor:
     """The gradients of this rank's rows, from those of the copies that it sent."""
     if len(routes.copies) > 1 or (routes.copies[0].array == returned.shape[0]).any():
         returned = paddle.concat([returned, returned.new_zeros([1, returned.shape[1]])])
-    first, *others = (take_rows(returned, places) for places in routes.copies)
-    return sum(others, start=first)
+    parts = [take_rows(returned, places) for places in routes.copies]
+    if len(parts) == 1:
+        return parts[0]
+    widest = returned.dtype if returned.element_size() > 2 else paddle.float32  # so that the sum rounds once
+    first, *others = (part.astype(widest) for part in parts)
+    return sum(others, start=first).astype(returned.dtype)
 
 
 def _checked_sends(sends: Sequence[npt.ArrayLike], xs: Sequence[Tensor], group: Group | None) -> tuple[Integers, ...]:
