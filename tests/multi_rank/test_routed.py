@@ -105,7 +105,7 @@ def in_a_group_of_other_ranks():
         hold_exchange(group, counts, "some", "float32")
     half = dist.get_world_size() // 2
     if half > 1:  # two groups at the same time
-        group = SubGroup(range(half)) if dist.get_rank() < half else SubGroup(range(2 * half)[:-half-1:-1])
+        group = SubGroup(range(half)) if dist.get_rank() < half else SubGroup(range(2 * half)[: -half - 1 : -1])
         hold_exchange(group, [4] * half, "some", "float32")
 
 
@@ -133,12 +133,12 @@ def by_one_collective_where_there_is_one():
         calls.append(sends)
         ends = np.cumsum(sends).tolist()
         parts = [x[end - count : end] for end, count in zip(ends, sends, strict=True)]
-        with mock.patch.object(exchange, "is_gloo", lambda _: True):
+        with mock.patch.object(exchange, "is_gloo", return_value=True):
             arrived = exchange.all_to_all(parts, [[count, x.shape[1]] for count in receives], group)
         paddle.assign(paddle.concat(arrived), output=out)
 
     with (
-        mock.patch.object(exchange, "is_gloo", lambda _: False),
+        mock.patch.object(exchange, "is_gloo", return_value=False),
         mock.patch.object(dist, "alltoall_single", alltoall_single),
     ):
         hold_exchange(world(), [4] * world().nranks, "some", "float32")

@@ -37,7 +37,7 @@ def test_every_rank_gets_what_it_wants(seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_copy_returns_to_its_row(seed):
-    """Exact: each copy that goes out is found once, in the order of the ranks; rows nobody wants are behind the last."""
+    """Exact: each copy that goes out is found once, in the order of the ranks; none is behind the last."""
     rows, wanted = drawn(seed)
     for rank in range(len(rows.counts)):
         routes = routes_to_owners(wanted, rows, rank)
