@@ -179,7 +179,7 @@ def _checked_sends(sends: Sequence[npt.ArrayLike], xs: Sequence[Tensor], group: 
     num_ranks, num_rows = group.nranks if has_peers(group) else 1, xs[0].shape[0] if xs[0].shape else 0
     shapes = [list(x.shape) for x in xs]
     if any(shape[:1] != [num_rows] for shape in shapes):
-        raise ValueError(f"tensors that are sent together must have equally many rows, got {shapes}")
+        raise ValueError(f"tensors that are sent together must have equally many rows, got {shapes}: call once each")
     arrays = [np.asarray(rows) for rows in sends]
     is_right = [
         rows.ndim == 1 and (not rows.size or (rows.dtype.kind in "iu" and rows.min() >= 0 and rows.max() < num_rows))

@@ -82,7 +82,7 @@ def test_rows_go_to_their_owners_alone(of_two):
     (first,), (second,) = (rank["arriving"] for rank in of_two)
     assert first[0] == first[1]
     assert second[0] == second[1]
-    assert 0 < min(first[0], second[0])
+    assert min(first[0], second[0]) > 0
 
 
 def test_checked(of_two):

@@ -5,8 +5,8 @@
 balance   largest load over the least possible (the mean load, or the largest item), averaged over drawn batches
 batches   what is shared, and what moves, for some realistic batches
 gather    each mode over real processes; every result is compared with the expected rows before it is timed
-owners    all rows to all ranks, and rows to their owners alone, of one batch over real processes: bytes counted, results
-          compared before they are timed
+owners    all rows to all ranks, and rows to their owners alone, over real processes; bytes are counted, and results
+          compared
 """
 
 from __future__ import annotations
