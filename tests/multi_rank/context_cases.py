@@ -83,7 +83,7 @@ CASES = (
     Case("no positions", IMAGES, has_positions=False),
     Case("full recompute", BOTH, text=RECOMPUTE),
     Case("padding behind", IMAGES, num_padded=9),
-    Case("shared tower", BOTH, vision_dp=True),
+    Case("shared tower", BOTH, 24, vision_dp=True),
     Case("shared tower, one rank without visual tokens", (("image",),), 160, vision_dp=True),
     Case("shared tower, packed", IMAGES, 63, segments=((20, 45), (31, 40, 58)), vision_dp=True),
     Case("shared tower, full recompute", BOTH, 61, text=RECOMPUTE, vision_dp=True),
@@ -251,7 +251,7 @@ def rows_that_arrive():
         return place(hidden, features, plan)
 
     with mock.patch.object(plain, "replace_rows", placing):
-        trained(dataclasses.replace(SHARED_CASE, seq_len=24), ContextParallel("gather", group=group), group)
+        trained(SHARED_CASE, ContextParallel("gather", group=group), group)
     return found
 
 
