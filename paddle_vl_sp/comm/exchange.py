@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
-from paddle_vl_sp.comm.collectives import Group, is_gloo
+from paddle_vl_sp.comm.collectives import Group, has_peers, is_gloo
 
 
 class Messages:
@@ -132,6 +133,22 @@ def all_to_all_equal(x: Tensor, group: Group) -> Tensor:
     arriving = _buffer(x.shape, x)
     dist.alltoall_single(arriving, x.contiguous(), group=group)
     return arriving
+
+
+def all_to_all_rows(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group | None) -> Tensor:
+    """x [sum(sends), width]: sends[r] rows to rank r, rank after rank -> [sum(receives), width] from the ranks.
+
+    One collective on one buffer; messages on gloo. No group, or one rank, gives a copy.
+    """
+    if not has_peers(group):
+        return x.clone()
+    if has_all_to_all(group):
+        arriving = _buffer([sum(receives), *x.shape[1:]], x)
+        dist.alltoall_single(arriving, x.contiguous(), list(sends), list(receives), group=group)
+        return arriving
+    ends = np.cumsum(sends).tolist()
+    parts = [x[end - count : end] for end, count in zip(ends, sends, strict=True)]
+    return paddle.concat(all_to_all(parts, [[count, *x.shape[1:]] for count in receives], group))
 
 
 def has_all_to_all(group: Group) -> bool:

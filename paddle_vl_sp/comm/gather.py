@@ -112,30 +112,36 @@ def gather_rows(
     xs: Sequence[Tensor], rows: UnevenRows, group: Group, mode: str, grad: str, wants_grad: bool
 ) -> list[Tensor]:
     """The rows of all ranks in the order of `rows`; unchecked. wants_grad is the same on every rank."""
-    if wants_grad and all(x.stop_gradient for x in xs):
-        first = xs[0].detach()
-        first.stop_gradient = False  # so that this rank, too, takes part in the collective of the backward
-        xs = [first, *xs[1:]]
+    xs = in_backward(xs, wants_grad)
     if mode == "auto":
         row_bytes = sum(row_width(x) * x.element_size() for x in xs)
         mode = rows.best_mode(row_bytes, core.is_cuda_graph_capturing())
     return list(_GatherRows.apply(rows, group, mode, grad, *xs))
 
 
+def in_backward(xs: Sequence[Tensor], wants_grad: bool) -> Sequence[Tensor]:
+    """The tensors, one of which needs a gradient: so this rank, too, takes part in the collective of the backward."""
+    if not wants_grad or not all(x.stop_gradient for x in xs):
+        return xs
+    first = xs[0].detach()
+    first.stop_gradient = False
+    return [first, *xs[1:]]
+
+
 def collect_rows(xs: Sequence[Tensor], rows: UnevenRows, group: Group | None, mode: str = "max") -> list[Tensor]:
     """As `gather_rows`, for a PyLayer's own forward or backward: no gradient; one process only orders its rows."""
     if not collectives.has_peers(group):
         return [take_rows(x, rows.in_order) for x in xs]
-    return list(_unpack(_GATHER[mode](_pack(xs), rows, group), [x.shape[1:] for x in xs]))
+    return list(unpack(_GATHER[mode](pack(xs), rows, group), [x.shape[1:] for x in xs]))
 
 
 def sum_rows(xs: Sequence[Tensor], rows: UnevenRows, group: Group | None, mode: str = "max") -> list[Tensor]:
     """The transpose of `collect_rows`: of all ranks' xs [total, ...] the sum, cut to this rank's rows."""
     if not collectives.has_peers(group):
         return [take_rows(x, rows.rows_of(0)) for x in xs]
-    whole = _pack(xs)
+    whole = pack(xs)
     whole = whole.clone() if len(xs) == 1 else whole  # the sum must not overwrite the caller's memory
-    return list(_unpack(_SUM_AND_CUT[mode](whole, rows, group), [x.shape[1:] for x in xs]))
+    return list(unpack(_SUM_AND_CUT[mode](whole, rows, group), [x.shape[1:] for x in xs]))
 
 
 def row_width(x: Tensor) -> int:
@@ -167,13 +173,13 @@ class _GatherRows(PyLayer):  # type: ignore[misc]
         return tuple(part if needed else None for part, needed in zip(parts, ctx.needed, strict=True))
 
 
-def _pack(xs: Sequence[Tensor]) -> Tensor:
+def pack(xs: Sequence[Tensor]) -> Tensor:
     """The tensors side by side, [rows, sum of widths]; of one tensor a view."""
     flat = [x.reshape([x.shape[0], row_width(x)]) for x in xs]
     return flat[0] if len(flat) == 1 else paddle.concat(flat, axis=1)
 
 
-def _unpack(x: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+def unpack(x: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     widths = [math.prod(shape) for shape in shapes]
     parts = [x] if len(widths) == 1 else [part.contiguous() for part in paddle.split(x, widths, axis=1)]
     return tuple(part.reshape([x.shape[0], *shape]) for part, shape in zip(parts, shapes, strict=True))
@@ -239,6 +245,14 @@ def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Group | None
     num_ranks, rank = (1, 0) if not collectives.has_peers(group) else (group.nranks, group.rank)
     if len(counts) != num_ranks or min(counts) < 0:
         raise ValueError(f"counts must be the rows of each of {num_ranks} ranks, got {list(counts)}")
+    check_tensors(xs)
+    rows = [x.shape[0] if x.shape else None for x in xs]
+    if any(number != counts[rank] for number in rows):
+        raise ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
+
+
+def check_tensors(xs: Sequence[Tensor]) -> None:
+    """Whether they can be sent together: tensors of one dtype."""
     for x in xs:
         if not isinstance(x, Tensor):
             raise ValueError(
@@ -248,9 +262,6 @@ def _check_rows(xs: Sequence[Tensor], counts: Sequence[int], group: Group | None
     dtypes = {name_of(x.dtype) for x in xs}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise ValueError(f"x must have one dtype out of {', '.join(DTYPES)}, got {sorted(dtypes)}: cast it first")
-    rows = [x.shape[0] if x.shape else None for x in xs]
-    if any(number != counts[rank] for number in rows):
-        raise ValueError(f"rank {rank} has {rows} rows in x but counts says {counts[rank]}: counts is {list(counts)}")
 
 
 def name_of(dtype: paddle.dtype) -> str:

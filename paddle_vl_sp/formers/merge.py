@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
@@ -23,6 +23,9 @@ from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
 from paddle_vl_sp.verify import check_order, check_positions, check_result, checking
+
+if TYPE_CHECKING:
+    from paddle_vl_sp.plan import Array
 
 KINDS = {  # kind: (its pixels, its grid, the method that encodes it)
     "image": ("pixel_values", "image_grid_thw", "get_image_features"),
@@ -117,19 +120,21 @@ def hide_pixels(given: dict[str, Any], kinds: list[str], embeds: Tensor) -> None
         given[KINDS[kind][0]] = None
 
 
-def features_of(model: Layer, kinds: list[str], given: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """[main, *levels] of each kind."""
-    return {kind: _encoded(model, kind, given) for kind in kinds}
+def features_of(
+    model: Layer, kinds: list[str], given: dict[str, Any], plans: Mapping[str, VisualPlan] | None = None
+) -> dict[str, list[Tensor]]:
+    """[main, *levels] of each kind; with this rank's plan of each, for a shared tower, only the rows that it uses."""
+    return {kind: _encoded(model, kind, given, plans[kind] if plans else None) for kind in kinds}
 
 
-def _encoded(model: Layer, kind: str, given: dict[str, Any]) -> list[Tensor]:
-    """[main, *levels] of one kind, each [N_kind, H]."""
+def _encoded(model: Layer, kind: str, given: dict[str, Any], plan: VisualPlan | None) -> list[Tensor]:
+    """[main, *levels] of one kind, each [N_kind, H], or of this rank's rows [n_kind, H]."""
     pixels, grid, method = KINDS[kind]
 
     def encode(pixels: Tensor, grid: Tensor) -> shared_tower.Encoded:
         return encoded_rows(getattr(model, method)(pixels, grid))
 
-    encoded = shared_tower.encoded(model, encode, given[pixels], given.get(grid))
+    encoded = shared_tower.encoded(model, encode, given[pixels], given.get(grid), plan)
     return [encoded] if isinstance(encoded, Tensor) else [encoded[0], *encoded[1]]
 
 
@@ -162,9 +167,9 @@ def _check_loaded(loaded: LoadedPlans, mask: Tensor, ids: Tensor, wanted: tuple[
 
 
 def joined(
-    features: dict[str, list[Tensor]], ids: Tensor, wanted: tuple[int, ...], loaded: LoadedPlans | None
+    features: dict[str, list[Tensor]], ids: Array, wanted: tuple[int, ...], loaded: LoadedPlans | None
 ) -> list[Tensor]:
-    """[main, *levels] with the rows of all kinds in reading order."""
+    """[main, *levels] with the rows of all kinds in reading order of the ids that they belong to."""
     if len(features) == 1:
         return next(iter(features.values()))
     image, video = features["image"], features["video"]

@@ -16,6 +16,7 @@ from paddle_vl_sp.formers.context.setting import is_on as context_parallelism_is
 from paddle_vl_sp.formers.context.step import STEP
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import OURS
+from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.settings import VISION_DP
 
 Encoded: TypeAlias = "Tensor | tuple[Tensor, list[Tensor]]"
@@ -152,12 +153,22 @@ def is_shared(inner: Layer) -> bool:
     return inner in _sharing or inner in _sharing_over_context
 
 
-def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> Encoded:
-    """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H], maybe with levels."""
+def is_shared_over_context(inner: Layer) -> bool:
+    """Whether the ranks of context parallelism share its work."""
+    return inner in _sharing_over_context
+
+
+def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, plan: VisualPlan | None = None) -> Encoded:
+    """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H], maybe with levels.
+
+    plan  of this rank, where the ranks of context parallelism share: only the rows [n, H] that it uses arrive
+    """
     if inner in _sharing_over_context:
         step = STEP.get()
+        if step is None:
+            return encode(pixels, grid)
         # rows are placed after the cut, so that each rank's gradient is partial
-        return encode(pixels, grid) if step is None else _encoded(inner, encode, pixels, grid, step.group, "partial")
+        return _encoded(inner, encode, pixels, grid, step.group, "partial", plan)
     if inner not in _sharing:
         return encode(pixels, grid)
     _check_marks(inner.visual)
@@ -165,12 +176,21 @@ def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor) -> Encod
     return _encoded(inner, encode, pixels, grid, require_tensor_parallel_group(), "whole")
 
 
-def _encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, group: Group, grad: str) -> Encoded:
+def _encoded(
+    inner: Layer,
+    encode: Encode,
+    pixels: Tensor,
+    grid: Tensor,
+    group: Group,
+    grad: str,
+    plan: VisualPlan | None = None,
+) -> Encoded:
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import tower_alpha
 
     tower = inner.visual
-    shared: Encoded = encode_shared(
+    share = functools.partial(
+        encode_shared,
         encode,
         pixels,
         grid,
@@ -180,4 +200,5 @@ def _encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, group: 
         split_frames=True,  # the tower attends within a frame
         alpha=tower_alpha(tower.config.hidden_size, tower.config.intermediate_size),
     )
-    return shared
+    features: Encoded = share() if plan is None else share(plan=plan)[0]
+    return features

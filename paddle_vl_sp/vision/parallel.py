@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer, PyLayerContext
@@ -15,8 +17,10 @@ from paddle_vl_sp.comm.collectives import Group, has_peers, warn_of_no_group, wi
 from paddle_vl_sp.comm.gather import GRADS, RowKind, agree_rows, gather_rows, view_of
 from paddle_vl_sp.comm.grads import is_cut
 from paddle_vl_sp.comm.uneven import MODES
+from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.report import note_shared
 from paddle_vl_sp.settings import check_choice
+from paddle_vl_sp.vision.owners import own_plan, rows_from_encoders, rows_from_here, wanted_rows
 from paddle_vl_sp.vision.share import tower_alpha
 from paddle_vl_sp.vision.work import Grid, Work, plan_work
 
@@ -24,6 +28,44 @@ IDLE = ("dummy", "skip")
 QWEN3_VL_ALPHA = tower_alpha(1152, 4304)
 
 Encoded = TypeVar("Encoded")  # features, or (features, [levels])
+
+
+@overload
+def encode_shared(
+    encode: Callable[[Tensor, Grid], Encoded],
+    pixel_values: Tensor,
+    grid_thw: Grid,
+    *,
+    group: Group | None,
+    merge_size: int,
+    policy: str = ...,
+    idle: str = ...,
+    grad: str = ...,
+    mode: str = ...,
+    split_frames: bool = ...,
+    alpha: int = ...,
+    replicate_below: int = ...,
+    plan: None = None,
+) -> Encoded: ...
+
+
+@overload
+def encode_shared(
+    encode: Callable[[Tensor, Grid], Encoded],
+    pixel_values: Tensor,
+    grid_thw: Grid,
+    *,
+    group: Group | None,
+    merge_size: int,
+    policy: str = ...,
+    idle: str = ...,
+    grad: str = ...,
+    mode: str = ...,
+    split_frames: bool = ...,
+    alpha: int = ...,
+    replicate_below: int = ...,
+    plan: VisualPlan,
+) -> tuple[Encoded, VisualPlan]: ...
 
 
 def encode_shared(
@@ -40,8 +82,11 @@ def encode_shared(
     split_frames: bool = False,
     alpha: int = QWEN3_VL_ALPHA,
     replicate_below: int = 1,
-) -> Encoded:
+    plan: VisualPlan | None = None,
+) -> Encoded | tuple[Encoded, VisualPlan]:
     """encode(pixel_values, grid_thw), with the work shared over the group; the same result on every rank.
+
+    With this rank's `plan`, only the rows that it uses: (result, own_plan), where own_plan places them.
 
     encode           a tower with replicated weights: pixels [P, C] and grid [I, 3] of (t, h, w) to features [N, H], or
                      to (features, [levels]), all of one width and dtype; N is P / merge_size**2
@@ -60,43 +105,62 @@ def encode_shared(
     alpha            what a patch's linear layers cost, in patches of attention (tower_alpha)
     replicate_below  if sharing saves the busiest rank fewer patches than this, every rank encodes all images and
                      nothing is gathered. 1, the default, does so for a single image; 0 always shares
+    plan             on every rank its own, of the same batch: a row goes to the ranks whose plans use it, and to no
+                     other. The result is [n, H], in reading order, for features that are placed after the cut:
+                     gradients are partial, and return to the rank that encoded the row
 
     One small collective exchanges errors, a fingerprint of the batch and the arguments, and the rows' width and dtype;
-    one gather moves features and levels together. An error on one rank is raised on all. A grid on a device is read
-    once. There is no second gradient (create_graph=True).
+    one gather moves features and levels together. With plans, another small one says who uses which row, and one
+    exchange moves the rows. An error on one rank is raised on all. A grid or a plan on a device is read. There is no
+    second gradient (create_graph=True).
     """
     warn_of_no_group(group, "encode_shared", "this process encodes all images")
     error: Exception | None = None
-    work, outs, form = None, None, -1
+    work, outs, form, wanted = None, None, -1, None
     try:
-        _check_choices(idle, grad, mode)
+        _check_choices(idle, grad, mode, plan)
         _refuse_tensor_parallel(encode, group)
         work = plan_work(pixel_values, grid_thw, group, merge_size, policy, split_frames, alpha, replicate_below)
+        wanted = None if plan is None else wanted_rows(plan, work.total_rows)
         if work.has_images or idle == "dummy" or not work.total_rows:
             outs, form = work.encode_own(encode, pixel_values, grid_thw)
     except Exception as wrong:  # raised by agree_rows, on every rank
         error = wrong
     if has_peers(group):
         grid = work.grid if work else ()
-        mark = fingerprint(grid, merge_size, policy, idle, grad, mode, split_frames, alpha, replicate_below)
-        kind = agree_rows(outs, form, mark, error, group)
+        options = policy, idle, grad, mode, split_frames, alpha, replicate_below, plan is None
+        kind = agree_rows(outs, form, fingerprint(grid, merge_size, *options), error, group)
         assert work is not None
-        outs, form = _rows_of_all(outs, work, kind, group, mode, grad), kind.form
+        if work.is_shared:
+            note_shared(work.share.imbalance)
+        outs, form = _exchanged(outs, work, kind, group, mode, grad, wanted), kind.form
     elif error is not None:
         raise error
+    elif wanted is not None and outs is not None:
+        outs = rows_from_here(outs, wanted)
     assert outs is not None
     result: Encoded = _join_result(outs, form)
-    return result
+    return result if plan is None or wanted is None else (result, own_plan(plan, len(wanted)))
 
 
-def _rows_of_all(
-    outs: list[Tensor] | None, work: Work, kind: RowKind, group: Group, mode: str, grad: str
+def _exchanged(
+    outs: list[Tensor] | None,
+    work: Work,
+    kind: RowKind,
+    group: Group,
+    mode: str,
+    grad: str,
+    wanted: npt.NDArray[np.int64] | None,
 ) -> list[Tensor]:
-    """Features and levels of the whole batch, from this rank's outs; None if it skipped."""
+    """Features and levels of the whole batch, or the wanted rows, from this rank's outs; None if it skipped."""
     if work.is_shared:
-        note_shared(work.share.imbalance)
-        return gather_rows(outs or _no_rows(kind, group), work.share.rows, group, mode, grad, kind.needs_grad)
+        own = outs or _no_rows(kind, group)
+        if wanted is None:
+            return gather_rows(own, work.share.rows, group, mode, grad, kind.needs_grad)
+        return rows_from_encoders(own, work.share.rows, wanted, group, kind.needs_grad)
     assert outs is not None
+    if wanted is not None:
+        return rows_from_here(outs, wanted)
     return [_OwnGradient.apply(x, group) for x in outs] if grad == "whole" else outs
 
 
@@ -129,10 +193,15 @@ class _OwnGradient(PyLayer):  # type: ignore[misc]
         return paddle.concat([others[:begin], grad[begin:end], others[end:]])
 
 
-def _check_choices(idle: str, grad: str, mode: str) -> None:
+def _check_choices(idle: str, grad: str, mode: str, plan: VisualPlan | None) -> None:
     check_choice("idle", idle, IDLE)
     check_choice("grad", grad, GRADS)
     check_choice("mode", mode, ("auto", *MODES))
+    if plan is not None and (grad, mode) != ("partial", "auto"):
+        raise ValueError(
+            f"encode_shared with a plan moves rows in its own way, with partial gradients, got grad={grad!r} and "
+            f"mode={mode!r}: leave both out"
+        )
 
 
 def _refuse_tensor_parallel(encode: object, group: Group | None) -> None:

@@ -83,7 +83,10 @@ CASES = (
     Case("no positions", IMAGES, has_positions=False),
     Case("full recompute", BOTH, text=RECOMPUTE),
     Case("padding behind", IMAGES, num_padded=9),
-    Case("shared tower", BOTH, vision_dp=True),
+    Case("shared tower", BOTH, 24, vision_dp=True),
+    Case("shared tower, one rank without visual tokens", (("image",),), 160, vision_dp=True),
+    Case("shared tower, packed", IMAGES, 63, segments=((20, 45), (31, 40, 58)), vision_dp=True),
+    Case("shared tower, full recompute", BOTH, 61, text=RECOMPUTE, vision_dp=True),
     Case("filtered labels", (("image", "image"),), text={"use_filtered_label_loss": True}, labeled=8),
     Case("MoE", BOTH, 61, "tiny_qwen3_vl_moe"),
     Case("Qwen2.5-VL", BOTH, 61, "tiny_qwen2_5_vl"),
@@ -92,6 +95,7 @@ CASES = (
 )
 
 IMAGES_CASE = next(case for case in CASES if case.name == "images")
+SHARED_CASE = next(case for case in CASES if case.name == "shared tower")
 
 
 def trained(case, setting, group):
@@ -168,7 +172,7 @@ def of_sequence_parallelism(names):
 def _within(case, grid, weights, loss, right):
     tensor_group, group = grid.get_model_parallel_group(), grid.get_sep_parallel_group()
     local = -(-case.seq_len // 4) * 4 // 2  # this rank's part, padded to divide
-    with apply_to_paddleformers(families=FAMILIES, context_parallel="gather"):
+    with apply_to_paddleformers(families=FAMILIES, context_parallel="gather", vision_dp=case.vision_dp):
         model = getattr(tiny, case.model)(**case.text, **tiny.tensor_parallel(2, local))
         tiny.load_weights(model, weights, tensor_group.rank, 2)
         own_loss = model(**case.batch(model)).loss
@@ -233,7 +237,22 @@ def on_two(kinds, names):
         "audit": audited(),
         "cut": of_cut_ids(kinds, CUT),
         "checked": checked(),
+        "arriving": rows_that_arrive(),
     }
+
+
+def rows_that_arrive():
+    """Of a shared tower: the rows of the main features and of each level on this rank, and those that its plan uses."""
+    group, found = dist.get_group(0), []
+    place = plain.replace_rows
+
+    def placing(hidden, features, plan):
+        found.append((features.shape[0], len(plan.update_indices)))
+        return place(hidden, features, plan)
+
+    with mock.patch.object(plain, "replace_rows", placing):
+        trained(SHARED_CASE, ContextParallel("gather", group=group), group)
+    return found
 
 
 def checked():

@@ -10,7 +10,7 @@ from paddle_vl_sp.testing import run_ranks
 KINDS = ("gather", "ring", "ulysses")
 NAMES = [case.name for case in CASES]
 FEW = ["images", "images and videos, padded to divide", "packed rows with their own segments and padding"]
-WITHIN = [*FEW[:2], "text only", "Qwen2.5-VL"]
+WITHIN = [*FEW[:2], "text only", "Qwen2.5-VL", "shared tower"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,14 @@ def test_ids_that_are_cut_already(of_two, name, kind):
     """Each rank gives its own part of ids, labels and positions."""
     for rank in of_two:
         assert max(rank["cut"][name, kind]) < 1e-5
+
+
+def test_rows_go_to_their_owners_alone(of_two):
+    """A shared tower's features: on each rank exactly the rows that it places, not those of the whole batch."""
+    (first,), (second,) = (rank["arriving"] for rank in of_two)
+    assert first[0] == first[1]
+    assert second[0] == second[1]
+    assert min(first[0], second[0]) > 0
 
 
 def test_checked(of_two):

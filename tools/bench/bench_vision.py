@@ -1,10 +1,12 @@
 """Vision DP in numbers: balance of the sharing rules, and bytes and time of the gather modes on gloo.
 
-    python tools/bench/bench_vision.py [balance] [batches] [gather] [--batches 1000] [--ranks 4] [--json FILE]
+    python tools/bench/bench_vision.py [balance] [batches] [gather] [owners] [--batches 1000] [--ranks 4] [--json FILE]
 
 balance   largest load over the least possible (the mean load, or the largest item), averaged over drawn batches
 batches   what is shared, and what moves, for some realistic batches
 gather    each mode over real processes; every result is compared with the expected rows before it is timed
+owners    all rows to all ranks, and rows to their owners alone, over real processes; bytes are counted, and results
+          compared
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
 from timing import MALLOC, add_table, write_json
+from wire import Counted
 
 Costs = npt.NDArray[np.int64]
 
@@ -158,20 +161,94 @@ def gather(ranks: int) -> None:
         print(f"| {name} | {' | '.join(cells)} | {rows.best_mode(width * 4)}, {slowest[name, 'auto'] * 1e3:.0f} ms |")
 
 
+def page_of_images(rng: np.random.Generator, images: int, unit: int) -> tuple[Costs, npt.NDArray[np.bool_]]:
+    """Grids of lognormal images, and the mask [1, S] of a text of which each image is followed by as many words."""
+    rows = np.maximum(rng.lognormal(5.3, 0.8, images) / 8, 1).astype(np.int64) * 8  # feature rows, 8 in each line
+    grid = np.stack([np.ones_like(rows), rows // 4, np.full_like(rows, 16)], axis=1)
+    mask = np.concatenate([np.repeat([True, False], [count, count]) for count in rows])
+    return grid, np.pad(mask, (0, -len(mask) % unit))[None]
+
+
+def counted_owners(images: int, width: int, levels: int, repeats: int) -> list[tuple[str, str, list[float]]]:
+    """(cut, way, [bytes sent in forward and backward, seconds, rows that this rank then holds, N]); on every rank."""
+    import paddle
+    import paddle.distributed as dist
+
+    from paddle_vl_sp import SeqLayout, encode_shared, plan_visual, replace_rows
+
+    group, found = dist.get_group(0), []
+    grid, mask = page_of_images(np.random.default_rng(0), images, 2 * group.nranks)
+    pixels = paddle.randn([int(grid.prod(axis=1).sum()), width // 4])
+    pixels.stop_gradient = False
+    hidden = paddle.zeros([1, mask.shape[1] // group.nranks, width])
+
+    def encode(x: paddle.Tensor, _: object) -> tuple[paddle.Tensor, list[paddle.Tensor]]:
+        rows = x.reshape([-1, width])
+        return rows * 2, [rows * (level + 3) for level in range(levels)]
+
+    for cut in ("contiguous", "zigzag"):
+        layout = SeqLayout(mask.shape[1], cp_size=group.nranks, cp_rank=group.rank, cp_mode=cut)
+        plan = plan_visual(mask, None, layout, sequence_first=False).to("cpu")
+        placed = []
+        for way in ("all rows", "owners"):
+            options = {"plan": plan} if way == "owners" else {}
+            seconds = []
+            for _ in range(repeats):
+                dist.barrier(group)
+                begin = time.perf_counter()
+                with Counted() as counted:
+                    result = encode_shared(encode, pixels, grid, group=group, merge_size=2, **options)
+                    (features, by_level), own = result if options else (result, plan)
+                    out = replace_rows(hidden, features, own)
+                    for level in by_level:
+                        out = out + replace_rows(hidden, level, own)
+                    out.sum().backward()
+                seconds.append(time.perf_counter() - begin)
+            placed.append(out.numpy())
+            numbers = [counted.sent, float(np.median(seconds)), features.shape[0], plan.num_features]
+            found.append((cut, way, numbers))
+        assert (placed[0] == placed[1]).all()
+    return found
+
+
+def owners(ranks: int) -> None:
+    from bench_vision import counted_owners as task  # importable, as the ranks need it
+    from paddle_vl_sp.testing import run_ranks
+
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, MALLOC[name])
+    width, levels = 1024, 3
+    results = run_ranks(task, ranks, 16, width, levels, 7, timeout=300)
+    num_rows = int(results[0][0][2][3])
+    whole = num_rows * (levels + 1) * width * 4
+    print(f"\n{ranks} gloo processes, 16 images, N = {num_rows} rows of {levels + 1} x {width} float32: N * H is")
+    print(f"{whole / 2**20:.1f} MiB; forward and backward, all ranks together, in N * H, and of the slowest rank ms")
+    print("| cut | rows go to | sent | most rows on a rank | ms |")
+    print("|---|---|---|---|---|")
+    lines = add_table("rows to their owners", f"{ranks} gloo processes")
+    for i, (cut, way, _) in enumerate(results[0]):
+        sent, seconds, rows, _ = np.array([result[i][2] for result in results]).T
+        line = {"sent": sent.sum() / whole, "rows": rows.max() / num_rows, "ms": seconds.max() * 1e3}
+        lines.append({"name": f"{cut}, {way}"} | line)
+        print(f"| {cut} | {way} | {line['sent']:.2f} | {line['rows']:.2f} N | {line['ms']:.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["balance", "batches", "gather", []], default=[])
+    parser.add_argument("parts", nargs="*", choices=["balance", "batches", "gather", "owners", []], default=[])
     parser.add_argument("--batches", type=int, default=1000, help="drawn batches for each line of the balance table")
-    parser.add_argument("--ranks", type=int, default=4, help="ranks of batches and gather")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of batches, gather and owners")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     options = parser.parse_args()
-    parts = options.parts or ["balance", "batches", "gather"]
+    parts = options.parts or ["balance", "batches", "gather", "owners"]
     if "balance" in parts:
         balance(options.batches)
     if "batches" in parts:
         batches(options.ranks)
     if "gather" in parts:
         gather(options.ranks)
+    if "owners" in parts:
+        owners(options.ranks)
     write_json(options.json)
 
 

@@ -15,7 +15,8 @@ from paddle_vl_sp.comm import collectives, exchange
 class Counted(AbstractContextManager["Counted"]):
     """The bytes sent by this rank while it is open.
 
-    A gather sends a rank's part to each other rank. A sum over all ranks is a scatter of sums and a gather, of which
+    A gather sends a rank's part to each other rank, and a broadcast its owner's; a sum for one rank is sent by each of
+    the others. A sum over all ranks is a scatter of sums and a gather, of which
     gloo lacks the first: where only a rank's own part is kept, a backend with reduce-scatter sends half as much.
     """
 
@@ -28,6 +29,8 @@ class Counted(AbstractContextManager["Counted"]):
             mock.patch.object(
                 collectives, "all_reduce_sum", self._collective(collectives.all_reduce_sum, lambda n: 2 * (n - 1) / n)
             ),
+            mock.patch.object(collectives, "broadcast", self._from_owner(collectives.broadcast)),
+            mock.patch.object(collectives, "reduce_sum", self._to_owner(collectives.reduce_sum)),
         ]
         for patch in self._patches:
             patch.start()
@@ -48,5 +51,19 @@ class Counted(AbstractContextManager["Counted"]):
         def counting(x: Tensor, group: Any) -> Tensor:
             self.sent += times(group.nranks) * x.size * x.element_size()
             return original(x, group)
+
+        return counting
+
+    def _from_owner(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(x: Tensor, owner: int, group: Any) -> Tensor:
+            self.sent += (group.nranks - 1) * x.size * x.element_size() if group.rank == owner else 0
+            return original(x, owner, group)
+
+        return counting
+
+    def _to_owner(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(x: Tensor, owner: int, group: Any) -> Tensor:
+            self.sent += 0 if group.rank == owner else x.size * x.element_size()
+            return original(x, owner, group)
 
         return counting

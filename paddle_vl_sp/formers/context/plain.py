@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor
 from paddle.nn import Layer
@@ -16,9 +17,12 @@ from paddle_vl_sp.formers import shared_tower
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.step import Step
 from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kinds_to_merge
-from paddle_vl_sp.plan import VisualPlan, plan_visual
+from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
+from paddle_vl_sp.vision.owners import own_plan
+
+Integers = npt.NDArray[np.int64]
 
 PADDING = -1  # no placeholder
 
@@ -27,7 +31,7 @@ PADDING = -1  # no placeholder
 class Placed:
     """What is visual in this rank's part of the sequence."""
 
-    levels: list[Tensor]  # [N, H] each
+    levels: list[Tensor]  # [N, H] each, or [n, H] of this rank's rows alone
     mask: Tensor  # bool [B, S_local]
     plan: VisualPlan  # of this rank's rows
 
@@ -47,12 +51,13 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
     placed = None
     if kinds:
         wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
-        main, *levels = joined(features_of(model, kinds, given), step.joined(ids), wanted, None)
         whole = step.padded(ids, PADDING)
-        plan = plan_visual(whole, wanted, step.layout, sequence_first=False, num_features=main.shape[0])
-        placed = Placed(levels, is_any_of(own_ids, wanted), plan.to(embeds.place))
+        plan = plan_visual(whole, wanted, step.layout, sequence_first=False)
+        encode = _own_features if shared_tower.is_shared_over_context(model) else _all_features
+        (main, *levels), used = encode(model, kinds, given, step, whole, plan)
+        placed = Placed(levels, is_any_of(own_ids, wanted), used.to(embeds.place))
         embeds = replace_rows(embeds, main, placed.plan)
-        note_forward(placed.plan, num_levels=len(levels), group=step.group)
+        note_forward(plan, num_levels=len(levels), group=step.group)
         given |= dict.fromkeys([KINDS[kind][0] for kind in kinds])
     given |= {
         "input_ids": None,
@@ -65,6 +70,30 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
     }
     check_tensor_parallel(shared_tower.text_config(model), step)
     return placed
+
+
+def _all_features(
+    model: Any, kinds: list[str], given: dict[str, Any], step: Step, whole: Integers, plan: VisualPlan
+) -> tuple[list[Tensor], VisualPlan]:
+    """[main, *levels] of the whole batch, each [N, H], which every rank encodes, and the plan that places them."""
+    wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
+    features = joined(features_of(model, kinds, given), step.joined(given["input_ids"]), wanted, None)
+    check_feature_count(int(plan.counts[1]), features[0].shape[0])
+    return features, plan
+
+
+def _own_features(
+    model: Any, kinds: list[str], given: dict[str, Any], step: Step, whole: Integers, plan: VisualPlan
+) -> tuple[list[Tensor], VisualPlan]:
+    """The same of this rank's rows [n, H] alone: the ranks share the tower, and send rows to those that use them."""
+    wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
+    plans = {
+        kind: plan_visual(whole, (kind_id,), step.layout, sequence_first=False)
+        for kind, kind_id in zip(kinds, wanted, strict=True)
+    }
+    own_ids = whole[:, step.layout.positions()]
+    features = joined(features_of(model, kinds, given, plans), own_ids, wanted, None)
+    return features, own_plan(plan, features[0].shape[0])
 
 
 def _positions(model: Any, given: dict[str, Any]) -> Tensor:
