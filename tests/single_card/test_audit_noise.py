@@ -12,7 +12,7 @@ from paddle_vl_sp.audit.judge import Reading, holding, judge, statements
 from paddle_vl_sp.audit.probe import Probe
 from paddle_vl_sp.audit.search import Search
 from paddle_vl_sp.audit.state import Before
-from paddle_vl_sp.audit.steps import Steps, blind_moves
+from paddle_vl_sp.audit.steps import Steps, blind_moves, reach
 
 E = 0.01  # planted
 START = [0.9, 2.1]
@@ -98,6 +98,22 @@ def test_the_steps_that_a_noise_asks_for(noise, needed, alone, block):
     assert steps.largest_block == block
     assert steps.within(1) == pytest.approx(min(2 * needed, 0.04))
     assert steps.within(100) == pytest.approx(min(2 * needed, 0.0004))
+
+
+@pytest.mark.parametrize(
+    ("value", "along", "across"),
+    [
+        ([0.9, 2.1], 2 * 0.05 * 2.61**0.5, 2**0.5 * 0.15 * 2.61**0.5),
+        ([0.0, 0.0], 2 * 0.05 * 0.1, 2**0.5 * 0.15 * 0.1),  # a bias
+        ([[0.0, 0.0]], 2 * 0.05 * 0.02, 2**0.5 * 0.15 * 0.02),
+    ],
+)
+def test_how_far_a_parameter_is_moved(value, along, across):
+    """Exact, of a gradient of ones: relative to its root mean square, or to what zeros count as."""
+    weight = paddle.to_tensor(value, stop_gradient=False)
+    _, (entry,) = known(lambda: weight.sum(), [("weight", weight)], 1e-5)
+    assert reach(entry, False) == pytest.approx(along, rel=1e-5)
+    assert reach(entry, True) == pytest.approx(across, rel=1e-5)
 
 
 def off_by(distance, error):
