@@ -66,8 +66,13 @@ def formers_case(family, fault):
     assert ("q_norm/k_norm under TP" in str(audit)) == bool(language)
 
 
+LOOKED_AT = ("merger", "layers.0.", "blocks.0.attn.proj", "lm_head")
+FEWER = ("linear_fc2", "layers.0.self_attn", "layers.0.input_layernorm", "layers.0.mlp.down", "blocks.0.attn.proj")
+
+
 def is_looked_at(name):
-    return any(part in name for part in ("merger", "layers.0.", "blocks.0.attn.proj", "lm_head")) and "bias" not in name
+    parts = LOOKED_AT if group().nranks == 2 else FEWER
+    return any(part in name for part in parts) and "bias" not in name
 
 
 def says(audit, faults):
