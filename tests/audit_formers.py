@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddleformers.transformers.segment_parallel_utils import split_inputs_sequence_dim
 
-from audit_models import around, same, times
+from audit_models import around, same, summed, times
+from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers import apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
 from paddle_vl_sp.formers.families import qwen3_vl
 
@@ -37,6 +39,7 @@ QWEN2_5_VL_FAULTS = {
     "marked tower": {FIRST_BLOCK: "times n"},
 }
 FAULTS = {"qwen3_vl": QWEN3_VL_FAULTS, "qwen2_5_vl": QWEN2_5_VL_FAULTS}
+TEXT_FAULTS = {"upstream": {FIRST + "self_attn.o_proj.weight": "mixed", FIRST + "mlp.down_proj.weight": "mixed"}}
 
 
 @contextlib.contextmanager
@@ -84,3 +87,34 @@ def _features(features, fault):
     owner = np.arange(features.shape[0])[:, None] % n  # of every row, as it were
     rows = {"missing sum": owner == rank, "rank forgotten": owner != 1, "factor n": n, "mean for the sum": 1 / n}
     return around(features, backward=times(paddle.to_tensor(np.asarray(rows.get(fault, 1.0), "float32"))))
+
+
+def text_in_parts(fault, group, seed=1):
+    """Qwen3-VL's text model: the loss of the whole sequence, and gradients of a run whose ranks have parts of it.
+
+    The fault is PaddleFormers' own run with sep_parallel_size: its trainer cuts the batch, no rank sees the others'
+    keys, and gradients are summed.
+    """
+    model, batch = tiny.tiny_qwen3_vl(), tiny.draw_batch([[], []], SEQ_LEN, seed)
+    named = [pair for pair in model.named_parameters() if ".visual." not in pair[0]]
+    setting = ContextParallel("gather", group=group)
+
+    def after():
+        model.clear_gradients(set_to_zero=False)
+        if fault:
+            model(**split_inputs_sequence_dim(batch, group.rank, group.nranks)).loss.backward()
+        else:
+            with apply_to_qwen3_vl(context_parallel=setting):
+                model(**batch).loss.backward()
+        for _, parameter in named:
+            parameter.grad.set_value(summed(parameter.grad.clone()))
+
+    return (lambda: model(**batch).loss), named, after
+
+
+def text_by_itself(group):
+    """The same run of PaddleFormers with the losses that its trainer has: each rank's own."""
+    model = tiny.tiny_qwen3_vl()
+    batch = split_inputs_sequence_dim(tiny.draw_batch([[], []], SEQ_LEN, 1), group.rank, group.nranks)
+    named = [pair for pair in model.named_parameters() if ".visual." not in pair[0]]
+    return (lambda: model(**batch).loss), named

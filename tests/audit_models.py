@@ -10,6 +10,7 @@ import paddle
 import paddle.distributed as dist
 import test_decoder as decoder
 from paddle.autograd import PyLayer
+from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 from paddle.nn import functional as F  # noqa: N812
 
 from paddle_vl_sp import SeqLayout, plan_visual
@@ -139,6 +140,32 @@ MLP_FAULTS = {  # fault: {parameter: verdict on n ranks}; those not named are ri
 }
 
 
+def data_parallel(reduced_by=None, seed=1):
+    """Each rank with rows of its own, a weight that is multiplied transposed, and the mean of the losses."""
+    paddle.seed(seed)
+    weight, bias = paddle.create_parameter([12, 8], "float32"), paddle.create_parameter([12], "float32", is_bias=True)
+    weight.is_distributed = True  # over another group: here the ranks hold copies
+    rows = np.random.default_rng([seed, dist.get_rank()]).standard_normal((16, 8))
+    x = paddle.to_tensor(rows.astype("float32"))
+
+    def loss():
+        return F.cross_entropy(paddle.matmul(x, weight.T) + bias, paddle.arange(16) % 12)
+
+    after = None if reduced_by is None else lambda: reduced_by([weight, bias])
+    return loss, [("weight", weight), ("bias", bias)], after
+
+
+def contiguous_mean(parameters):
+    for parameter in parameters:
+        parameter.grad.set_value(summed(parameter.grad.clone()) / dist.get_world_size())
+
+
+def fused_mean(parameters):
+    """Paddle 3.3.1's, which permutes a gradient with strides."""
+    fused_allreduce_gradients(parameters, None)
+
+
+DATA_PARALLEL_FAULTS = {"fused all-reduce": {"weight": "mixed"}}
 DECODER_FAULTS = {
     "missing sum": {"tower": "partial"},
     "second sum": {"tower": "times n", "head": "times n"},

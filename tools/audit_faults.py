@@ -1,6 +1,6 @@
 """audit_gradients on four models: right versions must not be named, planted faults must be, each with its verdict.
 
-python tools/audit_faults.py docs/audit-faults.csv            half an hour on two cores
+python tools/audit_faults.py docs/audit-faults.csv            an hour on two cores; goes on with a CSV that is there
 python tools/audit_faults.py docs/audit-faults.csv --read     the sums of a CSV that is there
 
 What is right is told by the gradients themselves: those of the right version, compared parameter by parameter. Errors
@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import paddle
 import paddle.distributed as dist
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "multi_rank"), str(Path(__file__).parent)]
+sys.path[:0] = [str(TESTS), str(TESTS / "multi_rank"), str(TESTS / "fleet_whole"), str(Path(__file__).parent)]
 
 from paddle_vl_sp import audit_gradients  # noqa: E402
 from paddle_vl_sp.audit.entries import gather_numbers  # noqa: E402
@@ -31,8 +32,10 @@ from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, 
 
 CLEARLY_RIGHT, CLEARLY_WRONG = 0.02, 0.12
 SEEDS = {"mlp": range(8), "ring": range(4), "ulysses": range(4), "qwen3_vl": range(6), "qwen2_5_vl": range(6)}
+SEEDS |= {"data parallel": range(4), "text in parts": range(2), "fleet qwen3_vl": range(2)}
 KINDS = ([["image"], ["image", "image"]], [["image"], []], [["image", "image"], ["image"]], [["video"], ["image"]])
 QUICK = ("unmarked norms", "marked tower", "upstream without SP", "missing sum")  # of few forwards: also on four ranks
+QUICK += ("upstream",)  # of many, but PaddleFormers' own
 FIELDS = ("model", "ranks", "fault", "seed", "parameters", "right", "wrong", "found", "named", "other verdict")
 FIELDS += ("false alarms", "not judged", "forwards", "seconds")
 
@@ -46,6 +49,17 @@ def built(model, fault, seed, group):
         yield audit_models.tensor_parallel_mlp(fault, seed)
     elif model in ("ring", "ulysses"):
         yield audit_models.small_decoder(model, fault, seed)
+    elif model == "data parallel":
+        yield audit_models.data_parallel(audit_models.fused_mean if fault else audit_models.contiguous_mean, seed)
+    elif model == "text in parts":
+        import audit_formers
+
+        yield audit_formers.text_in_parts(fault, group, seed)
+    elif model == "fleet qwen3_vl":
+        import audit_fleet
+
+        with audit_fleet.fleet_model(fault, group, seed) as (loss, layer):
+            yield loss, list(layer.named_parameters()), None
     else:
         import audit_formers
 
@@ -61,9 +75,15 @@ def faults_of(model):
         return list(audit_models.MLP_FAULTS)
     if model in ("ring", "ulysses"):
         return list(audit_models.DECODER_FAULTS)
+    if model == "data parallel":
+        return list(audit_models.DATA_PARALLEL_FAULTS)
+    if model == "fleet qwen3_vl":
+        import audit_fleet
+
+        return list(audit_fleet.FAULTS)
     import audit_formers
 
-    return list(audit_formers.FAULTS[model])
+    return list((audit_formers.FAULTS | {"text in parts": audit_formers.TEXT_FAULTS})[model])
 
 
 def as_the_optimizer_sees(loss, named, after):
@@ -114,7 +134,8 @@ def row_of(model, fault, seed, group):
     with built(model, fault, seed, group) as (loss, named, after):
         got = as_the_optimizer_sees(loss, named, after)
         begin = time.monotonic()
-        audit = audit_gradients(loss, named, group, after=after)
+        combine = "mean" if model == "data parallel" else "equal"
+        audit = audit_gradients(loss, named, group, after=after, combine=combine)
         seconds = time.monotonic() - begin
         row = Counter()
         for name, tensor in named:
@@ -135,32 +156,52 @@ def row_of(model, fault, seed, group):
     return {field: about.get(field, row[field]) for field in FIELDS}
 
 
-def measure(nranks, model, is_right):
-    """On every rank: rows of the right version for every seed, or of faults; of slow models some on four."""
+def cases_of(model, nranks, is_right):
+    """The right version with every seed, or the faults; of slow models some on four ranks."""
+    if is_right:
+        return [("", seed) for seed in SEEDS[model]]
+    return [(fault, 0) for fault in faults_of(model) if nranks == 2 or fault in QUICK or "qwen" not in model]
+
+
+def measure(nranks, model, cases):
+    """On every rank: a row of each case."""
     with enable_tensor_parallel_on_cpu():
         group = init_tensor_parallel(nranks)
-        faults = [fault for fault in faults_of(model) if nranks == 2 or fault in QUICK or "qwen" not in model]
-        cases = [("", seed) for seed in SEEDS[model]] if is_right else [(fault, 0) for fault in faults]
         return [row_of(model, fault, seed, group) for fault, seed in cases]
 
 
+def rows_in(file):
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 def write(file):
+    """Appends the rows that are not there yet, launch by launch."""
     import audit_faults
 
-    with file.open("w", newline="") as out:
-        words = f"python {' '.join(sys.argv)}; paddlepaddle {paddle.__version__}, {platform.machine()}, CPU ranks"
-        out.write(f"# {words}\n")
+    there = {(row["model"], int(row["ranks"]), row["fault"], int(row["seed"])) for row in rows_in(file)}
+    with file.open("a", newline="") as out:
         writer = csv.DictWriter(out, FIELDS)
-        writer.writeheader()
+        if not there:
+            words = f"python {' '.join(sys.argv)}; paddlepaddle {paddle.__version__}, {platform.machine()}, CPU ranks"
+            out.write(f"# {words}\n")
+            writer.writeheader()
         for is_right, nranks, model in itertools.product((True, False), (2, 4), SEEDS):
-            writer.writerows(run_ranks(audit_faults.measure, nranks, nranks, model, is_right, timeout=3000)[0])
-            out.flush()
+            if model.startswith("fleet") and find_spec("paddlefleet") is None:
+                print(f"{model} is left out: paddlefleet is not installed")
+                continue
+            cases = cases_of(model, nranks, is_right)
+            left = [case for case in cases if (model, nranks, case[0] or "none", case[1]) not in there]
+            if left:
+                writer.writerows(run_ranks(audit_faults.measure, nranks, nranks, model, left, timeout=3000)[0])
+                out.flush()
 
 
 def sums(file):
     """For the page: verdicts of right versions and false alarms, faults and what was found."""
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    rows = rows_in(file)
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         total = {field: sum(int(row[field]) for row in own) for field in FIELDS[5:-1]}

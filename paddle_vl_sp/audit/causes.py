@@ -16,6 +16,7 @@ class Cause:
     verdicts: tuple[str, ...]  # the first words of the verdicts that it makes
     text: str
     is_strided: bool = False  # only gradients that are not contiguous
+    makes_copies_differ: bool = False  # only gradients that are not alike on all ranks
 
 
 _known = [
@@ -23,6 +24,7 @@ _known = [
         "|".join(HEAD_NORMS),
         ("partial", "mixed"),
         "q_norm/k_norm under TP: each rank has the part of its own heads; mark them by mark_for_sum(norm)",
+        makes_copies_differ=True,
     ),
     Cause(
         "",
@@ -38,10 +40,11 @@ def register_causes(*causes: Cause) -> None:
     _known[:0] = [cause for cause in causes if cause not in _known]
 
 
-def cause_of(name: str, verdict: str, is_strided: bool) -> str:
+def cause_of(name: str, verdict: str, is_strided: bool, copies_differ: bool) -> str:
     """The text of the first cause that fits, or nothing."""
     for cause in _known:
         fits = verdict.split(" ")[0] in cause.verdicts and re.search(cause.pattern, name)
-        if fits and (is_strided or not cause.is_strided):
+        is_shown = is_strided >= cause.is_strided and copies_differ >= cause.makes_copies_differ
+        if fits and is_shown:
             return cause.text
     return ""

@@ -120,7 +120,8 @@ def _finding(entry: Entry, outcome: Outcome, group: Group | None, is_final: bool
     is_right = verdict in (WHOLE, TOO_SMALL) or (verdict == PARTIAL and is_marked)
     if verdict == NONE:
         is_right = not outcome.is_needed
-    cause = "" if is_right else cause_of(entry.name, verdict, entry.is_strided and is_final)
+    is_strided = entry.is_strided and is_final
+    cause = "" if is_right else cause_of(entry.name, verdict, is_strided, entry.kind == UNEQUAL)
     return Finding(entry.name, verdict, outcome.shares, is_right, _note(entry, outcome, group), cause, outcome.bundle)
 
 

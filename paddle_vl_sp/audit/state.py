@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,14 @@ class RandomState:
     def __init__(self) -> None:
         self._cpu, self._device = paddle.get_rng_state("cpu"), paddle.get_rng_state()
         self._tracked = _tracker().get_states_tracker()
+        self._fleet = _fleet_states()
         self._numpy, self._python = np.random.get_state(), random.getstate()
 
     def restore(self) -> None:
         if self._tracked:
             _tracker().set_states_tracker(self._tracked)
+        if self._fleet:
+            _fleet_tracker().set_states(dict(self._fleet))  # a copy: a forward writes into it
         paddle.set_rng_state(self._device)
         paddle.set_rng_state(self._cpu, "cpu")
         np.random.set_state(self._numpy)
@@ -30,10 +34,24 @@ class RandomState:
 
 
 def _tracker() -> Any:
-    """fleet's generators for tensor-parallel dropout."""
+    """Paddle's generators for tensor-parallel dropout."""
     from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
 
     return get_rng_state_tracker()
+
+
+def _fleet_states() -> dict[str, Any]:
+    """By name, of PaddleFleet's own tracker; a forward cannot draw from one that nothing has seeded."""
+    get_states = getattr(_fleet_tracker(), "get_states", dict)
+    states: dict[str, Any] = get_states()
+    return states
+
+
+def _fleet_tracker() -> Any:
+    """PaddleFleet's generators for tensor-parallel dropout, beside Paddle's; None where no model has imported it."""
+    module = sys.modules.get("paddlefleet.tensor_parallel.random")
+    get_tracker = getattr(module, "get_cuda_rng_tracker", None)
+    return None if get_tracker is None else get_tracker()
 
 
 class Before:

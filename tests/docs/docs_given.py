@@ -42,10 +42,12 @@ def own_audit():
     ids = paddle.to_tensor(IDS)
     group = paddle.distributed.get_group(0)
     own = ids.roll(group.rank, axis=1)
+    batch = {"ids": ids, "labels": ids.roll(-1, axis=1)}
     return {
         "model": Trained(),
         "group": group,
-        "batch": {"ids": ids, "labels": ids.roll(-1, axis=1)},
+        "batch": batch,
+        "own_part": {name: value.chunk(group.nranks, axis=1)[group.rank] for name, value in batch.items()},
         "own_batch": {"ids": own, "labels": own.roll(-1, axis=1)},
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -12,8 +13,10 @@ from grid import grid_of, two_times_two
 from paddle_vl_sp import audit_gradients
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.formers import apply_to_paddleformers, tiny
+from paddle_vl_sp.formers.audit import audit_step
 from paddle_vl_sp.formers.context import plain
 from paddle_vl_sp.formers.context.bounds import boundaries
+from paddle_vl_sp.log import logger
 from paddle_vl_sp.plan import VisualPlan
 from paddle_vl_sp.sequence.batch import shard_batch
 from paddle_vl_sp.settings import CHECK
@@ -298,7 +301,15 @@ def audited():
 
 
 def on_four(names, within):
-    return {"both": of_a_product(names), "within": of_sequence_parallelism(within)}
+    return {"both": of_a_product(names), "within": of_sequence_parallelism(within), "audit": audited_in_a_trainer()}
+
+
+def audited_in_a_trainer():
+    """What PADDLE_VL_SP_AUDIT=1 says of a trainer in the grid of two times two ranks; no forward is made."""
+    args = SimpleNamespace(pipeline_model_parallel_size=1, sharding="", gradient_accumulation_steps=1)
+    with mock.patch.object(logger, "warning") as warning:
+        found = audit_step(SimpleNamespace(args=args, using_fleet_model=False), None, {}, None)
+    return found, warning.call_args.args[0] % warning.call_args.args[1:]
 
 
 def of_a_product(names):

@@ -10,7 +10,6 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 import pytest
-from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 from paddle.nn import functional as F  # noqa: N812
 
 import audit_models as models
@@ -67,8 +66,13 @@ def formers_case(family, fault):
     assert ("q_norm/k_norm under TP" in str(audit)) == bool(language)
 
 
+LOOKED_AT = ("merger", "layers.0.", "blocks.0.attn.proj", "lm_head")
+FEWER = ("linear_fc2", "layers.0.self_attn", "layers.0.input_layernorm", "layers.0.mlp.down", "blocks.0.attn.proj")
+
+
 def is_looked_at(name):
-    return any(part in name for part in ("merger", "layers.0.", "blocks.0.attn.proj", "lm_head")) and "bias" not in name
+    parts = LOOKED_AT if group().nranks == 2 else FEWER
+    return any(part in name for part in parts) and "bias" not in name
 
 
 def says(audit, faults):
@@ -76,44 +80,48 @@ def says(audit, faults):
     assert {name: audit.verdicts[name] for name in wanted} == wanted, audit
 
 
-def data_parallel(after_by=None):
-    """Each rank with rows of its own, a weight that is multiplied transposed, and the mean of the losses."""
-    paddle.seed(1)
-    weight, bias = paddle.create_parameter([12, 8], "float32"), paddle.create_parameter([12], "float32", is_bias=True)
-    weight.is_distributed = True  # over another group: here the ranks hold copies
-    x = paddle.to_tensor(np.random.default_rng(dist.get_rank()).standard_normal((16, 8)).astype("float32"))
-    named = [("weight", weight), ("bias", bias)]
-
-    def loss():
-        return F.cross_entropy(paddle.matmul(x, weight.T) + bias, paddle.arange(16) % 12)
-
-    after = None if after_by is None else lambda: after_by([weight, bias])
-    return audited(loss, named, after, combine="mean")
-
-
-def contiguous_mean(parameters):
-    for parameter in parameters:
-        parameter.grad.set_value(models.summed(parameter.grad.clone()) / dist.get_world_size())
+def data_parallel(reduced_by=None):
+    return audited(*models.data_parallel(reduced_by), combine="mean")
 
 
 def unreduced_data_parallel():
     """Completed by the mean, and wrong as it is."""
     audit = data_parallel()
     assert audit.verdicts == {"weight": "partial", "bias": "partial"}
-    assert "the mean over ranks 0, 1 completes it" in str(audit)
+    assert f"the mean over ranks {', '.join(map(str, group().ranks))} completes it" in str(audit)
     assert not audit.ok
 
 
 def reduced_data_parallel():
-    assert data_parallel(contiguous_mean).ok
+    assert data_parallel(models.contiguous_mean).ok
 
 
 def strided_all_reduce():
     """Paddle 3.3.1's fused all-reduce permutes a gradient with strides."""
-    audit = data_parallel(lambda parameters: fused_allreduce_gradients(parameters, None))
-    assert audit.verdicts["weight"] == "mixed"
-    assert audit.verdicts["bias"] == "whole"
+    audit = data_parallel(models.fused_mean)
+    assert audit.verdicts == {"weight": "mixed", "bias": "whole"}
     assert "strided gradient in fused_allreduce_gradients" in str(audit)
+
+
+def text_in_parts(fault):
+    """By the loss of the whole sequence: upstream's parts make every gradient mixed, which no known cause does."""
+    import audit_formers
+
+    loss, named, after = audit_formers.text_in_parts(fault, group())
+    named = [pair for pair in named if is_looked_at(pair[0])]
+    audit = audited(loss, named, after)
+    assert set(audit.verdicts.values()) <= {"mixed" if fault else "whole", "too small to judge"}, audit
+    says(audit, audit_formers.TEXT_FAULTS.get(fault, {}))
+    assert audit.ok == (not fault)
+    assert "q_norm/k_norm under TP" not in str(audit)  # which makes the copies differ
+
+
+def losses_of_parts():
+    """By its own losses upstream's run has no loss of the batch to compare with, which is said on every rank."""
+    import audit_formers
+
+    loss, named = audit_formers.text_by_itself(group())
+    same_error_everywhere(lambda: audit_gradients(loss, named, group()), group(), "same number", "combine=")
 
 
 def copies_that_differ():
@@ -200,8 +208,11 @@ TWO_RANKS |= {
         refusals,
     )
 }
-ON_FOUR = ("mlp ", "mlp second sum", "ring missing sum")
-LAUNCHES = {2: TWO_RANKS, 4: {name: TWO_RANKS[name] for name in ON_FOUR}}
+ON_FOUR = ["mlp ", "mlp second sum", "ring missing sum", "reduced_data_parallel", "strided_all_reduce"]
+ON_FOUR += [f"qwen3_vl {fault}" for fault in ("", "upstream", "upstream without SP")]
+FOUR_RANKS = {name: TWO_RANKS[name] for name in ON_FOUR} | {"losses_of_parts": losses_of_parts}
+FOUR_RANKS |= {f"text in parts {fault}": partial(text_in_parts, fault) for fault in ("", "upstream")}
+LAUNCHES = {2: TWO_RANKS, 4: FOUR_RANKS}
 
 
 @pytest.mark.parametrize(("nranks", "case"), pairs(LAUNCHES))

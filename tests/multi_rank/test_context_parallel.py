@@ -69,6 +69,14 @@ def test_the_audit_says_the_same(of_two):
         assert set(verdicts[1]) <= {"whole", "too small to judge"}
 
 
+def test_a_trainer_with_both_axes_is_not_audited(of_four):
+    """Tensor and sep parallelism together: refused by name on every rank, and nothing is run."""
+    for rank in of_four:
+        found, words = rank["audit"]
+        assert found is None
+        assert "not audited: tensor and sep parallelism together are two groups" in words
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CUT)
 def test_ids_that_are_cut_already(of_two, name, kind):

@@ -266,9 +266,10 @@ def test_a_known_cause_is_in_the_table(small, monkeypatch):
     register_causes(Cause("first", ("mixed",), "the branch is detached"))
     small.detached = 1.0
     assert str(audit_gradients(small.loss, small, None)).count("the branch is detached") == 2
-    assert "q_norm" in known_causes.cause_of("layers.0.q_norm.weight", "partial", False)
-    assert "strided" in known_causes.cause_of("head.weight", "mixed", True)
-    assert known_causes.cause_of("head.weight", "mixed", False) == ""
+    assert "q_norm" in known_causes.cause_of("layers.0.q_norm.weight", "partial", False, True)
+    assert known_causes.cause_of("layers.0.q_norm.weight", "mixed", False, False) == ""
+    assert "strided" in known_causes.cause_of("head.weight", "mixed", True, False)
+    assert known_causes.cause_of("head.weight", "mixed", False, True) == ""
 
 
 @pytest.mark.parametrize(
