@@ -148,7 +148,9 @@ def check_upstream() -> Iterator[Check]:
         if family.module in absent:
             yield _absent(family, absent[family.module])
             continue
-        module = sys.modules[family.module]
+        module = sys.modules.get(family.module)
+        if module is None:
+            continue  # what it is part of has the line
         judgement = judge(family, module)
         yield _family(family, judgement)
         methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
@@ -189,6 +191,8 @@ def _family(family: Family, judgement: Judgement) -> Check:
     from paddle_vl_sp.formers.known import KNOWN_VERSIONS
 
     number = f"{len(family.replaced)} method{'s' * (len(family.replaced) > 1)} would be replaced"
+    if not family.replaced and family.swapped:
+        number = f"models would be made of a subclass of {family.swapped[0].name}"
     if judgement.refused:
         fix = (
             f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
