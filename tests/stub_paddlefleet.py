@@ -29,7 +29,7 @@ from paddle_vl_sp.formers.known import Swapped
 DOUBLE = Path(__file__).parent / "fleet" / "double"
 # Module -> the names read from it that the double has not; a capital letter makes a class, a small one a function.
 NAMES: dict[str, tuple[str, ...]] = {
-    "paddlefleet.tensor_parallel.layers": ("ColumnParallelLinear", "RowParallelLinear"),
+    "paddlefleet.tensor_parallel.layers": ("RowParallelLinear",),
     "paddlefleet.fusions": (),
     "paddlefleet.fusions.fused_bias_dropout": ("get_bias_dropout_add",),
     "paddlefleet.models.common.vision_layer": (),

@@ -70,7 +70,8 @@ def judge(family: Family, module: Any, is_shared: bool = False, is_cut: bool = F
     verdict = verdict_on(family, module, is_shared)
     if verdict.broken or not verdict.tried:
         return Judgement([*refused, *verdict.broken])
-    admitted = f"not the known code, but all that is needed of it holds ({verdict.tried} trials)"
+    trials = f"{verdict.tried} trial{'s' * (verdict.tried > 1)}"
+    admitted = f"not the known code, but all that is needed of it holds ({trials})"
     logger.info("%s is admitted: %s; %s", family.name, admitted, "; ".join(refused))
     return Judgement([], admitted)
 

@@ -61,8 +61,10 @@ def _of_text(theirs: Any, batch: int, rank: int, nranks: int) -> str:
     own = rows if nranks == 1 else np.split(rows, nranks, axis=1)[rank]
     wanted = own if nranks == 1 else own.swapaxes(0, 1)  # [S / n, B, H]
     hidden = out["hidden_states"]
-    if list(hidden.shape) != list(wanted.shape) or not np.array_equal(hidden.numpy(), wanted):
-        return f"hidden states {list(hidden.shape)} are not the rows of its rank {list(wanted.shape)}"
+    if list(hidden.shape) != list(wanted.shape):
+        return f"hidden states {list(hidden.shape)}, {list(wanted.shape)} are wanted"
+    if not np.array_equal(hidden.numpy(), wanted):
+        return "hidden states that are not the rows of its rank"
     extra = [key for key in (MASK, LEVELS, UPDATE, GATHER) if out.get(key) is not None]
     return f"it hands on {', '.join(extra)}" if extra else ""
 

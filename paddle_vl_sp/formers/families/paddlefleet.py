@@ -44,7 +44,7 @@ EMBEDDING = Family(
     "PaddleFleet's embedding",
     BUILDERS,
     replaced=(),
-    swapped=(Swapped(BUILDERS, "GPTEmbedding", visual_embedding, sources=()),),
+    swapped=(Swapped(BUILDERS, "GPTEmbedding", visual_embedding, sources=("65924e10e00b8a30",)),),
     contract=(merges_as_ours("GPTEmbedding"),),
     part_of=UNIT,
 )
@@ -52,7 +52,7 @@ HEAD = Family(
     "PaddleFleet's LM head",
     BUILDERS,
     replaced=(),
-    swapped=(Swapped(BUILDERS, "GPTLMHead", contiguous_head, sources=()),),
+    swapped=(Swapped(BUILDERS, "GPTLMHead", contiguous_head, sources=("358ccabbd44a2b35",)),),
     contract=(has_one_weight("GPTLMHead"),),
     part_of=UNIT,
 )
