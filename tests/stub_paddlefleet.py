@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -20,13 +20,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import paddle
+
+from paddle_vl_sp.formers.known import Swapped
 
 DOUBLE = Path(__file__).parent / "fleet" / "double"
 # Module -> the names read from it that the double has not; a capital letter makes a class, a small one a function.
 NAMES: dict[str, tuple[str, ...]] = {
-    "paddlefleet.tensor_parallel.layers": ("ColumnParallelLinear", "RowParallelLinear"),
+    "paddlefleet.tensor_parallel.layers": ("RowParallelLinear",),
     "paddlefleet.fusions": (),
     "paddlefleet.fusions.fused_bias_dropout": ("get_bias_dropout_add",),
     "paddlefleet.models.common.vision_layer": (),
@@ -104,8 +107,11 @@ def _fill_up(modules: dict[str, tuple[str, ...]]) -> None:
 
 
 @contextmanager
-def stubbed_paddlefleet() -> Iterator[bool]:
-    """Yields True where the double was put in, False where the real package is installed."""
+def stubbed_paddlefleet(is_known: bool = True) -> Iterator[bool]:
+    """Yields True where the double was put in, False where the real package is installed.
+
+    is_known  its classes are taken for known, so that nothing is tried
+    """
     if "paddlefleet" in sys.modules or find_spec("paddlefleet") is not None:
         with _stubbed_ops():
             yield False
@@ -116,7 +122,7 @@ def stubbed_paddlefleet() -> Iterator[bool]:
     use_paddlefleet()
     try:
         _fill_up(NAMES)
-        with _stubbed_ops():
+        with _stubbed_ops(), _known_double() if is_known else nullcontext():
             yield True
     finally:
         drop_double()
@@ -133,6 +139,17 @@ def _stubbed_ops() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+@contextmanager
+def _known_double() -> Iterator[None]:
+    unknown = Swapped.unknown
+    with mock.patch.object(Swapped, "unknown", lambda self, cls: "" if _is_double(cls) else unknown(self, cls)):
+        yield
+
+
+def _is_double(cls: type) -> bool:
+    return str(getattr(sys.modules.get(cls.__module__), "__file__", "")).startswith(str(DOUBLE))
 
 
 def use_paddlefleet() -> None:

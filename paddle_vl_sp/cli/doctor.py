@@ -30,7 +30,7 @@ from paddle_vl_sp.settings import BACKEND, ENABLED, setting
 
 if TYPE_CHECKING:
     from paddle_vl_sp.formers.admission import Judgement
-    from paddle_vl_sp.formers.known import Called, Family, Replaced
+    from paddle_vl_sp.formers.known import Called, Family, Replaced, Swapped
 
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
 OLDEST = (3, 3)
@@ -148,7 +148,9 @@ def check_upstream() -> Iterator[Check]:
         if family.module in absent:
             yield _absent(family, absent[family.module])
             continue
-        module = sys.modules[family.module]
+        module = sys.modules.get(family.module)
+        if module is None:
+            continue  # what it is part of has the line
         judgement = judge(family, module)
         yield _family(family, judgement)
         methods: tuple[Replaced | Called, ...] = (*family.replaced, *family.called)
@@ -157,7 +159,7 @@ def check_upstream() -> Iterator[Check]:
             if swapped.label in absent:
                 yield Check(WARN, swapped.label, f"is not there: {absent[swapped.label]}", FLEET)
             else:
-                yield Check(PASS, swapped.label, "models built afterwards would be made of a subclass")
+                yield _swapped(swapped, judgement)
 
 
 def check_contracts() -> Iterator[Check]:
@@ -189,6 +191,8 @@ def _family(family: Family, judgement: Judgement) -> Check:
     from paddle_vl_sp.formers.known import KNOWN_VERSIONS
 
     number = f"{len(family.replaced)} method{'s' * (len(family.replaced) > 1)} would be replaced"
+    if not family.replaced and family.swapped:
+        number = f"models would be made of a subclass of {family.swapped[0].name}"
     if judgement.refused:
         fix = (
             f"install paddleformers {' or '.join(KNOWN_VERSIONS)} or a newer paddle-vl-sp; "
@@ -216,6 +220,18 @@ def _method(family: Family, method: Replaced | Called, module: Any, is_admitted:
         parameters = f"{parameters[: MOST_PARAMETERS - 3]}..."
     state = "admitted" if why else "known"
     return Check(PASS, method.name, f"{state} ({fingerprint(function)}), {role}; takes ({parameters})")
+
+
+def _swapped(swapped: Swapped, judgement: Judgement) -> Check:
+    """A class of which models would be built of a subclass."""
+    from paddle_vl_sp.formers.known import class_fingerprint
+
+    cls = swapped.found()
+    if judgement.refused or cls is None:
+        return Check(WARN, swapped.label, "models would be made of it as it is")
+    state = "" if swapped.sources is None else "admitted" if swapped.unknown(cls) else "known"
+    text = f"{state} ({class_fingerprint(cls)}), " if state else ""
+    return Check(PASS, swapped.label, f"{text}models built afterwards would be made of a subclass")
 
 
 def _import_paddle() -> Any:

@@ -65,7 +65,8 @@ class VisualEmbedding:
         check_choice("merge", self.merge, MERGES)
         plan = self._plan(dict_args, visual)
         syncs = int(dict_args.get(UPDATE) is None)
-        merge = self._upstream_merge if self.merge == "upstream" else self._row_merge
+        is_upstream = self.merge == "upstream" or reads_the_mask_itself(self.config)
+        merge = self._upstream_merge if is_upstream else self._row_merge
         out = merge(dict_args, visual, plan, packed_seq_params)
         if plan.num_features:
             plan, group = plan.to(out["hidden_states"].place), embedding_share(self).group
@@ -157,6 +158,11 @@ def _check_output(ours: dict[str, Any], upstream: dict[str, Any]) -> None:
 def predicts_more_tokens(config: Any) -> bool:
     """Whether multi-token prediction (MTP) is on."""
     return bool(config.num_nextn_predict_layers) and not config.mtp_load_weight_only
+
+
+def reads_the_mask_itself(config: Any) -> bool:
+    """Whether PaddleFleet clears its embeddings per layer (PLE) at visual tokens, which it knows from its own merge."""
+    return bool(getattr(config, "use_per_layer_embeddings", False))
 
 
 def refuse_combinations(config: Any, sequence_parallel: bool, num_levels: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -21,7 +22,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from paddle_vl_sp.formers.known import Family, code_of, fingerprint, one_line, original_of
+from paddle_vl_sp.formers.known import (
+    Family,
+    Swapped,
+    class_fingerprint,
+    code_of,
+    fingerprint,
+    one_line,
+    original_of,
+)
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import PROBE, setting
 
@@ -61,7 +70,8 @@ def judge(family: Family, module: Any, is_shared: bool = False, is_cut: bool = F
     verdict = verdict_on(family, module, is_shared)
     if verdict.broken or not verdict.tried:
         return Judgement([*refused, *verdict.broken])
-    admitted = f"not the known code, but all that is needed of it holds ({verdict.tried} trials)"
+    trials = f"{verdict.tried} trial{'s' * (verdict.tried > 1)}"
+    admitted = f"not the known code, but all that is needed of it holds ({trials})"
     logger.info("%s is admitted: %s; %s", family.name, admitted, "; ".join(refused))
     return Judgement([], admitted)
 
@@ -94,11 +104,21 @@ def code_key(family: Family, module: Any, is_shared: bool) -> str:
     methods = family.methods(is_shared=True, is_cut=True)
     parts = [family.name, str(is_shared), code_of(inspect.getsource(module)), sys.version]
     parts += [fingerprint(original_of(module, method.name)) for method in methods]
+    parts += [code for swapped in family.swapped if swapped.sources is not None for code in _codes_under(swapped)]
     parts += [_version_of(name) for name in ("paddleformers", "paddlefleet", "paddlepaddle", "paddlepaddle-gpu")]
-    formers = Path(sys.modules["paddleformers"].__file__ or "").parent
+    formers = Path(importlib.import_module("paddleformers").__file__ or "").parent
     folders = (HERE.parent, formers / "nn")  # what the clauses run
     parts += [path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _codes_under(swapped: Swapped) -> Iterator[str]:
+    """Of a class that ours is made of, the code in memory and that of the modules of its bases."""
+    cls = swapped.found()
+    bases = [] if cls is None else [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "paddlefleet"]
+    for base in bases:
+        yield class_fingerprint(base)
+        yield code_of(inspect.getsource(sys.modules[base.__module__]))
 
 
 def try_clauses(family: Family, module: Any, is_shared: bool) -> Iterator[tuple[str, str]]:
@@ -168,8 +188,6 @@ def _version_of(package: str) -> str:
 
 def main(name: str, is_shared: str) -> None:
     """In the process of its own: prints the verdict as its last line."""
-    import importlib
-
     import paddle
 
     from paddle_vl_sp.formers.families import FAMILIES

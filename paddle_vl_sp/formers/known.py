@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import io
+import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 MODELS = "paddleformers.transformers"
+PACKAGE = __name__.partition(".")[0]
 KNOWN_VERSIONS = ("1.2.0",)
 OURS = "_paddle_vl_sp_original"  # on a function of ours: what it replaces
 
@@ -62,6 +65,21 @@ class Swapped:
     where: str
     name: str
     make: Callable[[type], type]  # ours, from what is there
+    sources: tuple[str, ...] | None = None  # fingerprints of every text that is known; None: its methods are a family's
+
+    def found(self) -> type | None:
+        """The class that ours is, or would be, made of."""
+        module, _, owner = self.where.partition(":")
+        there: Any = importlib.import_module(module)
+        there = getattr(getattr(there, owner) if owner else there, self.name, None)
+        return None if there is None else below_ours(there)
+
+    def unknown(self, cls: type) -> str:
+        found, known = class_fingerprint(cls), " or ".join(self.sources or ()) or "none"
+        if found in (self.sources or ()):
+            return ""
+        file = getattr(sys.modules.get(cls.__module__), "__file__", "no file")
+        return f"{cls.__name__} of {cls.__module__} has fingerprint {found}, known is {known} ({file})"
 
     @property
     def label(self) -> str:
@@ -100,6 +118,11 @@ class Family:
     cut: tuple[Replaced, ...] = ()  # replaced too, where context parallelism is on
     contract: tuple[Clause, ...] = ()  # what code of it that is not known is tried by
     is_optional: bool = False  # a module that cannot be imported is never an error: it needs more than most have
+    part_of: str = ""  # the family that it goes with: if one is refused, all of that name are
+
+    @property
+    def unit(self) -> str:
+        return self.part_of or self.name
 
     def methods(self, is_shared: bool = False, is_cut: bool = False) -> tuple[Replaced, ...]:
         """What is replaced."""
@@ -120,6 +143,17 @@ class Family:
             why = method.unknown(function, owner)
             if why:
                 yield Deviation(why, isinstance(method, Replaced) and _is_of(function, owner, module))
+        yield from self._deviations_of_classes()
+
+    def _deviations_of_classes(self) -> Iterator[Deviation]:
+        """What is not as known in the classes that ours are subclasses of; one that is not there is the report's."""
+        for swapped in self.swapped if any(swapped.sources is not None for swapped in self.swapped) else ():
+            cls = swapped.found()
+            why = swapped.unknown(cls) if cls is not None else ""
+            if why and cls is not None:
+                module = sys.modules.get(cls.__module__)
+                functions = functions_of(cls).values()
+                yield Deviation(why, all(_is_of(function, cls, module) for function in functions))
 
 
 def original_of(module: Any, method: str) -> Any:
@@ -139,6 +173,25 @@ def fingerprint(function: Callable[..., Any]) -> str:
     except (OSError, TypeError):
         return "no source"
     return hashlib.sha256(code_of(source).encode()).hexdigest()[:16]
+
+
+def class_fingerprint(cls: type) -> str:
+    """Of all functions of the class; their order does not count."""
+    parts = [f"{name} {fingerprint(function)}" for name, function in sorted(functions_of(cls).items())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def functions_of(cls: type) -> dict[str, Any]:
+    """Its own methods and what its properties call, by name."""
+    own = {name: getattr(value, "fget", getattr(value, "__func__", value)) for name, value in vars(cls).items()}
+    return {name: value for name, value in own.items() if inspect.isfunction(value)}
+
+
+def below_ours(cls: type) -> type:
+    """The class that ours, where it is one of ours, is a subclass of."""
+    mro = cls.__mro__
+    ours = [place for place, base in enumerate(mro) if base.__module__.partition(".")[0] == PACKAGE]
+    return mro[max(ours) + 1] if ours else cls
 
 
 def code_of(source: str) -> str:

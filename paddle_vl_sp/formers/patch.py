@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace as replace_field
 from typing import Any
 
 from paddle.nn import Layer
@@ -72,7 +73,7 @@ def apply_to_paddleformers(
     setting = None if context_parallel is None else as_setting(context_parallel)
     is_cut = setting is not None
     lines: list[Line] = []
-    found = _loaded([family for family in wanted if family.methods(is_shared, is_cut)], lines, strict)
+    found = _loaded([family for family in wanted if family.methods(is_shared, is_cut) or family.swapped], lines, strict)
     judged = _judged(found, is_shared, is_cut, strict)
     made: list[Change] = []
     try:
@@ -158,7 +159,10 @@ def _judged(found: Sequence[tuple[Family, Any]], is_shared: bool, is_cut: bool, 
     train whole on every rank, and its gradients would be summed over the axis all the same.
     """
     judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
-    refused = {name: judgement.refused for name, judgement in judged.items()}
+    refused: dict[str, list[str]] = {family.unit: [] for family, _ in found}
+    for family, _ in found:
+        refused[family.unit] += judged[family.name].refused
+    judged = {family.name: replace_field(judged[family.name], refused=refused[family.unit]) for family, _ in found}
     refused |= {"criterion": [deviation.why for deviation in deviations()] if is_cut else []}
     if any(refused.values()):
         if is_cut:
@@ -173,7 +177,7 @@ def _change(
     family: Family, module: Any, judgement: Judgement, is_shared: bool, is_cut: bool, made: list[Change]
 ) -> list[Line]:
     lines = _replace_all(family, family.methods(is_shared, is_cut), module, judgement, made)
-    lines += _swap_all(family, judgement.refused, made)
+    lines += _swap_all(family, judgement, made)
     if is_shared and not family.shared:
         lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
     if is_cut and not family.cut:
@@ -208,8 +212,10 @@ def switched_off() -> bool:
 
 def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
     """The families with their modules; those that cannot be imported, for want of another package, get a line."""
-    found = []
+    found: list[tuple[Family, Any]] = []
     for family in wanted:
+        if family.part_of and family.part_of not in {other.name for other, _ in found}:
+            continue  # what it is part of has the line
         try:
             found.append((family, importlib.import_module(family.module)))
         except Exception as error:
@@ -236,20 +242,18 @@ def _replace_all(
         if replacement is not None:
             made.append(replacement)
         why = _first_line(method.make) if replacement else "was already"
-        if judgement.admitted:
-            why = f"{why}; admitted: {judgement.admitted}"
-        lines.append(Line(family.name, method.name, REPLACED, why))
+        lines.append(Line(family.name, method.name, REPLACED, _with_admission(why, judgement)))
     return lines
 
 
-def _swap_all(family: Family, changes: list[str], made: list[Change]) -> list[Line]:
+def _swap_all(family: Family, judgement: Judgement, made: list[Change]) -> list[Line]:
     """The classes that models built from now on are made of; a line says where one is not there."""
     lines = []
     for swapped in family.swapped:
         module, _, owner_name = swapped.where.partition(":")
         name = swapped.label
-        if changes:
-            lines.append(Line(family.name, name, LEFT_ALONE, "; ".join(changes)))
+        if judgement.refused:
+            lines.append(Line(family.name, name, LEFT_ALONE, "; ".join(judgement.refused)))
             continue
         try:
             owner: Any = importlib.import_module(module)
@@ -259,8 +263,13 @@ def _swap_all(family: Family, changes: list[str], made: list[Change]) -> list[Li
             continue
         if replacement is not None:
             made.append(replacement)
-        lines.append(Line(family.name, name, REPLACED, _first_line(swapped.make) if replacement else "was already"))
+        why = _first_line(swapped.make) if replacement else "was already"
+        lines.append(Line(family.name, name, REPLACED, _with_admission(why, judgement)))
     return lines
+
+
+def _with_admission(why: str, judgement: Judgement) -> str:
+    return f"{why}; admitted: {judgement.admitted}" if judgement.admitted else why
 
 
 def _first_line(make: Callable[..., Any]) -> str:

@@ -272,6 +272,24 @@ def test_replacing_the_name_in_the_spec_module_is_enough(monkeypatch):
     assert embedding.build_schedule_node().name == "GPTEmbedding"
 
 
+def test_upstream_merges_where_it_reads_the_mask_itself(monkeypatch):
+    """Per-layer embeddings are cleared at visual tokens, which a forward without features does not know."""
+    from paddlefleet.models.gpt.gpt_embedding import GPTEmbedding
+
+    seen, forward = [], GPTEmbedding.forward
+
+    def noted(self, dict_args, *more):
+        seen.append(dict_args.get("image_embeds") is not None)
+        return forward(self, dict_args, *more)
+
+    monkeypatch.setattr(GPTEmbedding, "forward", noted)
+    for is_on in (False, True):
+        cfg = config()
+        cfg.use_per_layer_embeddings = is_on
+        run(build(cfg, ours()), a_batch(some_ids(IMAGES, 2, 8), IMAGES, 2))
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize(("stages", "filled_up"), [(None, False), (1, False), (2, True), ("running", True)])
 def test_index_arrays_have_one_length_in_pipelines(monkeypatch, stages, filled_up):
     """Integers, exact: stage borders keep the first shape they see, so there -1 fills the arrays up to B * S_local."""

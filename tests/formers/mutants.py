@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import paddle
-from training import module_of
+from training import importable, module_of
 
 from paddle_vl_sp.formers.admission import try_clauses
 from paddle_vl_sp.formers.families import glm_ocr, qwen2_5_vl, qwen3_next, qwen3_vl, qwen3_vl_fleet, text
@@ -45,6 +45,9 @@ class Mutant:
 
     def __str__(self):
         return f"{self.method}-{self.name}"
+
+    def edited(self, original, owner):
+        return function_of(mutated(inspect.getsource(original), self.edits), original, owner)
 
 
 def rename(old, new):
@@ -451,23 +454,24 @@ def in_place(mutant, module):
     owner, _, name = mutant.method.partition(".")
     cls = getattr(module, owner)
     original = vars(cls)[name]
-    source = mutated(inspect.getsource(original), mutant.edits)
-    with mock.patch.object(cls, name, function_of(source, original, owner)):
+    with mock.patch.object(cls, name, mutant.edited(original, owner)):
         yield
 
 
 def broken_clauses(mutant):
-    module = module_of(mutant.family)
-    with in_place(mutant, module):
+    with importable(mutant.family), in_place(mutant, module_of(mutant.family)):
+        module = module_of(mutant.family)
         return [f"{says}: {why}" for says, why in try_clauses(mutant.family, module, is_shared=False) if why]
 
 
 def write(path):
+    from fleet_mutants import FLEET_MUTANTS
+
     paddle.set_device("cpu")
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["method", "the edited code is", "edit", "verdict", "first broken clause"])
-        for mutant in MUTANTS:
+        for mutant in [*MUTANTS, *FLEET_MUTANTS]:
             broken = broken_clauses(mutant)
             rows.writerow([mutant.method, mutant.kind, mutant.name, "refused" if broken else "admitted", *broken[:1]])
 

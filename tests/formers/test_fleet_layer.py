@@ -13,6 +13,7 @@ from groups import topology_of
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.formers import apply_to_qwen3_vl, plans_of_all_ranks, revert
 from paddle_vl_sp.formers.families import qwen3_vl_fleet
+from paddle_vl_sp.formers.families.paddlefleet import visual_embedding
 from paddle_vl_sp.testing import FakeGroup
 from stub_paddlefleet import stubbed_paddlefleet
 
@@ -389,7 +390,7 @@ def test_a_subclass_that_a_user_put_there_stays():
     with stubbed_paddlefleet():
         from paddlefleet.models.gpt import gpt_layer_specs
 
-        own = qwen3_vl_fleet.visual_embedding(gpt_layer_specs.GPTEmbedding)
+        own = visual_embedding(gpt_layer_specs.GPTEmbedding)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpt_layer_specs, "GPTEmbedding", own)
             with apply_to_qwen3_vl():

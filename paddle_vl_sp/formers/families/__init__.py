@@ -1,8 +1,24 @@
 """One module a family of models: what of its classes is replaced, and by what."""
 
-from paddle_vl_sp.formers.families import glm_ocr, paddleocr_vl, qwen2_5_vl, qwen3_next, qwen3_vl, qwen3_vl_fleet, text
+from paddle_vl_sp.formers.families import (
+    glm_ocr,
+    paddlefleet,
+    paddleocr_vl,
+    qwen2_5_vl,
+    qwen3_next,
+    qwen3_vl,
+    qwen3_vl_fleet,
+    text,
+)
 
-QWEN3_VL = (qwen3_vl.PLAIN, qwen3_vl.PLAIN_MOE, qwen3_vl_fleet.FAMILY, qwen3_vl_fleet.MOE)
+QWEN3_VL = (
+    qwen3_vl.PLAIN,
+    qwen3_vl.PLAIN_MOE,
+    qwen3_vl_fleet.FAMILY,
+    paddlefleet.EMBEDDING,
+    paddlefleet.HEAD,
+    qwen3_vl_fleet.MOE,
+)
 FAMILIES = {
     "qwen3_vl": QWEN3_VL,
     "qwen2_5_vl": (qwen2_5_vl.FAMILY,),

@@ -6,10 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from paddle import Tensor
 from paddle.nn import Layer
 
-from paddle_vl_sp.autograd import keep_gradient_contiguous
 from paddle_vl_sp.carried import (
     CARRIED,
     GATHER,
@@ -30,6 +28,7 @@ from paddle_vl_sp.formers.context.setting import refuse_uncut_training
 from paddle_vl_sp.formers.context.step import STEP, Step
 from paddle_vl_sp.formers.contracts import adds_the_rows_of_its_rank, hands_on_what_it_is_given, lets_its_layer_add
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
+from paddle_vl_sp.formers.families.paddlefleet import UNIT
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced, Swapped
 from paddle_vl_sp.formers.model_view import ModelView
@@ -101,37 +100,11 @@ def _on_this_part(model: Layer, step: Step) -> Any:
     return ModelView(model, lambda inputs, named: ((part_of(step, model, inputs[0]), *inputs[1:]), named))
 
 
-def visual_embedding(base: type) -> type:
-    """One plan for merge, deepstack layers and gradients, images with videos, plans of the data loader."""
-    from paddle_vl_sp.fleet.embedding import VisualEmbedding
-    from paddle_vl_sp.fleet.topology import visual_subclass
-
-    if VisualEmbedding in base.__mro__:
-        return base
-    return visual_subclass(VisualEmbedding, base)
-
-
 def visual_layer(base: type) -> type:
     """Adds deepstack features by the plan, each level in its layer, also behind empty layers."""
     from paddle_vl_sp.fleet.deepstack import VisualDeepstack, deepstack_layer
 
     return base if VisualDeepstack in base.__mro__ else deepstack_layer(base)
-
-
-class _ContiguousHead:
-    weight: Tensor | None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.weight is not None and not self.weight.stop_gradient:
-            keep_gradient_contiguous(self.weight)
-
-
-def contiguous_head(base: type) -> type:
-    """Keeps the LM head's gradient contiguous: Paddle's fused all-reduce over data parallel permutes strided ones."""
-    if _ContiguousHead in base.__mro__:
-        return base
-    return type(base.__name__, (_ContiguousHead, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def _require_our_embedding(model: Layer) -> None:
@@ -198,18 +171,14 @@ MOE = Family(  # the rest of it is made of what FAMILY replaces
     cut=(Replaced("Qwen3VLMoeForConditionalGeneration.forward", outer_forward, ("8eada67793e30adf",)),),
 )
 FAMILY = Family(
-    "Qwen3-VL fleet",  # dense and MoE: both are made of this layer and this model
+    UNIT,  # dense and MoE: both are made of this layer and this model
     f"{MODELS}.qwen3_vl.modeling_fleet",
     replaced=(
         Replaced("Qwen3VLTextTransformerLayer.forward", layer_forward, ("7128dabd2a78b41d",)),
         Replaced("Qwen3VLTextTransformerLayer._deepstack_process", deepstack, ("97b577cb51c39113",)),
         Replaced("Qwen3VLModelDist.forward", model_forward, ("e63536dcd1ef3476",)),
     ),
-    swapped=(
-        Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTEmbedding", visual_embedding),
-        Swapped("paddlefleet.models.gpt.gpt_layer_specs", "GPTLMHead", contiguous_head),
-        Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),
-    ),
+    swapped=(Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),),
     shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("55a621cbb52a5624",)),),
     cut=(Replaced("Qwen3VLForConditionalGeneration.forward", outer_forward, ("16f169b9d3934ad0",)),),
     contract=(

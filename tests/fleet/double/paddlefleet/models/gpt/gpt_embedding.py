@@ -44,6 +44,8 @@ class GPTEmbedding(FleetLayer):
         if self.sequence_parallel and (self.multimodal_embedding or self._predicts_more()):
             self.embedding.scatter_to_sequence_parallel = False
             self.embedding.sequence_parallel = False
+            for part in (self.embedding, self.embedding.embed_tokens):
+                part.reduce_scatter_embeddings = False
         self.rotary_pos_emb = self.swa_rotary_pos_emb = None
         self.mrope_section = mrope_section
         self.position_embedding_type = position_embedding_type

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from paddle.distributed.fleet.meta_parallel import LayerSpec
 from paddlefleet.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from paddlefleet.models.gpt.gpt_embedding import GPTEmbedding, GPTEmbeddingSpec
+from paddlefleet.models.gpt.lm_head import GPTLMHead  # noqa: F401
 
 
 @dataclass
