@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from paddle import Tensor
 
-from paddle_vl_sp.backends.dispatch import on_place
+from paddle_vl_sp.backends.copies import on_place
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.gather import needs_grad
 from paddle_vl_sp.comm.routed import Routes, exchange_wanted, route_rows, routes_to_owners
