@@ -1,5 +1,6 @@
 """PaddleFleet's own classes, of which ours are subclasses: an edited package on disk, tried, judged and left alone."""
 
+import dataclasses
 import shutil
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 from training import modeling_fleet
 
 import stub_paddlefleet
-from paddle_vl_sp.formers import UpstreamChanged, admission, apply_to_paddleformers, apply_to_qwen3_vl
+from paddle_vl_sp.cli.doctor import check_contracts
+from paddle_vl_sp.formers import UpstreamChanged, admission, apply_to_paddleformers, apply_to_qwen3_vl, families
 from paddle_vl_sp.formers.admission import Verdict
 from paddle_vl_sp.formers.families.paddlefleet import EMBEDDING, HEAD, contiguous_head
 from paddle_vl_sp.formers.known import below_ours, class_fingerprint
@@ -119,3 +121,23 @@ def test_a_fingerprint_is_of_all_methods_and_of_theirs_alone(monkeypatch):
         assert class_fingerprint(below_ours(contiguous_head(GPTLMHead))) == before
         monkeypatch.setattr(GPTLMHead, "build_schedule_node", lambda self: None)
         assert class_fingerprint(GPTLMHead) != before
+
+
+def test_a_known_text_is_not_tried():
+    """By its fingerprint, as listed."""
+    with stubbed_paddlefleet():
+        from paddlefleet.models.gpt.lm_head import GPTLMHead
+
+        listed = dataclasses.replace(HEAD.swapped[0], sources=(class_fingerprint(GPTLMHead),))
+    with_it = dataclasses.replace(HEAD, swapped=(listed,))
+    with stubbed_paddlefleet(is_known=False):
+        assert [deviation.is_text for deviation in HEAD.deviations(None)] == [True]
+        assert not list(with_it.deviations(None))
+
+
+def test_doctor_lists_their_clauses(monkeypatch):
+    """A line for each, PASS where it holds."""
+    monkeypatch.setattr(families, "FAMILIES", {"qwen3_vl": (EMBEDDING, HEAD)})
+    with stubbed_paddlefleet():
+        found = {check.subject: check.state for check in check_contracts()}
+    assert found == {f"contract, {family.name}": "PASS" for family in (EMBEDDING, HEAD)}
