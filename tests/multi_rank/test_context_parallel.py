@@ -15,7 +15,7 @@ WITHIN = [*FEW[:2], "text only", "Qwen2.5-VL", "shared tower"]
 
 @pytest.fixture(scope="module")
 def of_two():
-    return run_ranks(on_two, 2, KINDS, NAMES, timeout=280)
+    return run_ranks(on_two, 2, KINDS, NAMES, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def of_three():
 
 @pytest.fixture(scope="module")
 def of_four():
-    return run_ranks(on_four, 4, FEW, WITHIN, timeout=280)
+    return run_ranks(on_four, 4, FEW, WITHIN, timeout=400)
 
 
 @pytest.mark.parametrize("kind", KINDS)
