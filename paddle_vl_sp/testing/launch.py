@@ -108,6 +108,7 @@ def _sigterm_at_the_end() -> Iterator[list[int]]:
 @dataclass(frozen=True)
 class _Report:
     rank: int
+    has_started: bool
     ended: bool
     result: Any
     story: str  # the error, or the stack when the time was up
@@ -117,8 +118,13 @@ class _Report:
 
 
 def _failed_making_groups(reports: list[_Report]) -> bool:
-    stories = [report.story for report in reports if not report.ended]
-    return any(f" in {maker}\n" in story for story in stories for maker in GROUP_MAKERS)
+    """While groups were made, or in the barrier before fn: gloo lost a connection, and the others may have gone on."""
+    failed = [report for report in reports if not report.ended]
+    return any(
+        f" in {maker}\n" in report.story
+        for report in failed
+        for maker in (GROUP_MAKERS if report.has_started else (*GROUP_MAKERS, "barrier"))
+    )
 
 
 class _Launch:
@@ -195,13 +201,15 @@ class _Launch:
         time.sleep(0.5)
 
     def _report(self, rank: int, why: str) -> _Report:
+        has_started = self._file(rank, "started").exists()
         if self._file(rank, "result").exists():
-            return _Report(rank, True, pickle.loads(self._file(rank, "result").read_bytes()), "")
+            return _Report(rank, has_started, True, pickle.loads(self._file(rank, "result").read_bytes()), "")
         for name, lead in (("error", ""), ("stack", f"{why}; it was at\n")):
             if self._file(rank, name).exists() and self._file(rank, name).stat().st_size:
-                return _Report(rank, False, None, lead + self._file(rank, name).read_text())
+                return _Report(rank, has_started, False, None, lead + self._file(rank, name).read_text())
         code = self.processes[rank].returncode
-        return _Report(rank, False, None, f"ended with code {code}\n{self._file(rank, 'output').read_text()[-3000:]}")
+        output = self._file(rank, "output").read_text()[-3000:]
+        return _Report(rank, has_started, False, None, f"ended with code {code}\n{output}")
 
     def _file(self, rank: int, name: str) -> Path:
         return self.folder / f"{rank}.{name}"
