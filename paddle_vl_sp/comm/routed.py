@@ -36,7 +36,7 @@ class Routes:
 
     Of three ranks this one is rank 0 and has rows a b c d; rank 2 sends it x::
 
-        sends      [1] [0 3] []      goes out  b | a d |      nobody wants c
+        sends      [1] [0 3] []      goes out  b | a d |      no rank wants c
         receives   1 0 1             arrives   b | | x
         order      1 0               result    x b
     """
@@ -69,7 +69,7 @@ class Routes:
     def copies(self) -> list[Resident]:
         """For every row of this rank where its first copy went out, then its second, ..; behind the last if nowhere.
 
-        [[1 0 3 2]] above, of four rows: nobody wants row 2, and 3 is behind the last.
+        [[1 0 3 2]] above, of four rows: no rank wants row 2, and 3 is behind the last.
         """
         row = self.outgoing.array
         by_row = np.argsort(row, kind="stable")  # the copies of a row, rank after rank

@@ -254,13 +254,17 @@ def test_a_paddle_with_cuda_and_operators_without(monkeypatch):
     assert (check.state, "built without CUDA, since it was not asked for" in check.message) == (WARN, True)
 
 
+def use_operators_with_cuda(monkeypatch, folder, **built):
+    """A library in `folder`, of which only the record is there, under a Paddle with CUDA."""
+    monkeypatch.setattr(load, "HERE", folder)
+    record = " ".join(f"{key}={value}" for key, value in (load.running_paddle() | built).items())
+    load.library_path(folder).write_text(f"vlsp-build {record} ")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+
+
 def test_gpus_that_the_operators_cannot_run_on(monkeypatch, tmp_path):
     """By each GPU's number and architecture, what the library holds, and the fix; one that fits is no finding."""
-    monkeypatch.setattr(load, "HERE", tmp_path)
-    built = {**load.running_paddle(), "cuda": "80,90", "ptx": "90"}
-    record = " ".join(f"{key}={value}" for key, value in built.items())
-    load.library_path(tmp_path).write_text(f"vlsp-build {record} ")
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    use_operators_with_cuda(monkeypatch, tmp_path, cuda="80,90", ptx="90")
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda gpu: [(9, 0), (7, 5)][gpu])
     check = by_subject(check_operators())["operators"]
@@ -274,11 +278,7 @@ def test_gpus_that_the_operators_cannot_run_on(monkeypatch, tmp_path):
 
 def test_why_there_is_no_cuda_code_is_told(monkeypatch, tmp_path):
     """In the words that the build has left in the library."""
-    monkeypatch.setattr(load, "HERE", tmp_path)
-    built = {**load.running_paddle(), "cuda": "0", "why": "nvcc_failed"}
-    record = " ".join(f"{key}={value}" for key, value in built.items())
-    load.library_path(tmp_path).write_text(f"vlsp-build {record} ")
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    use_operators_with_cuda(monkeypatch, tmp_path, cuda="0", why="nvcc_failed")
     check = by_subject(check_operators())["operators"]
     assert (check.state, "was built without CUDA, since nvcc failed: plain" in check.message) == (WARN, True)
 

@@ -210,6 +210,24 @@ class TestInPlace:
 
 
 @pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("way", [replace_rows, add_rows])
+def test_strided_tensors_are_read_as_what_they_hold(way):
+    """Bit-exact with contiguous ones: hidden states, features and the gradient that comes back, all transposed."""
+    plan, mask = a_plan(sequence_first=True)
+    sources = [drawn([4, *plan.row_shape[::-1]], "float32", 1), drawn([4, int(mask.sum())], "float32", 2)]
+    out_grad = drawn([4, *plan.row_shape[::-1]], "float32", 3)
+    results = []
+    for strided in (True, False):
+        views = [x.transpose(list(range(x.ndim))[::-1]) for x in (*sources, out_grad)]
+        assert not any(view.is_contiguous() for view in views)
+        hidden, features, grad = [view.detach() if strided else view.contiguous().detach() for view in views]
+        hidden.stop_gradient = features.stop_gradient = False
+        out = way(hidden, features, plan)
+        results.append([x.numpy() for x in (out, *paddle.grad([out], [hidden, features], [grad]))])
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_recompute_gives_the_same_gradients(inplace):
     """Bit-exact with and without, copied and in place."""
