@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from paddle_vl_sp.plan import VisualPlan, plan_visual
     from paddle_vl_sp.report import RunReport, note_forward
     from paddle_vl_sp.rows import add_rows, replace_rows
+    from paddle_vl_sp.vision.balanced import encode_balanced, stop_balancing
     from paddle_vl_sp.vision.parallel import encode_shared
     from paddle_vl_sp.vision.share import VisionShare, share_images
 
@@ -49,6 +50,7 @@ __all__ = [
     "backend",
     "check_replicas",
     "complete_grad",
+    "encode_balanced",
     "encode_shared",
     "joint_features",
     "mark_for_sum",
@@ -58,6 +60,7 @@ __all__ = [
     "replace_rows",
     "revert",
     "share_images",
+    "stop_balancing",
     "sum_parameter_grads",
     "sync_replicas",
 ]
@@ -82,6 +85,7 @@ __getattr__, __dir__ = lazy_exports(
         "backend": "backends.load",
         "check_replicas": "comm.replicas",
         "complete_grad": "comm.grads",
+        "encode_balanced": "vision.balanced",
         "encode_shared": "vision.parallel",
         "joint_features": "interleave",
         "mark_for_sum": "comm.grads",
@@ -91,6 +95,7 @@ __getattr__, __dir__ = lazy_exports(
         "replace_rows": "rows",
         "revert": "formers",
         "share_images": "vision.share",
+        "stop_balancing": "vision.balanced",
         "sum_parameter_grads": "comm.grads",
         "sync_replicas": "comm.replicas",
     },

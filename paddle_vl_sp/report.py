@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,6 +16,7 @@ from paddle_vl_sp.comm.agree import exchange
 from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.plan import VisualPlan
+from paddle_vl_sp.tower_work import Balanced, TowerWork
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -50,7 +50,7 @@ class RunReport:
         self._group: Group | None = None  # that of the first forward
         self._pending: list[tuple[Array, int]] = []  # (counts [2], perhaps on a device; syncs)
         self._read = array("q")  # row after row of COLUMNS
-        self._shares: list[tuple[int, float]] = []  # (number of the forward that follows, imbalance)
+        self._tower = TowerWork()
 
     @property
     def num_forwards(self) -> int:
@@ -78,7 +78,15 @@ class RunReport:
         worst_imbalance   the imbalance of the worst forward
         empty_ranks       ranks without visual tokens: mean of the forwards
         syncs_here        host synchronisations of this rank to make plans
-        vision_imbalance  of the tower's work, where it was shared: mean of the forwards
+        vision_imbalance  of the tower's work, where it was shared or balanced: mean of the forwards
+
+        And where every rank brought its own images (encode_balanced), the same on every rank:
+
+        vision_imbalance_at_home  if every rank had encoded its own: mean of the forwards
+        vision_rows_moved         feature rows encoded away from home, of all ranks
+        vision_bytes_moved        pixels to those who encoded them, and their rows home, in the forward
+        vision_patches_at_home    that each rank brought, from the first forward on
+        vision_patches_encoded    that each rank encoded, from the first forward on
         """
         self._read_pending()
         facts = np.array(self._read[since * len(COLUMNS) :], dtype=np.int64).reshape(-1, len(COLUMNS))
@@ -87,7 +95,7 @@ class RunReport:
             num = int(exchange([len(facts)], self._group).min())
             facts = facts[:num]
             own = exchange(facts[:, 0].tolist(), self._group)
-        return _summary(own, facts) | self._vision(since)
+        return _summary(own, facts) | self._tower.read(since)
 
     def _read_pending(self) -> None:
         """Moves the counts that are still on a device to the host."""
@@ -110,10 +118,6 @@ class RunReport:
         self._pending.append((plan.counts, syncs))
         if len(self._pending) >= PENDING:
             self._read_pending()
-
-    def _vision(self, since: int) -> dict[str, float]:
-        shares = [imbalance for _, imbalance in self._shares[bisect_left(self._shares, (since,)) :]]
-        return {"vision_imbalance": float(np.mean(shares))} if shares else {}
 
     def __enter__(self) -> RunReport:
         self.start()
@@ -155,11 +159,20 @@ def note_forward(
         report._note(plan, syncs, group)
 
 
+def note_balanced(share: Balanced, pixel_bytes: int, row_bytes: int) -> None:
+    """Adds to every open report how the tower's work was balanced in one forward, and the bytes of rows that moved."""
+    moved = share.moved_patches * pixel_bytes + share.moved_rows * row_bytes
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("the tower's work is balanced: %s; %.1f MiB move", share.report(), moved / 2**20)
+    for report in _open if _is_training() else ():
+        report._tower.add_balanced(report.num_forwards, share, moved)
+
+
 def note_shared(imbalance: float) -> None:
     """Adds how evenly the tower's work was shared in one forward to every open report."""
     logger.debug("the tower's work is shared: the busiest rank has %.3f of the mean load", imbalance)
     for report in _open if _is_training() else ():
-        report._shares.append((report.num_forwards, imbalance))
+        report._tower.add_shared(report.num_forwards, imbalance)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from paddle_vl_sp.comm.exchange import all_to_all_rows
 from paddle_vl_sp.comm.gather import agree_rows, check_tensors, in_backward, needs_grad, pack, take_rows, unpack
 from paddle_vl_sp.comm.resident import Resident
 from paddle_vl_sp.comm.uneven import UnevenRows
+from paddle_vl_sp.layout import consecutive
 
 Rows = TypeVar("Rows", bound="Tensor | Sequence[Tensor]")
 Integers = npt.NDArray[np.int64]
@@ -96,6 +97,27 @@ def routes_to_owners(wanted: npt.NDArray[np.bool_], rows: UnevenRows, rank: int)
     arriving = [place[wanted[rank][place]] for place in held]
     order = np.argsort(np.concatenate(arriving))
     return Routes(rows.counts[rank], sends, tuple(len(each) for each in arriving), order)
+
+
+def routes_of_items(source: Integers, target: Integers, lengths: Integers, rank: int, num_ranks: int) -> Routes:
+    """This rank's routes, where item j is lengths[j] rows that go from source[j] to target[j].
+
+    Before and after, a rank has its items in their order. Two ranks, items a bb c d, and c is at home on rank 1::
+
+        source  0 0 0 1    sends of rank 0     [0] [1 2 3]   a | bb c
+        target  0 1 1 0    receives of rank 0  1 1           a | d
+    """
+    own, wanted = np.flatnonzero(source == rank), np.flatnonzero(target == rank)
+    start = np.cumsum(lengths[own]) - lengths[own]
+    sends = tuple(
+        consecutive(start[here], lengths[own[here]]) for here in (target[own] == peer for peer in range(num_ranks))
+    )
+    receives = tuple(int(lengths[wanted[source[wanted] == peer]].sum()) for peer in range(num_ranks))
+    by_source = np.argsort(source[wanted], kind="stable")  # in which they arrive
+    arrived = lengths[wanted[by_source]]
+    begin = np.empty_like(arrived)
+    begin[by_source] = np.cumsum(arrived) - arrived
+    return Routes(int(lengths[own].sum()), sends, receives, consecutive(begin, lengths[wanted]))
 
 
 def exchange_wanted(wanted: Integers, total: int, group: Group) -> npt.NDArray[np.bool_]:

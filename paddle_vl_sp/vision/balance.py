@@ -88,17 +88,21 @@ def longest_first(costs: Integers, num_ranks: int) -> list[tuple[int, ...]]:
         items[rank].append(item)
         heapq.heapreplace(heap, (load + int(costs[item]), number + 1, rank))
     rounds = SWAP_ROUNDS * num_ranks
-    while rounds and _relieve_busiest(items, costs):
+    good_enough = int(GOOD_ENOUGH * int(costs.sum()) / num_ranks)
+    while rounds and relieve_busiest(items, costs, good_enough):
         rounds -= 1
     return [tuple(sorted(own)) for own in items]
 
 
-def _relieve_busiest(items: list[list[int]], costs: Integers) -> bool:
-    """Moves or swaps one item of the busiest rank, with the least loaded rank that helps; False where none does."""
+def relieve_busiest(items: list[list[int]], costs: Integers, good_enough: int) -> bool:
+    """Moves or swaps one item of the busiest rank, with the least loaded rank that helps.
+
+    False where none does, or where no load is above good_enough.
+    """
     loads = [int(costs[own].sum()) for own in items]
     by_load = sorted(range(len(items)), key=loads.__getitem__)
     busiest = by_load.pop()
-    if loads[busiest] * len(items) <= GOOD_ENOUGH * sum(loads):
+    if loads[busiest] <= good_enough:
         return False
     for other in by_load:
         gap = loads[busiest] - loads[other]

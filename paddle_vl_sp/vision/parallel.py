@@ -119,7 +119,7 @@ def encode_shared(
     work, outs, form, wanted = None, None, -1, None
     try:
         _check_choices(idle, grad, mode, plan)
-        _refuse_tensor_parallel(encode, group)
+        refuse_tensor_parallel(encode, group)
         work = plan_work(pixel_values, grid_thw, group, merge_size, policy, split_frames, alpha, replicate_below)
         wanted = None if plan is None else wanted_rows(plan, work.total_rows)
         if work.has_images or idle == "dummy" or not work.total_rows:
@@ -139,7 +139,7 @@ def encode_shared(
     elif wanted is not None and outs is not None:
         outs = rows_from_here(outs, wanted)
     assert outs is not None
-    result: Encoded = _join_result(outs, form)
+    result: Encoded = join_result(outs, form)
     return result if plan is None or wanted is None else (result, own_plan(plan, len(wanted)))
 
 
@@ -154,7 +154,7 @@ def _exchanged(
 ) -> list[Tensor]:
     """Features and levels of the whole batch, or the wanted rows, from this rank's outs; None if it skipped."""
     if work.is_shared:
-        own = outs or _no_rows(kind, group)
+        own = outs or no_rows(kind, group)
         if wanted is None:
             return gather_rows(own, work.share.rows, group, mode, grad, kind.needs_grad)
         return rows_from_encoders(own, work.share.rows, wanted, group, kind.needs_grad)
@@ -164,11 +164,11 @@ def _exchanged(
     return [_OwnGradient.apply(x, group) for x in outs] if grad == "whole" else outs
 
 
-def _join_result(outs: list[Tensor], form: int) -> Any:
+def join_result(outs: list[Tensor], form: int) -> Any:
     return outs[0] if form < 0 else (outs[0], outs[1:])
 
 
-def _no_rows(kind: RowKind, group: Group) -> list[Tensor]:
+def no_rows(kind: RowKind, group: Group) -> list[Tensor]:
     """Features and levels [0, H] of a rank that skipped."""
     number, place = 1 + max(kind.form, 0), wire_place(group)
     return [paddle.zeros([0, kind.width // number], dtype=kind.dtype, device=place) for _ in range(number)]
@@ -204,7 +204,7 @@ def _check_choices(idle: str, grad: str, mode: str, plan: VisualPlan | None) -> 
         )
 
 
-def _refuse_tensor_parallel(encode: object, group: Group | None) -> None:
+def refuse_tensor_parallel(encode: object, group: Group | None) -> None:
     """Raises if encode is, or is a method of, a layer whose weights are cut over ranks of this group."""
     layer = encode if isinstance(encode, paddle.nn.Layer) else getattr(encode, "__self__", None)
     if not isinstance(layer, paddle.nn.Layer) or not has_peers(group):

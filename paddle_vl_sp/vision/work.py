@@ -16,6 +16,7 @@ from paddle_vl_sp.vision.share import VisionShare, share_images, vision_items
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 Grid: TypeAlias = "Tensor | npt.NDArray[Any]"
+Encode: TypeAlias = Callable[[Tensor, Grid], object]
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,27 @@ class Work:
         """The feature rows of the whole batch."""
         return sum(self.share.token_counts)
 
-    def encode_own(
-        self, encode: Callable[[Tensor, Grid], object], pixels: Tensor, grid_like: Grid
-    ) -> tuple[list[Tensor], int]:
-        """This rank's features and levels, and their form (see `_split_result`).
-
-        Without images they are those of a blank image, cut to no rows, so that the tower is still in the graph.
-        """
-        if not self.has_images:
-            side = self.merge_size
-            blank = pixels.new_zeros([side * side, pixels.shape[1]])
-            grid = np.array([[1, side, side]], dtype=np.int64)
-            outs, form = _split_result(encode(blank, _like(grid, grid_like)))
-            _check_encoded(outs, 1)
-            return [x[:0] for x in outs], form
+    def encode_own(self, encode: Encode, pixels: Tensor, grid_like: Grid) -> tuple[list[Tensor], int]:
+        """This rank's features and levels, and their form (see `split_result`)."""
         own = [pixels[begin:end] for begin, end in self.runs]
-        outs, form = _split_result(
-            encode(own[0] if len(own) == 1 else paddle.concat(own), _like(self.own_grid, grid_like))
-        )
-        _check_encoded(outs, int(self.own_grid.prod(axis=1).sum()) // self.merge_size**2)
-        return outs, form
+        own_pixels = own[0] if len(own) == 1 else paddle.concat(own or [pixels[:0]])
+        return encode_items(encode, own_pixels, self.own_grid, grid_like, self.merge_size)
+
+
+def encode_items(
+    encode: Encode, pixels: Tensor, grid: Integers, grid_like: Grid, merge_size: int
+) -> tuple[list[Tensor], int]:
+    """encode(pixels, grid), checked: features and levels, and their form (see `split_result`).
+
+    Without images they are those of a blank image, cut to no rows, so that the tower is still in the graph.
+    """
+    blank = [[1, merge_size, merge_size]]
+    shown = grid if len(grid) else np.array(blank, dtype=np.int64)
+    if not len(grid):  # after the pixels [0, C], whose backward may be a collective
+        pixels = paddle.concat([pixels, pixels.new_zeros([merge_size**2, pixels.shape[1]])])
+    outs, form = split_result(encode(pixels, _like(shown, grid_like)))
+    _check_encoded(outs, int(shown.prod(axis=1).sum()) // merge_size**2)
+    return (outs if len(grid) else [x[:0] for x in outs]), form
 
 
 def plan_work(
@@ -71,8 +73,7 @@ def plan_work(
     replicate_below: int,
 ) -> Work:
     """This rank's work, from numbers that every rank has; a grid on a device is read once."""
-    grid = np.asarray(grid_thw.numpy() if isinstance(grid_thw, Tensor) else grid_thw, dtype=np.int64)
-    _check_batch(pixels, grid, merge_size)
+    grid = checked_grid(pixels, grid_thw, merge_size)
     num_ranks, rank = (group.nranks, group.rank) if has_peers(group) else (1, 0)
     costs, token_counts, items = vision_items(grid, merge_size, alpha, split_frames)
     share = share_images(costs.tolist(), token_counts.tolist(), num_ranks, policy)
@@ -81,8 +82,14 @@ def plan_work(
     own = list(share.items[rank]) if is_shared else list(range(len(items)))
     end = np.cumsum(items.prod(axis=1))
     runs = [(int(end[item] - items[item].prod()), int(end[item])) for item in own]
-    video = np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
-    return Work(grid, share, _join_runs(runs), _join_frames(items, video, own), merge_size, is_shared)
+    return Work(
+        grid, share, _join_runs(runs), join_frames(items, image_of(grid, split_frames), own), merge_size, is_shared
+    )
+
+
+def image_of(grid: Integers, split_frames: bool) -> Integers:
+    """For each item (see `vision_items`) the image or video that it is of."""
+    return np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
 
 
 def _join_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -96,14 +103,14 @@ def _join_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _join_frames(items: Integers, video: Integers, own: list[int]) -> Integers:
-    """The grids of this rank's items, with consecutive frames of one video as one grid: [k, 3].
+def join_frames(items: Integers, image: Integers, own: list[int]) -> Integers:
+    """The grids of a rank's items, with consecutive frames of one video as one grid: [k, 3].
 
-    items  [J, 3] the grid of each item; video  [J] the image or video that each belongs to
+    items  [J, 3] the grid of each item; image  [J] the image or video that each is of
     """
     grids: list[list[int]] = []
     for place, item in enumerate(own):
-        if place and own[place - 1] == item - 1 and video[item - 1] == video[item]:
+        if place and own[place - 1] == item - 1 and image[item - 1] == image[item]:
             grids[-1][0] += 1
         else:
             grids.append(items[item].tolist())
@@ -117,7 +124,7 @@ def _like(grid: Integers, like: Grid) -> Grid:
     return grid.astype(np.asarray(like).dtype) if len(like) else grid
 
 
-def _split_result(result: object) -> tuple[list[Tensor], int]:
+def split_result(result: object) -> tuple[list[Tensor], int]:
     """All tensors of encode's result, and its form: -1 for features alone, else the number of levels."""
     if isinstance(result, Tensor):
         return [result], -1
@@ -127,7 +134,9 @@ def _split_result(result: object) -> tuple[list[Tensor], int]:
     return [features, *levels], len(levels)
 
 
-def _check_batch(pixels: Tensor, grid: Integers, merge_size: int) -> None:
+def checked_grid(pixels: Tensor, grid_thw: Grid, merge_size: int) -> Integers:
+    """The grid as numbers, int64 [I, 3]; raises unless it is one of these pixels."""
+    grid = np.asarray(grid_thw.numpy() if isinstance(grid_thw, Tensor) else grid_thw, dtype=np.int64)
     if grid.ndim != 2 or grid.shape[1] != 3 or len(pixels.shape) != 2:
         raise ValueError(
             f"pixel_values must be [P, C] and grid_thw [I, 3], got {list(pixels.shape)} and {list(grid.shape)}"
@@ -141,6 +150,7 @@ def _check_batch(pixels: Tensor, grid: Integers, merge_size: int) -> None:
     patches = int(grid.prod(axis=1).sum())
     if patches != pixels.shape[0]:
         raise ValueError(f"grid_thw has {patches} patches but pixel_values {pixels.shape[0]} rows: they must match")
+    return grid
 
 
 def _check_encoded(outs: list[Tensor], expected: int) -> None:

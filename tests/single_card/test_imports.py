@@ -15,7 +15,7 @@ ORDER = [
     "backends",
     *("plan", "rows", "interleave", "export"),
     "comm",
-    *("carried", "report", "sequence", "testing", "audit"),
+    *("carried", "tower_work", "report", "sequence", "testing", "audit"),
     *("verify", "vision", "attention"),
     *("fleet", "formers"),
     "cli",
