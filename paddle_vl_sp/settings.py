@@ -20,7 +20,7 @@ SWITCHES = {  # the first word is the default
     LOG: ("info", "debug", "warning", "error"),
     REPORT: ("0", "1"),
     STRICT: ("1", "0"),
-    VISION_DP: ("0", "1"),
+    VISION_DP: ("0", "1", "data"),
     LOADER_PLANS: ("0", "1"),
     CONTEXT_PARALLEL: ("0", "auto", "gather", "ring", "ulysses"),
     PROBE: ("cached", "always", "never"),
@@ -47,7 +47,7 @@ def names_in(switch: str) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in os.environ.get(switch, "").split(",") if name.strip()) or None
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises unless the value of the argument `name` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from paddle.nn import Layer
 
-from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers import balanced_tower, shared_tower
 from paddle_vl_sp.formers.known import OURS, Make
 from paddle_vl_sp.log import logger
 
@@ -41,7 +41,9 @@ class SharedTower:
     inner: Layer
 
     def undo(self) -> bool:
-        shared_tower.stop_sharing(self.inner)
+        balanced_tower.stop_balancing_of(self.inner)
+        if shared_tower.is_shared(self.inner):
+            shared_tower.stop_sharing(self.inner)
         return True
 
 
@@ -94,9 +96,12 @@ def share(model: Layer) -> SharedTower | None:
     """Shares the work of the model's tower; None where it was shared already: then what it got since is marked too."""
     was_shared = shared_tower.is_shared(shared_tower.plain_model_of(model))
     inner = shared_tower.share_tower(model)
-    if was_shared:
-        return None
-    return keep(SharedTower(inner))
+    return None if was_shared else keep(SharedTower(inner))
+
+
+def balance(model: Layer) -> SharedTower:
+    """Balances the work of the model's tower over the data-parallel ranks."""
+    return keep(SharedTower(balanced_tower.balance_tower(model)))
 
 
 def undo_changes(changes: Iterable[Change]) -> None:
@@ -107,6 +112,7 @@ def undo_changes(changes: Iterable[Change]) -> None:
         if change.undo():
             _in_place.remove(change)
     shared_tower.stop_where_not_asked_for()
+    balanced_tower.stop_where_not_asked_for()
 
 
 def _refuse_to_leave_a_setting(changes: list[Change]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from paddle_vl_sp.comm.collectives import Group
@@ -28,6 +29,29 @@ def tensor_parallel_group() -> Group | None:
     """The group that tensor and sequence parallelism cut over; None before fleet.init."""
     groups = topology()
     group: Group | None = None if groups is None else groups.get_model_parallel_group()
+    return group
+
+
+def data_group() -> Group | None:
+    """The ranks that train on other batches with the same weights: data parallelism and sharding, joined.
+
+    Without fleet.init all ranks of the launch; None where there is one such rank. The first call may make a group, and
+    then every rank of the launch must make it.
+    """
+    import paddle.distributed as dist
+
+    groups = topology()
+    if groups is None:
+        everyone: Group | None = dist.get_group(0) if dist.is_initialized() and dist.get_world_size() > 1 else None
+        return everyone
+    axes: list[Group] = [groups.get_data_parallel_group(), groups.get_sharding_parallel_group()]
+    of_many = [group for group in axes if group.nranks > 1]
+    return _joined(groups) if len(of_many) > 1 else of_many[0] if of_many else None
+
+
+@lru_cache(maxsize=1)
+def _joined(groups: Any) -> Group:
+    group: Group = groups.create_fuse_group(["data", "sharding"])[1]
     return group
 
 

@@ -115,6 +115,7 @@ class Family:
     called: tuple[Called, ...] = ()
     swapped: tuple[Swapped, ...] = ()
     shared: tuple[Replaced, ...] = ()  # replaced too, where the vision tower's work is to be shared
+    balanced: tuple[Replaced, ...] = ()  # in place of those, where it is to be shared with data-parallel ranks
     cut: tuple[Replaced, ...] = ()  # replaced too, where context parallelism is on
     contract: tuple[Clause, ...] = ()  # what code of it that is not known is tried by
     is_optional: bool = False  # a module that cannot be imported is never an error: it needs more than most have
@@ -124,9 +125,10 @@ class Family:
     def unit(self) -> str:
         return self.part_of or self.name
 
-    def methods(self, is_shared: bool = False, is_cut: bool = False) -> tuple[Replaced, ...]:
+    def methods(self, is_shared: bool = False, is_cut: bool = False, over_data: bool = False) -> tuple[Replaced, ...]:
         """What is replaced."""
-        return self.replaced + (self.shared if is_shared else ()) + (self.cut if is_cut else ())
+        shared = self.balanced if over_data else self.shared
+        return self.replaced + (shared if is_shared else ()) + (self.cut if is_cut else ())
 
     def deviations(self, module: Any, is_shared: bool = False, is_cut: bool = False) -> Iterator[Deviation]:
         """What is not as known in the module's classes; of sharing the tower's work, of context parallelism as well."""

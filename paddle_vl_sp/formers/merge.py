@@ -16,7 +16,7 @@ from paddle.nn import Layer
 from paddle_vl_sp.backends.dispatch import joint_rows
 from paddle_vl_sp.backends.plain import is_any_of
 from paddle_vl_sp.carried import LoadedPlans
-from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers import balanced_tower, shared_tower
 from paddle_vl_sp.interleave import joint_features, order_on_host
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
@@ -69,14 +69,18 @@ def merging_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kinds_to_merge(model: Layer, given: dict[str, Any]) -> list[str]:
-    """The kinds that the arguments of a forward have pixels of; none where the original must merge."""
+    """The kinds that the arguments of a forward have pixels of; none where the original must merge.
+
+    Images, without pixels, where there are none, and the rank must meet others for their images.
+    """
     kinds = [kind for kind, (pixels, _, _) in KINDS.items() if given.get(pixels) is not None]
-    if given.get("input_ids") is None or not kinds:
+    meets_others = balanced_tower.takes_part(model, given)
+    if given.get("input_ids") is None or not (kinds or meets_others):
         return []
     if shared_tower.has_own_mask(model):
         shared_tower.refuse_own_mask(model)
         return []
-    return kinds
+    return kinds or ["image"]
 
 
 def merge(
@@ -105,6 +109,8 @@ def merge(
         syncs = int(not padded)
     plan = plan.to(embeds.place)
     main, *levels = joined(features, ids, wanted, loaded)
+    if not num_features:  # nothing to insert, but a tower that other ranks used stays in the graph
+        main, levels = paddle.concat([main, *levels]), []
     merged = replace_rows(embeds, main, plan)
     if checking():
         _check_merge(
@@ -124,7 +130,21 @@ def features_of(
     model: Layer, kinds: list[str], given: dict[str, Any], plans: Mapping[str, VisualPlan] | None = None
 ) -> dict[str, list[Tensor]]:
     """[main, *levels] of each kind; with this rank's plan of each, for a shared tower, only the rows that it uses."""
+    if balanced_tower.takes_part(model, given):
+        return _balanced(model, kinds, given)
     return {kind: _encoded(model, kind, given, plans[kind] if plans else None) for kind in kinds}
+
+
+def _balanced(model: Layer, kinds: list[str], given: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """All kinds in one call, since all ranks make equally many."""
+    named = [(given.get(pixels), given.get(grid)) for pixels, grid, _ in (KINDS[kind] for kind in kinds)]
+    brought = [(pixels, grid) for pixels, grid in named if pixels is not None]
+
+    def encode(pixels: Tensor, grid: Tensor) -> shared_tower.Encoded:
+        return shared_tower.encoded(model, lambda *own: encoded_rows(model.get_image_features(*own)), pixels, grid)
+
+    rows = balanced_tower.balanced_rows(model, encode, brought, given["input_ids"].place)
+    return dict(zip(kinds, rows, strict=True))
 
 
 def _encoded(model: Layer, kind: str, given: dict[str, Any], plan: VisualPlan | None) -> list[Tensor]:

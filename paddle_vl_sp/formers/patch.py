@@ -15,10 +15,11 @@ from paddle.nn import Layer
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.backends.load import backend as backend_in_use
 from paddle_vl_sp.formers.admission import Judgement, judge
-from paddle_vl_sp.formers.changes import Change, replace, share, swap, undo_changes
+from paddle_vl_sp.formers.changes import Change, balance, replace, share, swap, undo_changes
 from paddle_vl_sp.formers.context.forward import uncut_forward
 from paddle_vl_sp.formers.context.install import deviations, install
 from paddle_vl_sp.formers.context.setting import as_setting
+from paddle_vl_sp.formers.ending import stop_together
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
 from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
@@ -41,7 +42,7 @@ def apply_to_paddleformers(
     *,
     families: str | Sequence[str] | None = None,
     strict: bool = True,
-    vision_dp: bool = False,
+    vision_dp: bool | str = False,
     context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
     """Replaces the methods of PaddleFormers' classes that place visual features; `revert()` puts them back.
@@ -54,8 +55,9 @@ def apply_to_paddleformers(
     families   the families of models, by name, such as "qwen3_vl", which is plain, MoE and fleet; None: all of them
     strict     code of PaddleFormers that is not known, and does not pass the trials of its family, is an
                UpstreamChanged error, else it is left alone with a warning
-    vision_dp  the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
-               model that is built from now on
+    vision_dp  True: the tensor-parallel ranks share the vision tower's work: that of `model`, or, without one, of every
+               model that is built from now on. "data": the data-parallel and sharding ranks do, which have different
+               batches; ranks that have the same one share what falls to it, as with True
     context_parallel   "auto", "gather", "ring", "ulysses" or a ContextParallel: the ranks of a group, fleet's sep axis
                unless the value names one, share each sequence; models take the whole batch and cut it themselves
 
@@ -69,7 +71,9 @@ def apply_to_paddleformers(
         return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted))
     if model is not None and not isinstance(model, Layer):
         raise ValueError(f"model must be a model, got {model!r}; families are named by families=")
-    is_shared = vision_dp and model is None
+    check_choice("vision_dp", vision_dp, (False, True, "data"))
+    over_data = vision_dp == "data"
+    is_shared = bool(vision_dp) and model is None
     setting = None if context_parallel is None else as_setting(context_parallel)
     is_cut = setting is not None
     lines: list[Line] = []
@@ -78,12 +82,14 @@ def apply_to_paddleformers(
     made: list[Change] = []
     try:
         for family, module in found:
-            lines += _change(family, module, judged[family.name], is_shared, is_cut, made)
+            lines += _change(family, module, judged[family.name], is_shared, is_cut, made, over_data)
         if setting is not None:
             _refuse_other_families(wanted, made)
             install(setting, made)
+        if over_data:
+            made += stop_together()
         if vision_dp and model is not None:
-            lines.append(_share(model, made))
+            lines.append(_balance(model, made) if over_data else _share(model, made))
         if model is not None:
             lines += mark_head_norms(model)
     except BaseException:
@@ -104,7 +110,7 @@ def apply_to_qwen3_vl(
     *,
     backend: str = "auto",
     strict: bool = True,
-    vision_dp: bool = False,
+    vision_dp: bool | str = False,
     context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
     """`apply_to_paddleformers` for Qwen3-VL alone: dense and MoE, the plain classes and those on PaddleFleet.
@@ -121,7 +127,7 @@ def apply_to_qwen2_5_vl(
     model: Layer | None = None,
     *,
     strict: bool = True,
-    vision_dp: bool = False,
+    vision_dp: bool | str = False,
     context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
     """`apply_to_paddleformers` for Qwen2.5-VL alone."""
@@ -174,9 +180,15 @@ def _judged(found: Sequence[tuple[Family, Any]], is_shared: bool, is_cut: bool, 
 
 
 def _change(
-    family: Family, module: Any, judgement: Judgement, is_shared: bool, is_cut: bool, made: list[Change]
+    family: Family,
+    module: Any,
+    judgement: Judgement,
+    is_shared: bool,
+    is_cut: bool,
+    made: list[Change],
+    over_data: bool,
 ) -> list[Line]:
-    lines = _replace_all(family, family.methods(is_shared, is_cut), module, judgement, made)
+    lines = _replace_all(family, family.methods(is_shared, is_cut, over_data), module, judgement, made)
     lines += _swap_all(family, judgement, made)
     if is_shared and not family.shared:
         lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
@@ -282,6 +294,11 @@ def _share(model: Layer, made: list[Change]) -> Line:
         return Line("model", TOWER, REPLACED, "was already shared")
     made.append(shared)
     return Line("model", TOWER, REPLACED, "shared by the tensor-parallel ranks; parameters marked for the sum")
+
+
+def _balance(model: Layer, made: list[Change]) -> Line:
+    made.append(balance(model))
+    return Line("model", TOWER, REPLACED, "balanced over the data-parallel ranks")
 
 
 def _describe(changed: dict[str, list[str]]) -> str:

@@ -8,6 +8,7 @@ PADDLE_VL_SP_FAMILIES=a,b       only these families of models
 PADDLE_VL_SP_STRICT=0           code of PaddleFormers that is not known is left alone instead of an error
 PADDLE_VL_SP_PROBE=never        ... without trying first whether it does all that is needed of it
 PADDLE_VL_SP_VISION_DP=1        tensor-parallel ranks share the work of a replicated vision tower
+PADDLE_VL_SP_VISION_DP=data     data-parallel and sharding ranks share the work of their vision towers
 PADDLE_VL_SP_CONTEXT_PARALLEL=auto   the ranks of sep_parallel_size share each sequence; or gather, ring, ulysses
 PADDLE_VL_SP_LOADER_PLANS=1     the data loader plans
 PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
@@ -24,7 +25,7 @@ asked = setting(CONTEXT_PARALLEL)
 apply_to_paddleformers(
     families=names_in(FAMILIES),
     strict=is_on(STRICT),
-    vision_dp=is_on(VISION_DP),
+    vision_dp={"0": False, "1": True}.get(setting(VISION_DP), setting(VISION_DP)),
     context_parallel=None if asked == "0" else asked,
 )
 plan_if_asked()

@@ -67,7 +67,8 @@ def refusing_init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         raise ValueError(
             f"vision_dp=True, or {VISION_DP}=1, with {type(self).__name__}: the vision tower of the model on "
-            "PaddleFleet is cut over the tensor-parallel ranks, so they share its work already; leave it out"
+            "PaddleFleet is cut over the tensor-parallel ranks, so they share its work already; leave it out, or say "
+            "'data' to balance it over the data-parallel ranks"
         )
 
     return __init__
@@ -151,6 +152,11 @@ def _check_marks(tower: Layer) -> None:
 
 def is_shared(inner: Layer) -> bool:
     return inner in _sharing or inner in _sharing_over_context
+
+
+def shares_a_batch(inner: Layer) -> bool:
+    """Whether several ranks, which could share the work, hold the same batch, and somebody sums their gradients."""
+    return context_parallelism_is_on() or bool(getattr(text_config(inner), "sequence_parallel", False))
 
 
 def is_shared_over_context(inner: Layer) -> bool:

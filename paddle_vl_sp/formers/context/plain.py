@@ -13,7 +13,7 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.backends.plain import is_any_of
-from paddle_vl_sp.formers import shared_tower
+from paddle_vl_sp.formers import balanced_tower, shared_tower
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.step import Step
 from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kinds_to_merge
@@ -53,7 +53,8 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
         wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
         whole = step.padded(ids, PADDING)
         plan = plan_visual(whole, wanted, step.layout, sequence_first=False)
-        encode = _own_features if shared_tower.is_shared_over_context(model) else _all_features
+        sends_rows = shared_tower.is_shared_over_context(model) and not balanced_tower.is_balanced(model)
+        encode = _own_features if sends_rows else _all_features
         (main, *levels), used = encode(model, kinds, given, step, whole, plan)
         placed = Placed(levels, is_any_of(own_ids, wanted), used.to(embeds.place))
         embeds = replace_rows(embeds, main, placed.plan)
@@ -79,7 +80,7 @@ def _all_features(
     wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
     features = joined(features_of(model, kinds, given), step.joined(given["input_ids"]), wanted, None)
     check_feature_count(int(plan.counts[1]), features[0].shape[0])
-    return features, plan
+    return (features if features[0].shape[0] else [paddle.concat(features)]), plan
 
 
 def _own_features(

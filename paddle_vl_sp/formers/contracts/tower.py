@@ -26,6 +26,10 @@ def encodes_item_by_item(build: Callable[[], Any]) -> Clause:
         for part in ("spatial_merge_size", "config"):
             if not hasattr(model.visual, part):
                 return f"the tower has no {part}"
+        pixels = paddle.rand([sum(t * h * w for t, h, w in GRIDS["video"]), tiny.PATCH_SIZE])
+        as_image, as_video = (_encoded(model, kind, pixels, GRIDS["video"]) for kind in GRIDS)
+        if any((image != video).any() for image, video in zip(as_image, as_video, strict=True)):
+            return "videos are not encoded as images are"
         for kind, grids in GRIDS.items():
             frames = [(1, height, width) for times, height, width in grids for _ in range(times)]
             pixels = paddle.rand([sum(t * h * w for t, h, w in grids), tiny.PATCH_SIZE])

@@ -14,6 +14,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import shared_tower, tiny
+from paddle_vl_sp.formers.balanced_tower import balanced_init
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place
 from paddle_vl_sp.formers.context.setting import refuse_uncut_training
@@ -49,6 +50,7 @@ FAMILY = Family(
         Called(f"Qwen2_5_VLModel.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()
     ),
     shared=(Replaced("Qwen2_5_VLModel.__init__", shared_tower.model_init, ("3d8d9c109c87c40e",)),),
+    balanced=(Replaced("Qwen2_5_VLModel.__init__", balanced_init, ("3d8d9c109c87c40e",)),),
     cut=(Replaced("Qwen2_5_VLForConditionalGeneration.forward", outer_forward, ("9f899dab65d24b7a",)),),
     contract=(
         equals_ours(tiny.tiny_qwen2_5_vl, frames_apart=False),

@@ -16,6 +16,7 @@ from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
 from paddle_vl_sp.comm.collectives import Group
 from paddle_vl_sp.comm.grads import complete_grad
 from paddle_vl_sp.formers import shared_tower, tiny
+from paddle_vl_sp.formers.balanced_tower import balanced_init
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place, rows_of_tensor_rank
 from paddle_vl_sp.formers.context.setting import refuse_uncut_training
@@ -74,6 +75,8 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if loaded and checking():
             _check_loaded(loaded, merged.mask)
         hide_pixels(call.arguments, kinds, merged.embeds)
+        if not merged.plan.num_features:
+            return original(*call.args, **call.kwargs)
         return _with_levels(original, call, Visual(merged.mask, merged.plan, loaded, merged.syncs), merged.levels)
 
     return forward
@@ -82,7 +85,7 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _cut_forward(original: Callable[..., Any], call: inspect.BoundArguments, step: Step) -> Any:
     """On this rank's part of the sequence, under context parallelism."""
     placed = place(call.args[0], call.arguments, step)
-    if placed is None:
+    if placed is None or not placed.levels:
         return original(*call.args, **call.kwargs)
     visual = Visual(placed.mask, placed.plan, None, syncs=1, is_part=True)
     return _with_levels(original, call, visual, placed.levels)
@@ -181,6 +184,7 @@ def _family(
         ),
         called=tuple(Called(f"{model}.{method}", ("self", pixels, grid)) for pixels, grid, method in KINDS.values()),
         shared=(Replaced(f"{model}.__init__", shared_tower.model_init, (known["build"],)),),
+        balanced=(Replaced(f"{model}.__init__", balanced_init, (known["build"],)),),
         cut=(Replaced(f"{outer}.forward", outer_forward, (known["outer"],)),),
         contract=(
             adds_the_rows_of_its_rank(f"{text_model}._deepstack_process", sequence_first=False),

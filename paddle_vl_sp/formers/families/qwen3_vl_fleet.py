@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import paddle
+from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import (
@@ -22,6 +26,7 @@ from paddle_vl_sp.carried import (
     own_row,
 )
 from paddle_vl_sp.comm.grads import complete_grad
+from paddle_vl_sp.formers.balanced_tower import balanced_init, balanced_rows, takes_part
 from paddle_vl_sp.formers.context.fleet import part_of
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.setting import refuse_uncut_training
@@ -31,13 +36,14 @@ from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.families.paddlefleet import UNIT
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group, topology
 from paddle_vl_sp.formers.known import MODELS, Family, Replaced, Swapped
+from paddle_vl_sp.formers.merge import KINDS, encoded_rows
 from paddle_vl_sp.formers.model_view import ModelView
 from paddle_vl_sp.formers.shared_tower import refusing_init
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
 
-PIXELS = ("pixel_values", "pixel_values_videos")
+PIXELS = tuple(pixels for pixels, _, _ in KINDS.values())
 
 
 def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,14 +75,21 @@ def layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the data loader's plans, of all ranks, to the fixed dict that the original makes."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
         step = STEP.get()
         loaded = LoadedPlans.pop_from(kwargs, None if step else "sequence")
+        model: Any = self if step is None else _on_this_part(self, step)
+        if takes_part(self, kwargs):
+            _require_our_embedding(self)
+            call = signature.bind(self, *args, **kwargs)
+            model = _adding(model, _balanced_features(self, call.arguments))
+            args, kwargs = call.args[1:], call.kwargs
         if step is not None:
             _require_our_embedding(self)
-            return original(_on_this_part(self, step), *args, **kwargs)
+            return original(model, *args, **kwargs)
         refuse_uncut_training(self)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if loaded is not None and ids is not None:
@@ -84,13 +97,12 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if loaded is not None or all(kwargs.get(pixels) is not None for pixels in PIXELS):
             _require_our_embedding(self)
         if loaded is None:
-            return original(self, *args, **kwargs)
+            return original(model, *args, **kwargs)
         _check_degree(self, loaded)
         plans = {UPDATE: loaded.update, GATHER: loaded.gather}
         if loaded.order is not None:
             plans[ORDER] = loaded.order
-        view = ModelView(self, lambda inputs, named: (({**inputs[0], **plans}, *inputs[1:]), named))
-        return original(view, *args, **kwargs)
+        return original(_adding(model, plans), *args, **kwargs)
 
     return outer_forward(forward)
 
@@ -98,6 +110,35 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _on_this_part(model: Layer, step: Step) -> Any:
     """The model, whose language model gets this rank's part of the sequence."""
     return ModelView(model, lambda inputs, named: ((part_of(step, model, inputs[0]), *inputs[1:]), named))
+
+
+def _adding(model: Any, more: dict[str, Any]) -> Any:
+    """The model, whose language model gets more in its dict."""
+    return ModelView(model, lambda inputs, named: (({**inputs[0], **more}, *inputs[1:]), named))
+
+
+def _balanced_features(model: Layer, given: dict[str, Any]) -> dict[str, Any]:
+    """The features of this batch, by an exchange with other ranks; the original is left without pixels.
+
+    All kinds in one call, since all ranks make equally many.
+    """
+    brought = {kind: given[pixels] for kind, (pixels, _, _) in KINDS.items() if given.get(pixels) is not None}
+    if any(isinstance(pixels, list) for pixels in brought.values()):
+        raise ValueError('vision_dp="data" takes pixels as one tensor of each kind, got a list: concatenate them first')
+    dtype = next(iter(model.vision_model.parameters())).dtype
+    is_frozen = bool(getattr(model.config, "freeze_vision_model", False))
+
+    def encode(pixels: Tensor, grid: Tensor) -> Any:
+        with paddle.no_grad() if is_frozen else contextlib.nullcontext():
+            return encoded_rows(model.get_image_features(pixels.astype(dtype), grid))
+
+    pairs = [(pixels, given[KINDS[kind][1]]) for kind, pixels in brought.items()]
+    rows = balanced_rows(model, encode, pairs, given["input_ids"].place)
+    features: dict[str, Any] = {}
+    for kind, (main, *levels) in zip(brought or ["image"], rows, strict=True):
+        features |= {f"{kind}_embeds": main, f"deepstack_{kind}_embeds": levels}
+        given[KINDS[kind][0]] = None
+    return features
 
 
 def visual_layer(base: type) -> type:
@@ -180,6 +221,7 @@ FAMILY = Family(
     ),
     swapped=(Swapped(f"{MODELS}.qwen3_vl.modeling_fleet:Qwen3VLTextProvider", "specific_layer", visual_layer),),
     shared=(Replaced("Qwen3VLModelDist.__init__", refusing_init, ("55a621cbb52a5624",)),),
+    balanced=(Replaced("Qwen3VLModelDist.__init__", balanced_init, ("55a621cbb52a5624",)),),
     cut=(Replaced("Qwen3VLForConditionalGeneration.forward", outer_forward, ("16f169b9d3934ad0",)),),
     contract=(
         adds_the_rows_of_its_rank("Qwen3VLTextTransformerLayer._deepstack_process", sequence_first=True),
