@@ -83,7 +83,7 @@ class RunReport:
         And where every rank brought its own images (encode_balanced), the same on every rank:
 
         vision_imbalance_at_home  if every rank had encoded its own: mean of the forwards
-        vision_rows_moved         feature rows encoded away from home, of all ranks
+        vision_rows_moved         feature rows from who encoded them to others that need them, of all ranks
         vision_bytes_moved        pixels to those who encoded them, and their rows home, in the forward
         vision_patches_at_home    that each rank brought, from the first forward on
         vision_patches_encoded    that each rank encoded, from the first forward on
@@ -161,7 +161,7 @@ def note_forward(
 
 def note_balanced(share: Balanced, pixel_bytes: int, row_bytes: int) -> None:
     """Adds to every open report how the tower's work was balanced in one forward, and the bytes of rows that moved."""
-    moved = share.moved_patches * pixel_bytes + share.moved_rows * row_bytes
+    moved = share.moved_patches * pixel_bytes + share.sent_rows * row_bytes
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("the tower's work is balanced: %s; %.1f MiB move", share.report(), moved / 2**20)
     for report in _open if _is_training() else ():

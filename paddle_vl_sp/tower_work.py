@@ -25,7 +25,7 @@ class Balanced(Protocol):
     @property
     def moved_patches(self) -> int: ...
     @property
-    def moved_rows(self) -> int: ...
+    def sent_rows(self) -> int: ...
     def report(self) -> str: ...
 
 
@@ -42,7 +42,7 @@ class TowerWork:
 
     def add_balanced(self, forward: int, share: Balanced, moved_bytes: int) -> None:
         self._imbalances.append((forward, share.imbalance))
-        self._balances.append((forward, share.imbalance_at_home, share.moved_rows, moved_bytes))
+        self._balances.append((forward, share.imbalance_at_home, share.sent_rows, moved_bytes))
         patches = np.stack([share.patches_at_home, share.patches_encoded])
         self._patches = patches if self._patches is None else self._patches + patches
 

@@ -99,25 +99,24 @@ def routes_to_owners(wanted: npt.NDArray[np.bool_], rows: UnevenRows, rank: int)
     return Routes(rows.counts[rank], sends, tuple(len(each) for each in arriving), order)
 
 
-def routes_of_items(source: Integers, target: Integers, lengths: Integers, rank: int, num_ranks: int) -> Routes:
-    """This rank's routes, where item j is lengths[j] rows that go from source[j] to target[j].
+def routes_of_items(source: Integers, wanted: npt.NDArray[np.bool_], lengths: Integers, rank: int) -> Routes:
+    """This rank's routes, where item j is lengths[j] rows of rank source[j], and goes to every rank r of wanted[r, j].
 
-    Before and after, a rank has its items in their order. Two ranks, items a bb c d, and c is at home on rank 1::
+    Before and after, a rank has its items in their order. Two ranks, items a bb c d, of which d is rank 1's::
 
         source  0 0 0 1    sends of rank 0     [0] [1 2 3]   a | bb c
-        target  0 1 1 0    receives of rank 0  1 1           a | d
+        wanted  1 0 0 1    receives of rank 0  1 1           a | d
+                0 1 1 0
     """
-    own, wanted = np.flatnonzero(source == rank), np.flatnonzero(target == rank)
+    own, arriving = np.flatnonzero(source == rank), np.flatnonzero(wanted[rank])
     start = np.cumsum(lengths[own]) - lengths[own]
-    sends = tuple(
-        consecutive(start[here], lengths[own[here]]) for here in (target[own] == peer for peer in range(num_ranks))
-    )
-    receives = tuple(int(lengths[wanted[source[wanted] == peer]].sum()) for peer in range(num_ranks))
-    by_source = np.argsort(source[wanted], kind="stable")  # in which they arrive
-    arrived = lengths[wanted[by_source]]
+    sends = tuple(consecutive(start[here], lengths[own[here]]) for here in wanted[:, own])
+    receives = tuple(int(lengths[arriving[source[arriving] == peer]].sum()) for peer in range(len(wanted)))
+    by_source = np.argsort(source[arriving], kind="stable")
+    arrived = lengths[arriving[by_source]]
     begin = np.empty_like(arrived)
     begin[by_source] = np.cumsum(arrived) - arrived
-    return Routes(int(lengths[own].sum()), sends, receives, consecutive(begin, lengths[wanted]))
+    return Routes(int(lengths[own].sum()), sends, receives, consecutive(begin, lengths[arriving]))
 
 
 def exchange_wanted(wanted: Integers, total: int, group: Group) -> npt.NDArray[np.bool_]:

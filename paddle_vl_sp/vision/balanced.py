@@ -17,7 +17,7 @@ from paddle_vl_sp.comm.gather import DTYPES, agree_rows, check_tensors, name_of
 from paddle_vl_sp.comm.routed import route_rows
 from paddle_vl_sp.report import note_balanced
 from paddle_vl_sp.settings import check_choice
-from paddle_vl_sp.vision.homes import POLICIES, balance_images
+from paddle_vl_sp.vision.homes import POLICIES, BalancedShare, balance_images
 from paddle_vl_sp.vision.parallel import IDLE, QWEN3_VL_ALPHA, join_result, no_rows, refuse_tensor_parallel
 from paddle_vl_sp.vision.work import Grid, checked_grid, encode_items
 
@@ -73,19 +73,71 @@ def encode_balanced(
     pixels = meeting.like_others(pixel_values)
     if share.moves:
         (pixels,) = route_rows([pixels], share.routes_of_pixels(group.rank), group, meeting.wants_pixel_grad)
+    must_encode = idle == "dummy" or meeting.wants_pixel_grad
+    outs, form = _by_share(encode, pixels, grid_thw, share, group, must_encode)
+    note_balanced(share, _row_bytes([pixels]), _row_bytes(outs))
+    return cast(Encoded, join_result(outs, form))
+
+
+def encode_assigned(
+    encode: Callable[[Tensor, Grid], Encoded],
+    pixel_values: Tensor,
+    share: BalancedShare,
+    *,
+    group: Group,
+    idle: str = "dummy",
+) -> Encoded:
+    """As `encode_balanced`, for pixels that are where they are encoded: no pixels travel, only rows.
+
+    pixel_values  the patches of what this rank encodes by the share, `share.encoded_grid(rank)`; [0, C] where that is
+                  nothing
+    share         the same on every rank, made before of sizes that all know (`balance_images`,
+                  `paddle_vl_sp.vision.loading`); its ranks are those of the group
+
+    Every rank gets the rows of its batch. Where several ranks hold one batch, each must use them for its own part of
+    the sequence: the gradient of a row is the sum over them.
+    """
+    error: Exception | None = None
+    try:
+        check_choice("idle", idle, IDLE)
+        refuse_tensor_parallel(encode, group)
+        check_tensors([pixel_values])
+        _check_assigned(pixel_values, share, group)
+    except Exception as wrong:  # raised by agree_on, on every rank
+        error = wrong
+    told = fingerprint(idle, share.items, share.batch, share.encoder, share.num_ranks, share.merge_size)
+    wants = error is None and paddle.is_grad_enabled() and not pixel_values.stop_gradient
+    table = agree_on([0, told, wants, *[0] * (len(NUMBERS) - 3)], error, group)
+    _check_stopped(table[:, 0])
+    check_equal_fingerprints(table[:, 1], "share", "a sampler with another seed, epoch or data set on some ranks")
+    grid_like = paddle.zeros([0, 3], dtype="int64", device=pixel_values.place)
+    must_encode = idle == "dummy" or bool(table[:, 2].any())
+    outs, form = _by_share(encode, pixel_values, grid_like, share, group, must_encode)
+    note_balanced(share, 0, _row_bytes(outs))
+    return cast(Encoded, join_result(outs, form))
+
+
+def _by_share(
+    encode: Callable[[Tensor, Grid], object],
+    pixels: Tensor,
+    grid_like: Grid,
+    share: BalancedShare,
+    group: Group,
+    must_encode: bool,
+) -> tuple[list[Tensor], int]:
+    """Features and levels of this rank's batch, and their form, from the pixels that it encodes."""
     encoded, form, error = None, -1, None
     own_grid = share.encoded_grid(group.rank)
     try:
-        if len(own_grid) or idle == "dummy" or not len(share.items) or meeting.wants_pixel_grad:
-            encoded, form = encode_items(encode, pixels, own_grid, grid_thw, merge_size)
+        if len(own_grid) or must_encode or not len(share.items):
+            encoded, form = encode_items(encode, pixels, own_grid, grid_like, share.merge_size)
     except Exception as wrong:  # raised by agree_rows, on every rank
         error = wrong
     kind = agree_rows(encoded, form, 0, error, group)
     outs = no_rows(kind, group) if encoded is None else encoded
-    note_balanced(share, _row_bytes([pixels]), _row_bytes(outs))
-    if share.moves:
+    if share.moves or share.ranks_per_batch > 1:
         outs = route_rows(outs, share.routes_of_rows(group.rank), group, kind.needs_grad)
-    return cast(Encoded, join_result(outs, kind.form))
+    return outs, kind.form
 
 
 def stop_balancing(group: Group | None) -> None:
@@ -163,6 +215,17 @@ def _checked(
 
 def _row_bytes(xs: Sequence[Tensor]) -> int:
     return sum(x.shape[1] * x.element_size() for x in xs)
+
+
+def _check_assigned(pixels: Tensor, share: BalancedShare, group: Group) -> None:
+    if share.num_ranks != group.nranks:
+        raise ValueError(f"the share is of {share.num_ranks} ranks and the group has {group.nranks}: make one of it")
+    wanted = int(share.patches_encoded[group.rank])
+    if len(pixels.shape) != 2 or pixels.shape[0] != wanted:
+        raise ValueError(
+            f"by the share rank {group.rank} encodes {wanted} patches, got pixel_values {list(pixels.shape)}: give "
+            "those of share.encoded_grid(rank), in its order"
+        )
 
 
 def _check_stopped(stopped: Integers) -> None:

@@ -22,22 +22,26 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class BalancedShare:
-    """The images (or frames) of all ranks, rank after rank: who has the pixels and needs the rows, and who encodes.
+    """The images (or frames) of all batches, one after the other: who has the pixels, who encodes, who needs the rows.
 
-    items    int64 [J, 3], the grid of each
-    image    int64 [J], the image or video that each is of, counted over all ranks
-    costs    int64 [J]
-    home     int64 [J], the rank that has the pixels, increasing
-    encoder  int64 [J], the rank that encodes
-    policy   the rule that made the share
+    items            int64 [J, 3], the grid of each
+    image            int64 [J], the image or video that each is of, counted over all batches
+    batch            int64 [J], the batch that each is of, increasing
+    costs            int64 [J]
+    home             int64 [J], the rank that would encode it if nothing moved, increasing
+    encoder          int64 [J], the rank that encodes
+    ranks_per_batch  ranks that hold one batch, such as those of sequence parallelism: they follow each other
+    policy           the rule that made the share
     """
 
     items: Integers
     image: Integers
+    batch: Integers
     costs: Integers
     home: Integers
     encoder: Integers
     num_ranks: int
+    ranks_per_batch: int
     merge_size: int
     policy: str
 
@@ -89,20 +93,28 @@ class BalancedShare:
         return int(self.patches[self.home != self.encoder].sum())
 
     @property
-    def moved_rows(self) -> int:
-        return self.moved_patches // self.merge_size**2
+    def sent_rows(self) -> int:
+        """Feature rows that travel from who encodes them to the other ranks that hold the batch."""
+        is_there = self.encoder // self.ranks_per_batch == self.batch
+        return int((self.patches // self.merge_size**2 * (self.ranks_per_batch - is_there)).sum())
 
     def encoded_grid(self, rank: int) -> Integers:
         """What a rank encodes, [k, 3], with consecutive frames of a video as one grid."""
-        return join_frames(self.items, self.image, np.flatnonzero(self.encoder == rank).tolist())
+        return join_frames(self.items, self.image, self.encoded_items(rank).tolist())
+
+    def encoded_items(self, rank: int) -> Integers:
+        """The places in `items` of what a rank encodes, increasing."""
+        return np.flatnonzero(self.encoder == rank)
 
     def routes_of_pixels(self, rank: int) -> Routes:
         """From home to who encodes."""
-        return routes_of_items(self.home, self.encoder, self.patches, rank, self.num_ranks)
+        wanted = self.encoder == np.arange(self.num_ranks)[:, None]
+        return routes_of_items(self.home, wanted, self.patches, rank)
 
     def routes_of_rows(self, rank: int) -> Routes:
-        """From who encodes to home."""
-        return routes_of_items(self.encoder, self.home, self.patches // self.merge_size**2, rank, self.num_ranks)
+        """From who encodes to every rank that holds the batch."""
+        wanted = self.batch == np.arange(self.num_ranks)[:, None] // self.ranks_per_batch
+        return routes_of_items(self.encoder, wanted, self.patches // self.merge_size**2, rank)
 
     def report(self) -> str:
         """Loads before and after, and what moves."""
@@ -124,21 +136,25 @@ def balance_images(
     alpha: int,
     policy: str = "longest",
     split_frames: bool = False,
+    ranks_per_batch: int = 1,
 ) -> BalancedShare:
-    """Shares the images that ranks have, grids[rank] [I, 3], over the same ranks.
+    """Shares the images of batches, grids[batch] [I, 3], over the ranks that hold them.
 
     longest     a rank with too much gives images away, large ones first, to the ranks with the smallest loads: the
                 largest load is within 5 % of the least possible where the images allow it, and little moves
     contiguous  every rank gets a run of all ranks' images; the largest load is the smallest that runs allow
     count       runs of equally many images, whatever they cost; for comparison
     home        every rank encodes its own; for comparison
+
+    Where several ranks hold a batch, its images are at home in runs of them, with the smallest largest load.
     """
     check_choice("policy", policy, POLICIES)
-    by_rank = [np.asarray(grid, dtype=np.int64).reshape(-1, 3) for grid in grids]
-    grid, num_ranks = np.concatenate(by_rank), len(by_rank)
+    by_batch = [np.asarray(grid, dtype=np.int64).reshape(-1, 3) for grid in grids]
+    grid, num_ranks = np.concatenate(by_batch), len(by_batch) * ranks_per_batch
     costs, tokens, items = vision_items(grid, merge_size, alpha, split_frames)
     image = image_of(grid, split_frames)
-    home = np.repeat(np.arange(num_ranks), [len(own) for own in by_rank])[image]
+    batch = np.repeat(np.arange(len(by_batch)), [len(own) for own in by_batch])[image]
+    home = _homes(batch, costs, ranks_per_batch)
     if policy == "longest":
         encoder = move_few(costs, items.prod(axis=1), home, num_ranks)
     elif policy == "home":
@@ -146,4 +162,15 @@ def balance_images(
     else:
         share = share_images(costs.tolist(), tokens.tolist(), num_ranks, policy)
         encoder = rank_of_each(share.items, len(items))
-    return BalancedShare(items, image, costs, home, encoder, num_ranks, merge_size, policy)
+    return BalancedShare(items, image, batch, costs, home, encoder, num_ranks, ranks_per_batch, merge_size, policy)
+
+
+def _homes(batch: Integers, costs: Integers, ranks_per_batch: int) -> Integers:
+    if ranks_per_batch == 1:
+        return batch
+    home = batch * ranks_per_batch
+    for each in np.unique(batch):
+        own = batch == each
+        runs = share_images(costs[own].tolist(), [0] * int(own.sum()), ranks_per_batch).items
+        home[own] += rank_of_each(runs, int(own.sum()))
+    return home

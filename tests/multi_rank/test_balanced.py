@@ -16,8 +16,9 @@ from paddle_vl_sp import RunReport, SeqLayout, add_rows, encode_balanced, plan_v
 from paddle_vl_sp.testing import RanksFailed, run_ranks
 from paddle_vl_sp.testing.subgroup import SubGroup
 from paddle_vl_sp.vision import balanced
-from paddle_vl_sp.vision.balanced import stop_balancing
+from paddle_vl_sp.vision.balanced import encode_assigned, stop_balancing
 from paddle_vl_sp.vision.homes import POLICIES, balance_images
+from paddle_vl_sp.vision.loading import BalancedDataset, BalancedSampler, only_item
 from rank_cases import hold, pairs, same_error_everywhere
 from tiny_tower import CHANNELS, HIDDEN, MERGE, pixels, tower
 
@@ -265,6 +266,86 @@ def training_ends_at_the_same_weights():
     assert found["vision_bytes_moved"] == 4 * (sum(moved) * CHANNELS + rows * 3 * HIDDEN)
 
 
+def decoded_where_it_is_encoded():
+    """By a sampler that knows all sizes: each rank has the pixels of its share alone; features as at home, by bits."""
+    group = world()
+    for ranks_per_batch in (1, 2):
+        copies, left = divmod(group.nranks, ranks_per_batch)
+        if not left:
+            for split_frames in (False, True):
+                hold_assigned(copies, ranks_per_batch, split_frames)
+
+
+def hold_assigned(copies, ranks_per_batch, split_frames):
+    group, grids = world(), [[VIDEO, SMALL], [], [LARGE], [SMALL, SMALL], [LARGE, VIDEO], [[1, 2, 2]]] * 2
+    sampler = BalancedSampler(
+        grids,
+        2,
+        copies,
+        group.rank,
+        merge_size=MERGE,
+        ranks_per_batch=ranks_per_batch,
+        split_frames=split_frames,
+        alpha=ALPHA,
+        seed=5,
+    )
+    whole = {
+        sample: [pixels([grid], seed=100 * sample + i) for i, grid in enumerate(own)]
+        for sample, own in enumerate(grids)
+    }
+
+    def load_pixels(sample, image, frames):
+        times, height, width = grids[sample][image]
+        return whole[sample][image].numpy().reshape([times, height * width, CHANNELS])[frames].reshape([-1, CHANNELS])
+
+    loader = paddle.io.DataLoader(
+        BalancedDataset(lambda sample: sample, load_pixels, CHANNELS), batch_sampler=sampler, collate_fn=only_item
+    )
+    model, alone = tower(), tower()
+    for step in loader:
+        samples, share, x = step["samples"], step["share"], paddle.to_tensor(step["pixel_values"])
+        features, levels = encode_assigned(model, x, share, group=group)
+        weight = np.random.default_rng([4, group.rank]).normal(size=[3, *features.shape]).astype("float32")
+        sum((rows * paddle.to_tensor(weight[i])).sum() for i, rows in enumerate([features, *levels])).backward()
+        of_all = []
+        dist.all_gather_object(of_all, (samples, weight))
+        for rank, (own, of_rank) in enumerate(of_all):
+            own_grid = grid_of([grid for sample in own for grid in grids[sample]])
+            if not len(own_grid):
+                continue
+            rows, by_level = alone(paddle.concat([image for sample in own for image in whole[sample]]), own_grid)
+            if rank == group.rank:
+                for got, right in zip([features, *levels], [rows, *by_level], strict=True):
+                    assert got.numpy().tobytes() == right.numpy().tobytes()
+            sum((each * paddle.to_tensor(of_rank[i])).sum() for i, each in enumerate([rows, *by_level])).backward()
+    for (name, each), right in zip(model.named_parameters(), alone.parameters(), strict=True):
+        close(summed(each.grad, each, group), right.grad, name)
+
+
+def a_wrong_share_is_an_error_on_all():
+    group = world()
+    last = group.nranks - 1
+    share = balance_images([[SMALL]] * group.nranks, MERGE, ALPHA)
+    x = own_pixels(group.rank, grid_of([SMALL]))
+    short = x[1:] if group.rank == last else x
+    same_error_everywhere(
+        lambda: encode_assigned(tower(), short, share, group=group),
+        group,
+        f"rank {last} encodes 8 patches, got",
+        "7, 12",
+    )
+    small = balance_images([[SMALL]], MERGE, ALPHA)
+    same_error_everywhere(
+        lambda: encode_assigned(tower(), x, small, group=group), group, f"is of 1 ranks and the group has {last + 1}"
+    )
+    grids = [[SMALL]] * group.nranks
+    grids[0] = grids[0] if group.rank != last else [SMALL, [1, 2, 2]]
+    other = balance_images(grids, MERGE, ALPHA)
+    same_error_everywhere(
+        lambda: encode_assigned(tower(), x, other, group=group), group, "must hold the same share", f"rank {last} "
+    )
+
+
 class BrokenError(Exception):
     pass
 
@@ -355,6 +436,8 @@ CASES = [
     sixteen_bits,
     in_one_exchange_there_and_one_back,
     training_ends_at_the_same_weights,
+    decoded_where_it_is_encoded,
+    a_wrong_share_is_an_error_on_all,
     an_error_on_one_rank_is_everyones,
     a_rank_that_stops_early_is_named,
     a_tower_cut_over_the_group_is_refused,

@@ -111,23 +111,37 @@ def test_wrong_policy():
         balance_images([[]], 2, ALPHA, "best")
 
 
+ITEM = st.tuples(st.integers(0, 3), st.lists(st.booleans(), min_size=4, max_size=4), st.integers(0, 4))
+
+
 @settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4)), max_size=9),
-)
+@given(st.lists(ITEM, max_size=9))
 def test_routes_of_items(items):
     """Exact: every rank's rows, sent and put in order in numpy, are those of its items in their order."""
-    source, target, lengths = (
-        (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
-        if items
-        else (np.zeros([3, 0], dtype=np.int64))
-    )
+    source, lengths = (np.array([item[i] for item in items], dtype=np.int64) for i in (0, 2))
+    wanted = np.array([item[1] for item in items], dtype=bool).reshape(-1, 4).T
     rows = [[(item, row) for row in range(length)] for item, length in enumerate(lengths)]
-    routes = [routes_of_items(source, target, lengths, rank, 4) for rank in range(4)]
+    routes = [routes_of_items(source, wanted, lengths, rank) for rank in range(4)]
     held = [[row for item in np.flatnonzero(source == rank) for row in rows[item]] for rank in range(4)]
     for rank, own in enumerate(routes):
         assert own.num_rows == len(held[rank])
         arrived = [held[peer][row] for peer in range(4) for row in routes[peer].sends[rank]]
         assert own.receives == tuple(len(routes[peer].sends[rank]) for peer in range(4))
         got = [arrived[row] for row in own.in_order.array]
-        assert got == [row for item in np.flatnonzero(target == rank) for row in rows[item]]
+        assert got == [row for item in np.flatnonzero(wanted[rank]) for row in rows[item]]
+
+
+@given(GRIDS, st.sampled_from(POLICIES), st.integers(2, 3))
+def test_ranks_of_one_batch(grids, policy, ranks_per_batch):
+    """Every rank gets the rows of all images of its batch, whoever encodes them; at home, they are shared by runs."""
+    share = balance_images(grids, 2, ALPHA, policy, ranks_per_batch=ranks_per_batch)
+    assert share.num_ranks == ranks_per_batch * len(grids)
+    assert (share.home // ranks_per_batch == share.batch).all()
+    assert (np.diff(share.home) >= 0).all()
+    for rank in range(share.num_ranks):
+        routes = share.routes_of_rows(rank)
+        own = np.array(grids[rank // ranks_per_batch], dtype=np.int64).reshape(-1, 3)
+        assert sum(routes.receives) == own.prod(axis=1).sum() // 4
+        assert routes.num_rows == share.patches_encoded[rank] // 4
+    if policy == "longest":
+        assert share.loads.max() <= share.loads_at_home.max()
