@@ -15,6 +15,7 @@ from paddle_vl_sp.cli import UsageError
 from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, layouts_of_all_ranks
 
 PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
+CHANNELS = 3
 QWEN3_VL_IDS = (151655, 151656)
 MASKS = ("mask", "visual_pos_masks")
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -93,10 +94,10 @@ def _layouts(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[i
 
 
 def _from_file(path: Path, ids: Sequence[int]) -> tuple[Mask, list[Grid], list[int] | None]:
-    arrays = _arrays_in(path)
+    arrays = arrays_in(path, "npz")
     try:
         mask = _mask_in(arrays, ids)
-        grids = [grid for name in GRIDS if name in arrays for grid in _grids_in(arrays[name], name)]
+        grids = [grid for name in GRIDS if name in arrays for grid in grids_in(arrays[name], name)]
         if grids and sum(map(num_tokens, grids)) != mask.sum():
             raise UsageError(
                 f"the grids make {sum(map(num_tokens, grids))} visual tokens, the ids or mask have {mask.sum()}: "
@@ -107,7 +108,7 @@ def _from_file(path: Path, ids: Sequence[int]) -> tuple[Mask, list[Grid], list[i
         raise UsageError(f"--npz {path}: {error}") from None
 
 
-def _arrays_in(path: Path) -> dict[str, npt.NDArray[Any]]:
+def arrays_in(path: Path, flag: str) -> dict[str, npt.NDArray[Any]]:
     try:
         file = np.load(path)
         if isinstance(file, np.ndarray):
@@ -116,7 +117,7 @@ def _arrays_in(path: Path) -> dict[str, npt.NDArray[Any]]:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises many kinds for a broken file
         raise UsageError(
-            f'--npz {path} cannot be read ({error}): numpy.savez("batch.npz", input_ids=ids) makes one that can'
+            f'--{flag} {path} cannot be read ({error}): numpy.savez("{path.stem}.npz", name=array) makes one that can'
         ) from error
 
 
@@ -131,7 +132,7 @@ def _mask_in(arrays: dict[str, npt.NDArray[Any]], ids: Sequence[int]) -> Mask:
     return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
 
 
-def _grids_in(grids: npt.NDArray[Any], name: str) -> list[Grid]:
+def grids_in(grids: npt.NDArray[Any], name: str) -> list[Grid]:
     """Of images or videos, [I, 3]."""
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
         got = f"{grids.dtype} {list(grids.shape)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paddle_vl_sp.cli import Answer, UsageError
+from paddle_vl_sp.cli import Answer, UsageError, dataset
 from paddle_vl_sp.cli import batch as batches
 from paddle_vl_sp.cli.batch import MERGE, Batch
 from paddle_vl_sp.cli.terminal import coloured, table
@@ -23,6 +23,7 @@ HEAD = 6  # pairs that are shown of each plan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .png or .svg: who owns what, and the ranks' loads")
     batches.add_arguments(parser)
+    dataset.add_arguments(parser)
     model = parser.add_argument_group("the model")
     model.add_argument("--hidden", type=int, default=4096, help="width of the hidden states (default 4096)")
     model.add_argument("--dtype", choices=list(BYTES), default="bf16", help="of the hidden states (default bf16)")
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Answer:
     if arguments.hidden < 1 or arguments.levels < 0:
         raise UsageError(f"--hidden must be at least 1 and --levels 0, got {arguments.hidden} and {arguments.levels}")
+    if arguments.dataset is not None:
+        return dataset.run(arguments, (arguments.levels + 1) * arguments.hidden * BYTES[arguments.dtype])
     batch = batches.batch_of(arguments)
     costs = costs_of(batch, arguments.hidden * BYTES[arguments.dtype], arguments.levels)
     parts = [str(batch), _ranks(costs), _vision(costs["vision_dp"]), _pairs(costs)]

@@ -1,19 +1,21 @@
-"""Which rank encodes which image, where every rank brings its own: a value, from numbers that every rank has."""
+"""Which rank encodes which image, where every rank brings its own: a value, from known numbers. Numpy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from paddle_vl_sp.comm.routed import Routes, routes_of_items
 from paddle_vl_sp.settings import check_choice
 from paddle_vl_sp.vision.moves import move_few, rank_of_each, sum_by_rank
-from paddle_vl_sp.vision.share import imbalance, share_images, vision_items
-from paddle_vl_sp.vision.work import image_of, join_frames
+from paddle_vl_sp.vision.share import image_of, imbalance, join_frames, share_images, vision_items
+
+if TYPE_CHECKING:
+    from paddle_vl_sp.comm.routed import Routes
 
 POLICIES = ("longest", "contiguous", "count", "home")
 
@@ -104,15 +106,20 @@ class BalancedShare:
 
     def encoded_items(self, rank: int) -> Integers:
         """The places in `items` of what a rank encodes, increasing."""
-        return np.flatnonzero(self.encoder == rank)
+        items: Integers = np.flatnonzero(self.encoder == rank)
+        return items
 
     def routes_of_pixels(self, rank: int) -> Routes:
         """From home to who encodes."""
+        from paddle_vl_sp.comm.routed import routes_of_items
+
         wanted = self.encoder == np.arange(self.num_ranks)[:, None]
         return routes_of_items(self.home, wanted, self.patches, rank)
 
     def routes_of_rows(self, rank: int) -> Routes:
         """From who encodes to every rank that holds the batch."""
+        from paddle_vl_sp.comm.routed import routes_of_items
+
         wanted = self.batch == np.arange(self.num_ranks)[:, None] // self.ranks_per_batch
         return routes_of_items(self.encoder, wanted, self.patches // self.merge_size**2, rank)
 

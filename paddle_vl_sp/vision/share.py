@@ -17,6 +17,8 @@ from paddle_vl_sp.vision.balance import count_ends, even_ends, longest_first
 
 POLICIES = ("contiguous", "longest", "count")
 
+Integers = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class VisionShare:
@@ -143,6 +145,25 @@ def vision_items(
         grid_thw = frames
     patches = grid_thw.prod(axis=1)
     return patches * (patches + alpha), patches // merge_size**2, grid_thw
+
+
+def image_of(grid: Integers, split_frames: bool) -> Integers:
+    """For each item (see `vision_items`) the image or video that it is of."""
+    return np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
+
+
+def join_frames(items: Integers, image: Integers, own: list[int]) -> Integers:
+    """The grids of a rank's items, with consecutive frames of one video as one grid: [k, 3].
+
+    items  [J, 3] the grid of each item; image  [J] the image or video that each is of
+    """
+    grids: list[list[int]] = []
+    for place, item in enumerate(own):
+        if place and own[place - 1] == item - 1 and image[item - 1] == image[item]:
+            grids[-1][0] += 1
+        else:
+            grids.append(items[item].tolist())
+    return np.array(grids, dtype=np.int64).reshape(-1, 3)
 
 
 def _as_integers(costs: Sequence[float]) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ import paddle
 from paddle import Tensor
 
 from paddle_vl_sp.comm.collectives import Group, has_peers
-from paddle_vl_sp.vision.share import VisionShare, share_images, vision_items
+from paddle_vl_sp.vision.share import VisionShare, image_of, join_frames, share_images, vision_items
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 Grid: TypeAlias = "Tensor | npt.NDArray[Any]"
@@ -87,11 +87,6 @@ def plan_work(
     )
 
 
-def image_of(grid: Integers, split_frames: bool) -> Integers:
-    """For each item (see `vision_items`) the image or video that it is of."""
-    return np.repeat(np.arange(len(grid)), grid[:, 0]) if split_frames else np.arange(len(grid))
-
-
 def _join_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(0, 4) (4, 6) (9, 12)  ->  (0, 6) (9, 12)"""
     joined: list[tuple[int, int]] = []
@@ -101,20 +96,6 @@ def _join_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((begin, end))
     return joined
-
-
-def join_frames(items: Integers, image: Integers, own: list[int]) -> Integers:
-    """The grids of a rank's items, with consecutive frames of one video as one grid: [k, 3].
-
-    items  [J, 3] the grid of each item; image  [J] the image or video that each is of
-    """
-    grids: list[list[int]] = []
-    for place, item in enumerate(own):
-        if place and own[place - 1] == item - 1 and image[item - 1] == image[item]:
-            grids[-1][0] += 1
-        else:
-            grids.append(items[item].tolist())
-    return np.array(grids, dtype=np.int64).reshape(-1, 3)
 
 
 def _like(grid: Integers, like: Grid) -> Grid:

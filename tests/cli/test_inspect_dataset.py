@@ -1,0 +1,63 @@
+"""inspect --dataset: the loads of a data set. Bar: the numbers are those of the shares; errors say what to change."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import call
+
+SIDES = np.array([64, 8, 8, 16, 8, 32, 8, 8])
+
+
+def saved(folder, **arrays):
+    grids = np.stack([np.ones_like(SIDES), SIDES, SIDES], axis=1)
+    path = folder / "sizes.npz"
+    np.savez(path, **({"image_grid_thw": grids, "images_per_sample": [1, 3, 0, 4]} | arrays))
+    return path
+
+
+def asked(path, *more):
+    return call("inspect", "--dataset", str(path), "--dp", "2", "--batch", "2", "--json", *more)
+
+
+def test_the_loads_of_every_policy(tmp_path):
+    """One step of two copies of two samples: the huge image bounds all; nothing moves at home."""
+    found = json.loads(asked(saved(tmp_path)).stdout)
+    assert (found["samples"], found["images"], found["steps"]) == (4, 8, 1)
+    by_name = {policy["policy"]: policy for policy in found["policies"]}
+    assert list(by_name) == ["home", "count", "contiguous", "longest"]
+    assert by_name["home"]["pixel_bytes"] == by_name["home"]["row_bytes"] == 0
+    assert by_name["home"]["faster"] == 1
+    assert by_name["longest"]["over_least"] <= min(policy["over_least"] for policy in found["policies"])
+    assert by_name["count"]["pixel_bytes"] % (3 * 2 * 16 * 16 * 2) == 0
+
+
+def test_ranks_within_a_copy_and_a_picture(tmp_path):
+    """Rows travel to the other rank of a copy even if nothing moves; the picture is written."""
+    picture = tmp_path / "loads.png"
+    found = json.loads(asked(saved(tmp_path), "--sp", "2", "--levels", "0", "--out", str(picture)).stdout)
+    assert found["ranks"] == {"dp": 2, "within": 2}
+    assert found["policies"][0]["row_bytes"] == (SIDES**2).sum() // 4 * 4096 * 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "more", "words"),
+    [
+        ({"images_per_sample": [1, 2]}, (), "images_per_sample is 3 in all, and there are 8 grids"),
+        ({"images_per_sample": [1.0, 7.0]}, (), "images_per_sample is whole numbers [D], got float64 [2]"),
+        ({"image_grid_thw": np.array([[1, 3, 4]] * 8)}, (), "image_grid_thw has (1, 3, 4); height and width"),
+        ({}, ("--steps", "0"), "--steps must be at least 1"),
+        ({}, ("--sp", "100000"), "their ranks at most 4096"),
+    ],
+)
+def test_what_cannot_be_looked_at(tmp_path, arrays, more, words):
+    found = asked(saved(tmp_path, **arrays), *more)
+    assert found.returncode == 2
+    assert words in found.stdout
+
+
+def test_a_file_without_the_arrays(tmp_path):
+    np.savez(tmp_path / "other.npz", mask=np.ones([1, 4]))
+    assert "it has mask; needed are image_grid_thw and images_per_sample" in asked(tmp_path / "other.npz").stdout
+    assert "cannot be read" in asked(tmp_path / "absent.npz").stdout
