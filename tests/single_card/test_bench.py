@@ -16,6 +16,7 @@ SMALL = {
     "rows": ("--seq", "8192", "--hidden", "16", "--rounds", "1"),
     "merge": ("--seq", "4096", "--hidden", "16", "--rounds", "1"),
     "vision": ("balance", "--batches", "1"),
+    "balance": ("loads", "--steps", "2"),
 }
 
 
