@@ -69,6 +69,35 @@ def a_shared_tower():
     }
 
 
+def own_images():
+    """Two batches of this rank: images, and text only."""
+    group = paddle.distributed.get_group(0)
+    grids = [np.array(GRID), np.zeros([0, 3], dtype=np.int64)][:: 1 - 2 * group.rank]
+    return {
+        "tower": tiny_tower.tower(),
+        "data_group": group,
+        "batches": [
+            (tiny_tower.pixels(grid) if len(grid) else paddle.zeros([0, tiny_tower.CHANNELS]), paddle.to_tensor(grid))
+            for grid in grids
+        ],
+        "loss_of": lambda features, levels: sum((rows * rows).sum() for rows in [features, *levels]),
+    }
+
+
+def sized_data():
+    """Samples whose sizes are known, and what loads them."""
+    group, grids = paddle.distributed.get_group(0), [[GRID[i % 3]] * (i % 4) for i in range(8)]
+    return {
+        "grids": grids,
+        "rank": group.rank,
+        "data_group": group,
+        "tower": tiny_tower.tower(),
+        "load_sample": lambda sample: sample,
+        "load_pixels": lambda sample, image, frames: tiny_tower.pixels([grids[sample][image]]).numpy(),
+        "pixel_width": tiny_tower.CHANNELS,
+    }
+
+
 def own_loop():
     paddle.seed(0)
     model = Decoder()

@@ -10,6 +10,8 @@ from paddle_vl_sp.formers.families import NOT_SUPPORTED
 WORDS = {"tested", "not needed", "upstream fails", "upstream has none", "refused", "not yet"}
 MERGE, LEVELS, WHOLE, BOTH = "merge by one plan", "deepstack", "whole gradients under TP-SP", "image + video"
 SHARED, LOADED, PACKED, CUT = "Vision DP", "loader plans", "packed rows", "context parallel"
+BALANCED = "balanced towers"
+ON_COPIES = "multi_rank/test_balanced_models.py::test_training_ends_at_the_weights_of_data_parallelism"
 CUT_TWO = "multi_rank/test_context_parallel.py::test_two_ranks"
 CUT_TEXT = "multi_rank/test_text_context.py::test_two_ranks"
 CUT_FLEET = "fleet_whole/test_context_whole.py::test_two_ranks"
@@ -27,6 +29,7 @@ TESTS = {
         WHOLE: f"{ON_RANKS}::test_every_gradient_is_that_of_one_process",
         BOTH: "formers/test_images_and_videos.py::test_loss_and_gradients_are_those_of_the_samples_apart",
         SHARED: f"{ON_RANKS}::test_vision_dp_shares_the_images",
+        BALANCED: ON_COPIES,
         LOADED: f"{ON_RANKS}::test_plans_from_the_loader_change_nothing",
         PACKED: "formers/test_one_rank.py::test_ways_to_call",
         CUT: CUT_TWO,
@@ -41,6 +44,7 @@ TESTS = {
         **dict.fromkeys((LEVELS, WHOLE, BOTH, LOADED, PACKED), FLEET),
         MERGE: FLEET_ONE,
         SHARED: REFUSED,
+        BALANCED: "fleet_whole/test_balanced_whole.py::test_every_gradient_is_that_of_both_copies",
         CUT: CUT_FLEET,
     },
     "Qwen3-VL MoE on PaddleFleet": {MERGE: FLEET_ONE, LEVELS: FLEET, WHOLE: FLEET, SHARED: REFUSED, CUT: CUT_FLEET},
@@ -48,6 +52,7 @@ TESTS = {
         MERGE: f"{QWEN2_5}::test_ten_training_steps",
         LOADED: f"{QWEN2_5}::test_plans_of_the_loader",
         **dict.fromkeys((WHOLE, BOTH, SHARED, PACKED), QWEN2_5_RANKS),
+        BALANCED: ON_COPIES,
         CUT: CUT_TWO,
     },
     "GLM-OCR": {
