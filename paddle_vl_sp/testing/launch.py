@@ -35,6 +35,10 @@ class FakeGroup:
 
     rank   within the group
     ranks  the global ranks of its members; 0 to nranks - 1 if not given
+
+    >>> group = FakeGroup(1, 2, ranks=[6, 7])
+    >>> group.rank, group.world_size, group.get_group_rank(7)
+    (1, 2, 1)
     """
 
     def __init__(self, rank: int, nranks: int, ranks: Sequence[int] | None = None) -> None:
@@ -73,7 +77,7 @@ def run_ranks(fn: Callable[..., Any], nranks: int, *args: Any, timeout: float = 
     machine; nothing else is tried twice. With `show`, what a rank prints is printed here while it runs, each line
     with its rank.
 
-    A launch takes seconds: let one launch run many cases. The ranks end with this process, however it ends.
+    A launch takes seconds: let one launch run many cases. The ranks end with this process, however it ends. ::
 
         run_ranks(train, 2, settings, timeout=300, show=True)  # [rank 0] step 1: loss 6.2
     """

@@ -70,7 +70,14 @@ class TensorParallelOnCpu:
 
 
 def enable_tensor_parallel_on_cpu() -> TensorParallelOnCpu:
-    """Replaces the seven calls, once; a second call changes nothing, and neither does leaving it."""
+    """Replaces the seven calls, once; a second call changes nothing, and neither does leaving it.
+
+    ::
+
+        with enable_tensor_parallel_on_cpu():
+            group = init_tensor_parallel(2)
+            model = ...
+    """
     is_first = not _replaced
     if is_first:
         stream = dist.communication.stream
@@ -91,6 +98,10 @@ def init_tensor_parallel(nranks: int) -> Group:
     """``fleet.init`` with one tensor-parallel group of all ``nranks`` ranks; returns that group.
 
     It is the default group: on gloo a second group of the same ranks often fails to connect.
+
+    ::
+
+        group = init_tensor_parallel(dist.get_world_size())  # before the model is built
     """
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": nranks, "pp_degree": 1}
