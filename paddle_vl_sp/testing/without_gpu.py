@@ -15,34 +15,40 @@ def is_on_cpu() -> bool:
 
 
 def broadcast_input_data_over(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The first tensor-parallel rank's batch on all of them, as Paddle's own does on a GPU; the rest stays."""
+    """Overwrites every rank's batch with that of the first tensor-parallel rank, as Paddle's own does on a GPU."""
 
     def broadcast_input_data(hcg: Any, *inputs: Any, **named: Any) -> Any:
         if not is_on_cpu():
             return original(hcg, *inputs, **named)
         group, source = hcg.get_model_parallel_group(), hcg.get_model_parallel_group_src_rank()
-        if group.nranks == 1:
-            return inputs, named
-        return _of_rank((inputs, named), source, group)
+        if group.nranks > 1:
+            _overwrite((inputs, named), source, group)
+        return inputs, named
 
     return broadcast_input_data
 
 
-def _of_rank(value: Any, source: int, group: Any) -> Any:
-    """Its tensors, whose dtypes and numbers of axes are the same on all ranks; what is no tensor stays this rank's."""
+def _overwrite(value: Any, source: int, group: Any) -> None:
+    """Its tensors, in place: fleet's wrapper calls the model with what it had. The rest stays this rank's, as there."""
     if isinstance(value, dict):
-        return {key: _of_rank(each, source, group) for key, each in value.items()}
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return type(value)([_of_rank(each, source, group) for each in value])
-    if not isinstance(value, Tensor):
-        return value
-    shape = paddle.to_tensor([0, *value.shape], dtype="int64")  # the 0: gloo cannot send an empty array
+        for each in value:
+            _overwrite(each, source, group)
+    elif isinstance(value, Tensor):
+        _overwrite_tensor(value.detach(), value, source, group)
+
+
+def _overwrite_tensor(own: Tensor, target: Tensor, source: int, group: Any) -> None:
+    """The ranks' tensors have one dtype and one number of axes."""
+    shape = paddle.to_tensor([0, *own.shape], dtype="int64")  # the 0: gloo cannot send an empty array
     dist.broadcast(shape, src=source, group=group)
-    there = shape.tolist()[1:]
-    result = value.detach() if dist.get_rank() == source else paddle.empty(there, value.dtype)
-    if result.size:
-        dist.broadcast(result, src=source, group=group)
-    return result
+    is_source, there = dist.get_rank() == source, shape.tolist()[1:]
+    received = own if is_source else paddle.empty(there, own.dtype)
+    if received.size:
+        dist.broadcast(received, src=source, group=group)
+    if not is_source:
+        received._share_underline_tensor_to(target)  # memory and shape
 
 
 def synchronize_over(original: Callable[..., Any]) -> Callable[..., Any]:
