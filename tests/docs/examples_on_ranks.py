@@ -1,4 +1,4 @@
-"""What the examples compute on two ranks, all in one launch."""
+"""What the examples and the demonstration compute on two ranks, all in one launch."""
 
 import importlib
 import sys
@@ -9,6 +9,8 @@ EXAMPLES = ROOT / "examples"
 ON_RANKS = ("audit_own_model", "context_parallel", "own_loop", "packed_ring", "vision_dp")
 
 
-def on_a_rank():
-    sys.path.insert(0, str(EXAMPLES))
-    return {name: importlib.import_module(name).on_a_rank() for name in ON_RANKS}
+def on_a_rank(reference, progress):
+    """The demonstration is the last: it makes a tensor-parallel group."""
+    sys.path[:0] = [str(EXAMPLES), str(ROOT / "tools")]
+    found = {name: importlib.import_module(name).on_a_rank() for name in ON_RANKS}
+    return found | {"demo": importlib.import_module("demo_parts.training").on_ranks(2, reference, progress)}

@@ -4,8 +4,10 @@ One launch computes what the scripts of two ranks need; each script then runs ov
 """
 
 import contextlib
+import importlib
 import io
 import json
+import pickle
 import re
 import runpy
 import sys
@@ -22,10 +24,32 @@ LONGEST = 90  # lines of an example
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """{name: what the script prints}"""
+def demo():
+    """The module, as its own folder finds it."""
     pytest.importorskip("paddleformers")
-    found, told = testing.run_ranks(on_a_rank, 2, timeout=200), {}
+    sys.path.insert(0, str(ROOT / "tools"))
+    return importlib.import_module("demo")
+
+
+@pytest.fixture(scope="module")
+def one_rank(demo):
+    """Of the demonstration with the plain class: whether each of two steps had equal bits, and what was learned."""
+    training, learned = importlib.import_module("demo_parts.training"), []
+    return list(training.on_one_rank(training.PLAIN, 2, learned)), learned[0]
+
+
+@pytest.fixture(scope="module")
+def found(one_rank, tmp_path_factory):
+    """By rank, what the examples and the demonstration compute."""
+    reference = tmp_path_factory.mktemp("demo") / "one_rank"
+    reference.write_bytes(pickle.dumps(one_rank[1]))
+    return testing.run_ranks(on_a_rank, 2, str(reference), str(reference.with_name("steps")), timeout=250)
+
+
+@pytest.fixture(scope="module")
+def printed(found):
+    """{name: what the script prints}"""
+    told = {}
     with pytest.MonkeyPatch.context() as replaced:
         replaced.syspath_prepend(str(EXAMPLES))
         replaced.setattr(testing, "run_ranks", lambda fn, *_, **__: [rank[fn.__module__] for rank in found])
@@ -107,6 +131,14 @@ def test_trainer_on_cpu_ranks():
     assert found["upstream"][1] > 1e-3
     assert found["with paddle_vl_sp"][0] < 1e-5
     assert found["with paddle_vl_sp"][1] == 0
+
+
+def test_the_demonstration(demo, one_rank, found):
+    """Two steps: equal bits on one rank; on two upstream's fault, and here fp32 of one rank and equal copies."""
+    equal, ranks = one_rank[0], [rank["demo"] for rank in found]
+    assert demo.is_as_claimed(equal, ranks)
+    assert demo.worst(ranks, "upstream", "norm") > 0.1
+    assert demo.worst(ranks, "patched", "norm") < 1e-5
 
 
 def test_export_static(capsys):
