@@ -193,32 +193,44 @@ class _Launch:
 
     def _wait(self, timeout: float, show: bool) -> str:
         """Waits for all processes to end: "", or the reason why they must be ended."""
+        with contextlib.ExitStack() as at_the_end:
+            shown: list[ShownOutput] = []
+
+            def show_new() -> None:
+                if show and not shown and self._all_have_started():
+                    shown.append(at_the_end.enter_context(ShownOutput(self._outputs())))
+                for each in shown:
+                    each.update()
+
+            why = self._wait_and(timeout, show_new)
+            show_new()  # of ranks that were quick, too
+            return why
+
+    def _wait_and(self, timeout: float, show_new: Callable[[], None]) -> str:
         deadline, limit = time.monotonic() + START_LIMIT, f"did not start within {START_LIMIT:g} s"
         running = failing = False
-        with contextlib.ExitStack() as at_the_end:
-            shown = at_the_end.enter_context(ShownOutput([]))
-            while any(process.poll() is None for process in self.processes):
-                if not running and all(self._file(rank, "started").exists() for rank in range(self.nranks)):
-                    running = True
-                    deadline, limit = time.monotonic() + timeout, f"did not end within {timeout:g} s"
-                    shown = at_the_end.enter_context(ShownOutput(self._outputs() if show else []))
-                if not failing and any(process.poll() not in (None, 0) for process in self.processes):
-                    failing = True
-                    deadline = min(deadline, time.monotonic() + GRACE)
-                    limit = "was still waiting after another rank failed"
-                if time.monotonic() > deadline:
-                    return limit
-                if self.told_to_end:
-                    return "was ended, since the process that started it was"
-                shown.update()
-                time.sleep(0.02)
+        while any(process.poll() is None for process in self.processes):
+            if not running and self._all_have_started():
+                running = True
+                deadline, limit = time.monotonic() + timeout, f"did not end within {timeout:g} s"
+            if not failing and any(process.poll() not in (None, 0) for process in self.processes):
+                failing = True
+                deadline, limit = min(deadline, time.monotonic() + GRACE), "was still waiting after another rank failed"
+            if time.monotonic() > deadline:
+                return limit
+            if self.told_to_end:
+                return "was ended, since the process that started it was"
+            show_new()
+            time.sleep(0.02)
         return ""
+
+    def _all_have_started(self) -> bool:
+        return all(self._file(rank, "started").exists() for rank in range(self.nranks))
 
     def _outputs(self) -> list[tuple[Path, int]]:
         """The files, and where fn's own output begins, after that of Paddle's start."""
-        return [
-            (self._file(rank, "output"), int(self._file(rank, "started").read_text())) for rank in range(self.nranks)
-        ]
+        starts = [int(self._file(rank, "started").read_text()) for rank in range(self.nranks)]
+        return [(self._file(rank, "output"), start) for rank, start in enumerate(starts)]
 
     def _dump_stacks(self) -> None:
         alive = [process for process in self.processes if process.poll() is None]
