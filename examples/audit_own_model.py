@@ -67,7 +67,7 @@ class Block(paddle.nn.Layer):
         return functional.cross_entropy(paddle.matmul(hidden, self.head), labels)
 
 
-def audits():
+def on_a_rank():
     """On every rank, with the same batch on each: what is found before and after."""
     group, ids = dist.get_group(0), paddle.arange(40) % WORDS
     found = []
@@ -80,5 +80,5 @@ def audits():
 if __name__ == "__main__":
     import audit_own_model  # ranks import the function by its module's name
 
-    before, after = run_ranks(audit_own_model.audits, 2)[0]
+    before, after = run_ranks(audit_own_model.on_a_rank, 2)[0]
     print("with the fault\n", before, "\n\nfixed\n", after, sep="")

@@ -65,7 +65,7 @@ __all__ = [
     "sync_replicas",
 ]
 
-__getattr__, __dir__ = lazy_exports(
+_import, __dir__ = lazy_exports(
     __name__,
     {
         "GradientAudit": "audit",
@@ -100,6 +100,8 @@ __getattr__, __dir__ = lazy_exports(
         "sync_replicas": "comm.replicas",
     },
 )
+if not TYPE_CHECKING:  # to type checkers, a name that is not above is an error
+    __getattr__ = _import
 
 consensus = MovedModule(f"{__name__}.consensus", f"{__name__}.comm.agree")
 emulate = MovedModule(f"{__name__}.emulate", f"{__name__}.testing.subgroup")

@@ -40,6 +40,10 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
     padded           fixed size B * S_local, unused pairs -1: no shape depends on what is in a tensor
     backend          "op": one operator; "python": plain Paddle; "auto": the operator where it runs on this device
     The other arguments are those of SeqLayout. A length that does not divide stops the program.
+
+    >>> builder = IndexBuilder((9,), sequence_first=True, sp_size=2, sp_rank=1)
+    >>> [x.tolist() for x in builder(paddle.to_tensor([[1, 9, 9, 1]]))]
+    [[0], [1], [1, 2]]
     """
 
     def __init__(
@@ -99,6 +103,11 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
     """hidden [.., H] with features [N, H] added at the rows of a plan, on a copy; -1 is skipped.
 
     One program is enough for every layer and every rank.
+
+    >>> hidden, features = paddle.zeros([1, 4, 2]), paddle.ones([2, 2])
+    >>> update, gather = paddle.to_tensor([1, 2]), paddle.to_tensor([0, 1])
+    >>> DeepstackAdd()(hidden, features, update, gather).sum(-1).tolist()
+    [[0.0, 2.0, 2.0, 0.0]]
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
@@ -123,7 +132,14 @@ class DeepstackAdd(paddle.nn.Layer):  # type: ignore[misc]
 
 
 def save(layer: IndexBuilder | DeepstackAdd, path: str, input_spec: list[InputSpec] | None = None) -> None:
-    """Writes `path`.json, for paddle.jit.load and the inference predictor; the layer is not changed."""
+    """Writes `path`.json, for paddle.jit.load and the inference predictor; the layer is not changed.
+
+    ::
+
+        adder = DeepstackAdd()
+        save(adder, "deepstack_add", adder.input_spec(width=4096, dtype="bfloat16"))
+        adder = paddle.jit.load("deepstack_add")
+    """
     if not paddle.get_flags("FLAGS_enable_pir_api")["FLAGS_enable_pir_api"]:
         raise ValueError("the old IR is not supported: unset FLAGS_enable_pir_api=0 to save programs")
     paddle.jit.save(layer, path, input_spec=layer.input_spec() if input_spec is None else input_spec)

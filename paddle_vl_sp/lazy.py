@@ -16,6 +16,8 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
     ::
 
         __getattr__, __dir__ = lazy_exports(__name__, {"plan_visual": "plan"})
+
+    Type checkers need `from ... import` under TYPE_CHECKING besides, and not to see this `__getattr__`.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807

@@ -30,6 +30,11 @@ class VisualPlan:
     counts          int64 [2]  n and N as counted from the tokens, where the indices are
 
     In a padded plan the arrays have a fixed size, unused pairs are (-1, -1) at the end, and only `counts` knows n.
+
+    >>> layout = SeqLayout(4, sp_size=2, sp_rank=1)
+    >>> plan = plan_visual(np.array([[1, 9, 9, 1]]), (9,), layout, sequence_first=True)
+    >>> plan.update_indices.tolist(), plan.gather_indices.tolist(), plan.row_shape
+    ([0], [1], (2, 1))
     """
 
     update_indices: Array

@@ -148,6 +148,11 @@ def note_forward(
     syncs       host synchronisations to make the plan: 0 if it is padded, or came from the data loader
 
     hidden and batch are ignored; loops written for 0.1.0 pass them.
+
+    ::
+
+        plan = plan_visual(ids, (image_id, video_id), layout, sequence_first=True)
+        note_forward(plan, num_levels=len(levels), group=group)
     """
     if plan.num_features == 0:
         return

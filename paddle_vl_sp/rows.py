@@ -17,6 +17,10 @@ def replace_rows(hidden: Tensor, features: Tensor, plan: VisualPlan) -> Tensor:
 
     Pure movement, exact in every dtype; features are converted to hidden's dtype. Gradients: features get that of
     their rows, in their own dtype, zero for rows that this rank does not use; hidden gets zero at the replaced rows.
+
+    >>> plan = plan_visual(paddle.to_tensor([[1, 9, 9, 1]]), (9,), SeqLayout(4), sequence_first=False)
+    >>> replace_rows(paddle.zeros([1, 4, 2]), paddle.ones([2, 2]), plan).sum(-1).tolist()
+    [[0.0, 2.0, 2.0, 0.0]]
     """
     from paddle_vl_sp.backends import dispatch
 
@@ -29,6 +33,10 @@ def add_rows(hidden: Tensor, features: Tensor, plan: VisualPlan, *, inplace: boo
     Rows are unique, so the result is deterministic and rounded once; features are converted to hidden's dtype first.
     Gradients: features get that of their rows, in their own dtype, zero for rows that this rank does not use.
     In place, only the rows of the plan are written; no other operation may need hidden's old values for its gradient.
+
+    >>> plan = plan_visual(paddle.to_tensor([[1, 9, 9, 1]]), (9,), SeqLayout(4), sequence_first=False)
+    >>> add_rows(paddle.ones([1, 4, 2]), paddle.ones([2, 2]), plan).sum(-1).tolist()
+    [[2.0, 4.0, 4.0, 2.0]]
     """
     from paddle_vl_sp.backends import dispatch
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle.distributed.fleet.meta_parallel import tensor_parallel
 from paddleformers.cli.train.sft.sft_trainer import SFTTrainer
 
 from paddle_vl_sp.cli.plugin_path import PLUGIN
@@ -29,11 +28,7 @@ MODEL = os.environ["VLSP_MODEL"]
 ON_FLEET = MODEL == "qwen3_vl"
 
 paddle.set_device("cpu")
-if NRANKS > 1:
-    enable_tensor_parallel_on_cpu()
-# every rank reads the same batches; Paddle's broadcast of them refuses the CPU
-tensor_parallel.broadcast_input_data = lambda _, *inputs, **named: (inputs, named)
-paddle.Tensor.cuda = lambda self, *_, **__: self  # the final save moves what it collects to a GPU
+enable_tensor_parallel_on_cpu()
 
 modeling = importlib.import_module(f"paddleformers.transformers.{MODEL}.modeling{'_fleet' if ON_FLEET else ''}")
 

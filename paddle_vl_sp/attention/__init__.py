@@ -8,7 +8,7 @@ from paddle_vl_sp.attention.groups import SequenceGroups, choose_degrees, groups
 from paddle_vl_sp.attention.linear import gated_delta_net_sp
 from paddle_vl_sp.attention.ring import packed_attention, ring_attention
 from paddle_vl_sp.attention.ulysses import ulysses_attention
-from paddle_vl_sp.sequence.batch import shard_batch
+from paddle_vl_sp.sequence.batch import pad_batch, shard_batch
 from paddle_vl_sp.sequence.join import unshard
 from paddle_vl_sp.sequence.loss import gathered_losses, sequence_parallel_loss, token_losses
 from paddle_vl_sp.sequence.padding import padded_layout
@@ -25,6 +25,7 @@ __all__ = [
     "groups_from_fleet",
     "groups_from_ranks",
     "packed_attention",
+    "pad_batch",
     "padded_layout",
     "ring_attention",
     "sequence_parallel_loss",

@@ -29,6 +29,10 @@ class ChosenAttention:
 
     gather and ulysses cut the whole row, and know where packed segments end by the boundaries alone; ring and both cut
     every segment by itself (B = 1), padded to what the cut divides.
+
+    >>> chosen = ContextParallel("gather", FakeGroup(0, 2)).choose(num_heads=4, num_kv_heads=4, seq_len=8)
+    >>> chosen.kind, chosen.layout(8).local_len
+    ('gather', 4)
     """
 
     kind: str

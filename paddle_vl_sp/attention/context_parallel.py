@@ -20,6 +20,12 @@ class ContextParallel:
     groups      the two groups of "both", whose product is the group: `groups_from_ranks`, `groups_from_fleet`
     ids         "whole": every rank gives a model the whole batch; "cut": ids, labels and positions are this rank's part
                 already, as `choose(...).layout(...)` cuts
+
+    ::
+
+        chosen = ContextParallel("auto", group).choose(num_heads=32, num_kv_heads=8, seq_len=4096)
+        layout = chosen.layout(4096)
+        out = chosen.attend(q, k, v, layout=layout)  # [B, S_local, heads, D]
     """
 
     attention: str = "auto"

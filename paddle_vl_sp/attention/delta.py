@@ -42,6 +42,11 @@ def gated_delta_rule(
         state = exp(g[t]) * state                                  # [Dk, Dv], zero where a segment begins
         state += outer(k[t], beta[t] * (v[t] - k[t] @ state))
         out[t] = scale * q[t] @ state                              # scale = 1 / sqrt(Dk) unless given
+
+    >>> q, k, v = (paddle.randn([1, 6, 2, 4]) for _ in range(3))
+    >>> g, beta = -paddle.ones([1, 6, 2]), paddle.full([1, 6, 2], 0.5)
+    >>> list(gated_delta_rule(q, k, v, g, beta, cu_seqlens=(0, 2, 6)).shape)
+    [1, 6, 2, 4]
     """
     bounds = _bounds(q.shape[1], cu_seqlens)
     with paddle.amp.auto_cast(enable=False):

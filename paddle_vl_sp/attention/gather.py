@@ -51,6 +51,10 @@ def gather_attention(
 
     Keys and values are gathered in one collective, and again in the backward instead of being kept; their gradients
     are summed over the group to their owners, in fp32. A rank holds one layer's whole keys and values at a time.
+
+    >>> q, k, v = (paddle.randn([1, 8, 4, 16]) for _ in range(3))
+    >>> list(gather_attention(q, k, v, layout=SeqLayout(8), group=None, boundaries=(0, 3, 8)).shape)
+    [1, 8, 4, 16]
     """
     group = group_or_alone(group)
     check_heads(q, k, v)

@@ -24,7 +24,12 @@ class Degrees:
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """This rank's two groups: ulysses undoes the layout's sp cut, ring its cp cut."""
+    """This rank's two groups: ulysses undoes the layout's sp cut, ring its cp cut.
+
+    >>> groups = SequenceGroups(ulysses=FakeGroup(1, 2), ring=FakeGroup(0, 2))
+    >>> groups.ulysses.rank, groups.ring.rank  # sp_rank and cp_rank of the layout
+    (1, 0)
+    """
 
     ulysses: Group
     ring: Group
@@ -63,6 +68,10 @@ def groups_from_ranks(
 
     new_group   paddle.distributed.new_group. Every process must make all groups, in the same order: pass all sequences
                 of the world on every process, not only this rank's
+
+    ::
+
+        groups = groups_from_ranks([[0, 1, 2, 3], [4, 5, 6, 7]], 2, dist.get_rank(), dist.new_group)
     """
     mine: list[Group] = []
     for ranks in sequences:
@@ -80,6 +89,10 @@ def groups_from_fleet(topology: Any, ulysses: int | None = None) -> SequenceGrou
     ulysses   the size of a Ulysses group, where the topology has only one of the two axes and it is to be split
 
     An axis of degree 1, or one that the topology lacks, is a group of one.
+
+    ::
+
+        groups = groups_from_fleet(fleet.get_hybrid_communicate_group(), ulysses=2)
     """
     sep = _axis(topology, "get_sep_parallel_world_size", "get_sep_parallel_group")
     context = _axis(topology, "get_context_parallel_world_size", "get_context_parallel_group")

@@ -53,6 +53,11 @@ def gated_delta_net_sp(
     method       "ulysses": an all-to-all to the whole sequence with part of the heads, and back; nranks divides Hk and
                  Hv. "state": every rank computes its own positions, and only the states between ranks travel, as many
                  bytes for any length; any number of heads, the built-in rule
+
+    >>> q, k, v = (paddle.randn([1, 6, 2, 4]) for _ in range(3))
+    >>> g, beta = -paddle.ones([1, 6, 2]), paddle.full([1, 6, 2], 0.5)
+    >>> list(gated_delta_net_sp(q, k, v, g, beta, group=None, cu_seqlens=(0, 2, 6)).shape)
+    [1, 6, 2, 4]
     """
     check_choice("method", method, METHODS)
     if layout is None:

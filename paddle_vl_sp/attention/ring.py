@@ -43,6 +43,11 @@ def ring_attention(
         softmax(q @ k.T * scale + mask) @ v         scale = 1 / sqrt(D) unless given
 
     Forward sends k and v (ranks - 1) times. Backward sends them as often again, and their gradients, in fp32, too.
+
+    ::
+
+        layout = padded_layout(12, cu_seqlens=(0, 5, 12), cp_size=group.nranks, cp_rank=group.rank)
+        out = ring_attention(q, k, v, layout=layout, group=group)  # q [1, layout.local_len, Hq, D]
     """
     group = group_or_alone(group)
     _check_ring(layout, group)
@@ -62,7 +67,12 @@ def packed_attention(
     scale: float | None = None,
     cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention over a whole sequence on one rank, segment by segment: [B, S, heads, D] in and out."""
+    """Attention over a whole sequence on one rank, segment by segment: [B, S, heads, D] in and out.
+
+    >>> q, k, v = (paddle.randn([1, 12, 4, 16]) for _ in range(3))
+    >>> list(packed_attention(q, k, v, cu_seqlens=(0, 5, 12)).shape)
+    [1, 12, 4, 16]
+    """
     check_heads(q, k, v)
     layout = SeqLayout(q.shape[1], cu_seqlens=cu_seqlens)
     check_one_row(layout, q)

@@ -10,7 +10,12 @@ from paddle_vl_sp.comm.grads import HEAD_NORMS
 
 @dataclass(frozen=True)
 class Cause:
-    """What makes the gradients of parameters with such names wrong, and what to do."""
+    """What makes the gradients of parameters with such names wrong, and what to do.
+
+    ::
+
+        Cause(r"\\.my_norm\\.", ("partial",), "my_norm sees this rank's positions only: mark it for the sum")
+    """
 
     pattern: str  # a regular expression that is searched in the name
     verdicts: tuple[str, ...]  # the first words of the verdicts that it makes
@@ -36,7 +41,12 @@ _known = [
 
 
 def register_causes(*causes: Cause) -> None:
-    """Adds causes that later audits name; those that were added last come first."""
+    """Adds causes that later audits name; those that were added last come first.
+
+    ::
+
+        register_causes(Cause(r"\\.my_norm\\.", ("partial",), "mark my_norm for the sum"))
+    """
     _known[:0] = [cause for cause in causes if cause not in _known]
 
 

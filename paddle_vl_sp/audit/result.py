@@ -19,6 +19,10 @@ class Finding:
     note     what completes it, or how it was judged
     cause    a known one, with what to do, or ""
     together how many parameters were judged by their common change; 1 is alone
+
+    ::
+
+        wrong = [finding.name for finding in audit.findings if not finding.is_right]
     """
 
     name: str
@@ -32,7 +36,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class GradientAudit:
-    """The findings of `audit_gradients`, the same on every rank; str() is the table of all that is not simply whole."""
+    """The findings of `audit_gradients`, the same on every rank; str() is the table of all that is not simply whole.
+
+    >>> model = paddle.nn.Linear(2, 1)
+    >>> audit = audit_gradients(lambda: model(paddle.ones([1, 2])).sum(), model, None)
+    >>> audit.ok, audit.verdicts
+    (True, {'weight': 'whole', 'bias': 'whole'})
+    """
 
     findings: tuple[Finding, ...]
     group: str  # in words

@@ -66,6 +66,11 @@ def audit_gradients(
     Every rank of the group must make the call, and gets the same verdicts. Parameters, buffers, gradients and random
     states are as before afterwards, also after an error. Needs memory for the parameters and, in float32, three times
     their gradients.
+
+    ::
+
+        audit = audit_gradients(lambda: model(**batch).loss, model, group)  # on every rank, the same batch
+        print(audit)  # the table; audit.ok, audit.verdicts["visual.merger.weight"]
     """
     collectives.warn_of_no_group(group, "audit_gradients", "the gradients of one process are audited")
     _check_numbers(directions, tolerance)

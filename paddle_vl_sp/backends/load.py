@@ -39,6 +39,9 @@ def backend() -> Backend:
 
     PADDLE_VL_SP_BACKEND=auto (default) uses the custom operators where they load, else plain Paddle with one warning;
     op requires them: an ImportError where they do not load; python never loads them.
+
+    >>> backend().name in ("op", "python")
+    True
     """
     wanted = setting(BACKEND)
     if wanted == "python":

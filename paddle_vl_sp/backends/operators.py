@@ -81,7 +81,8 @@ def interval_table(layout: SeqLayout, num_intervals: int | None = None) -> npt.N
     num_intervals  a fixed K, filled up with empty intervals at the end; without it K is the number of intervals, but
                    at least 1, since Paddle takes an empty table for none
 
-    cu_seqlens (0, 4, 12), rank 0 of cp_size=2, zigzag   ->   [[0 1 0] [3 3 1] [10 2 4]]
+    >>> interval_table(SeqLayout(12, cp_size=2, cu_seqlens=(0, 4, 12))).tolist()
+    [[0, 1, 0], [3, 3, 1], [10, 2, 4]]
     """
     intervals = layout.intervals()
     wanted = max(1, len(intervals)) if num_intervals is None else num_intervals

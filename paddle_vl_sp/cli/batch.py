@@ -19,6 +19,7 @@ CHANNELS = 3
 QWEN3_VL_IDS = (151655, 151656)
 MASKS = ("mask", "visual_pos_masks")
 GRIDS = ("image_grid_thw", "video_grid_thw")
+CUTS = ("sequence", "flattened")
 MAX_TOKENS, MAX_RANKS, MAX_COUNTED = 1 << 27, 4096, 1 << 36  # some seconds and GB; counted: by every rank all tokens
 
 Grid = tuple[int, int, int]
@@ -27,22 +28,35 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    mask: Mask  # [B, S]
+    mask: Mask  # [B, S]; where the cut is of the flattened batch, [1, B * S]
     grids: list[Grid]  # (t, h, w) in patches, of all images and videos; empty where they are not known
     layouts: list[SeqLayout]  # of every rank, cp after cp, sp within
+    flattened: int | None = None  # B, where the mask is [1, B * S]
+
+    @property
+    def samples(self) -> int:
+        return len(self.mask) if self.flattened is None else self.flattened
+
+    @property
+    def seq_len(self) -> int:
+        return self.mask.size // max(self.samples, 1)
+
+    @property
+    def cut(self) -> str:
+        return CUTS[self.flattened is not None]
 
     @property
     def num_visual(self) -> int:
         return int(self.mask.sum())
 
     def __str__(self) -> str:
-        batch, seq_len = self.mask.shape
         one = self.layouts[0]
         share = self.num_visual / max(self.mask.size, 1)
         percent = f"{share:.0%}" if share > 0.01 or not share else f"{share:.2%}"
         packed = "" if one.cu_seqlens is None else f", {len(one.cu_seqlens) - 1} packed sequences"
         cut = f"cp {one.cp_size}" + (f" ({one.cp_mode})" if one.cp_size > 1 else "") + f" x sp {one.sp_size}"
-        return f"B {batch}, S {seq_len}{packed}, {self.num_visual} visual tokens ({percent}), {cut}"
+        cut += " of the flattened batch" if self.cut == "flattened" else ""
+        return f"B {self.samples}, S {self.seq_len}{packed}, {self.num_visual} visual tokens ({percent}), {cut}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cut = parser.add_argument_group("the layout")
     cut.add_argument("--cp", type=int, default=1, help="context-parallel size (default 1)")
     cut.add_argument("--sp", type=int, default=1, help="sequence-parallel (tensor-parallel) size (default 1)")
+    text = "what is cut: every sample, or, as by PaddleFormers' plain classes, the flattened batch [B * S]"
+    cut.add_argument("--cut", choices=CUTS, default="sequence", help=f"{text} (default sequence)")
     cut.add_argument("--mode", choices=CP_MODES, default="zigzag", help="the context-parallel cut (default zigzag)")
     cut.add_argument("--remainder", choices=REMAINDERS, default="error", help="for lengths that do not divide")
 
@@ -80,7 +96,12 @@ def batch_of(arguments: argparse.Namespace) -> Batch:
             f"--cp {arguments.cp} x --sp {arguments.sp} is {ranks:,} ranks for {mask.size:,} tokens: at most "
             f"{min(MAX_RANKS, MAX_COUNTED // max(mask.size, 1)):,} ranks are looked at"
         )
-    return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens))
+    samples = len(mask) if arguments.cut == "flattened" else None
+    if samples is not None:
+        if arguments.cp > 1:
+            raise UsageError(f"--cut flattened is a cut of sequence parallelism: leave out --cp, got {arguments.cp}")
+        mask = mask.reshape([1, -1])
+    return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens), samples)
 
 
 def _layouts(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[int] | None) -> list[SeqLayout]:

@@ -54,8 +54,9 @@ def costs_of(batch: Batch, row_bytes: int, levels: int) -> dict[str, Any]:
     busiest = plans[int(np.argmax(counts))]
     one = batch.layouts[0]
     return {
-        "batch": {"samples": batch.mask.shape[0], "seq_len": batch.mask.shape[1], "visual_tokens": batch.num_visual},
-        "layout": {name: getattr(one, name) for name in ("cp_size", "cp_mode", "sp_size", "remainder")},
+        "batch": {"samples": batch.samples, "seq_len": batch.seq_len, "visual_tokens": batch.num_visual},
+        "layout": {name: getattr(one, name) for name in ("cp_size", "cp_mode", "sp_size", "remainder")}
+        | {"cut": batch.cut},
         "ranks": [_rank(rank, plan, batch) for rank, plan in enumerate(plans)],
         "imbalance": imbalance(counts),
         "empty_ranks": [rank for rank, count in enumerate(counts) if not count],
@@ -121,7 +122,8 @@ def _vision(policies: list[dict[str, Any]]) -> str:
 
 
 def _pairs(costs: dict[str, Any]) -> str:
-    lines = [coloured("first pairs (row of [S_local, B], feature row)", "bold")]
+    rows = "[S_local, B]" if costs["layout"]["cut"] == "sequence" else "[S_local]"
+    lines = [coloured(f"first pairs (row of {rows}, feature row)", "bold")]
     for rank in costs["ranks"]:
         pairs = " ".join(f"({u}, {g})" for u, g in zip(rank["update_head"], rank["gather_head"], strict=True))
         lines.append(f"  rank {rank['rank']}  {pairs or 'none'}")

@@ -22,6 +22,11 @@ def agree(error: BaseException | None, group: Group | None) -> None:
     All ranks raise one error with the message of the first rank that failed: a ValueError if that was one, else a
     RuntimeError. Every rank must make the call: one small collective and a host sync. group=None means no group: this
     rank raises its own error, and no other rank learns of it.
+
+    ::
+
+        error = None if pixels.shape[0] else ValueError("this rank has no images")
+        agree(error, group)  # raises on all ranks of the group, or on none
     """
     collectives.warn_of_no_group(group, "agree", "no other rank learns of an error of this one")
     agree_on([], error, group)

@@ -48,6 +48,11 @@ def all_gather_rows(
     Every rank must make the call, and its backward too: without `check`, x must need a gradient on all ranks or on
     none, those with zero rows included; with it, they agree. The dtypes and widths of all ranks must be equal. A group
     of one, or None, which means no group, returns x. There is no second gradient (create_graph=True).
+
+    ::
+
+        own = paddle.ones([3 if group.rank == 0 else 1, H])
+        whole = all_gather_rows(own, [3, 1], group)  # [4, H] on both ranks
     """
     is_list = isinstance(x, (list, tuple))
     xs = list(x) if is_list else [x]

@@ -40,6 +40,12 @@ def complete_grad(features: Sequence[Tensor], plan: VisualPlan, group: Group | N
 
     The sum is exact in the levels' own dtype: a feature row has one owner, so all ranks but one add zero. Levels of
     different dtypes are summed in the widest.
+
+    ::
+
+        main, levels = tower(pixel_values, grid_thw)  # [N, H], L times [N, H]
+        main, *levels = complete_grad([main, *levels], plan, group)
+        hidden = replace_rows(hidden, main, plan)  # this rank's rows
     """
     if isinstance(features, Tensor):
         raise ValueError("complete_grad takes a list of levels and returns one, got a tensor: pass [features]")
@@ -101,6 +107,12 @@ def sum_parameter_grads(module: Layer, group: Group | None, *, skip: Layer | Seq
     this rank counts as zero, and gets one if any rank has one. Master gradients (`main_grad`) are summed instead of
     `grad`. Do not call it over ranks whose gradients the data-parallel reduction sums. The same parameters must be
     frozen on every rank; if they are not, all raise.
+
+    ::
+
+        loss.backward()
+        sum_parameter_grads(model, group, skip=model.visual)
+        optimizer.step()
     """
     collectives.warn_of_no_group(group, "sum_parameter_grads", "no gradient was summed")
     if not collectives.has_peers(group):
@@ -171,6 +183,11 @@ def mark_for_sum(module: Layer) -> None:
     Paddle's sequence-parallel hooks, or the callback of PaddleFormers' trainer, do the sum. Call it before the trainer
     is built, and do not call sum_parameter_grads as well. Tensor-parallel parameters (`is_distributed`) are not marked.
     The marked ones need a gradient on every rank: encode with idle="dummy".
+
+    ::
+
+        mark_for_sum(model.visual)
+        trainer = Trainer(model, ...)
     """
     from paddle.distributed.fleet.utils.sequence_parallel_utils import mark_as_sequence_parallel_parameter
 

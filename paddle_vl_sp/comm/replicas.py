@@ -33,6 +33,11 @@ def check_replicas(module: Layer, group: Group | None) -> list[Drift]:
 
     Every rank of the group must make the call; None means no group, and nothing is compared. A parameter that is
     tensor-parallel (`is_distributed`) is not a replica and is left out. A NaN equals only a NaN in the same place.
+
+    ::
+
+        for drift in check_replicas(model.visual, group):
+            print(drift)  # the parameter, and how far each rank's copy is from the first rank's
     """
     collectives.warn_of_no_group(group, "check_replicas", "nothing was compared")
     if not collectives.has_peers(group):
@@ -57,6 +62,10 @@ def sync_replicas(module: Layer, group: Group | None, optimizer: Optimizer | Non
     Every rank of the group must make the call; None means no group, and nothing is changed. Once the optimizer has
     made a step, pass it too: copies with different moments drift apart again, and master weights would overwrite the
     parameters at the next step.
+
+    ::
+
+        sync_replicas(model.visual, group, optimizer)
     """
     collectives.warn_of_no_group(group, "sync_replicas", "nothing was made equal")
     if not collectives.has_peers(group):

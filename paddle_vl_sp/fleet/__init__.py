@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
         ) from error
     globals()[name] = made
     return made
+
+
+def __dir__() -> list[str]:
+    """With the classes that are made when they are asked for."""
+    return sorted(__all__)

@@ -25,6 +25,11 @@ class VisualDeepstack:
 
     inplace = False  the sum is a new tensor: hooks may keep the layer's output, as under PaddleFleet
     inplace = True   the layer's output is overwritten, for layers whose output is not kept elsewhere
+
+    ::
+
+        class Layer(VisualDeepstack, TransformerLayer):  # keep "TransformerLayer" in the class's name for pipelines
+            inplace = True
     """
 
     inplace = False
@@ -107,7 +112,12 @@ class VisualDeepstack:
 
 
 def deepstack_layer(base: type) -> type:
-    """A subclass of the transformer layer `base` with VisualDeepstack, named Visual + its name."""
+    """A subclass of the transformer layer `base` with VisualDeepstack, named Visual + its name.
+
+    ::
+
+        Layer = deepstack_layer(TransformerLayer)
+    """
     if "transformerlayer" not in base.__name__.lower():
         raise ValueError(
             f"{base.__name__} is not named like a transformer layer: pipelines find the layers they cut between by "

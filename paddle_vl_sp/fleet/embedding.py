@@ -30,6 +30,11 @@ class VisualEmbedding:
 
     The output has PaddleFleet's keys, and visual_update_indices [n] and visual_gather_indices [n] where the batch
     has visual tokens; in pipelines they are filled up with -1 to one length. Nothing is added to the state.
+
+    ::
+
+        class Embedding(VisualEmbedding, GPTEmbedding):
+            pass
     """
 
     merge = "rows"

@@ -44,4 +44,6 @@ DiffersFromUpstream = CheckFailed
 name_causes()
 
 # PaddleFormers' trainer imports a lot that its models do not need
-__getattr__, __dir__ = lazy_exports(__name__, {"VisualReport": "callback", "report_to": "callback"})
+_import, __dir__ = lazy_exports(__name__, {"VisualReport": "callback", "report_to": "callback"})
+if not TYPE_CHECKING:  # to type checkers, a name that is not above is an error
+    __getattr__ = _import

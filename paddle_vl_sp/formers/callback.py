@@ -21,6 +21,12 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
     The scalars are those of `RunReport.read`, as vl_sp_imbalance and so on. They reach the callbacks that come after
     this one: `report_to` puts it before all others, VisualDL's, TensorBoard's and the printer's among them. `summary`
     is the dict of the whole run, there once training has ended; rank 0 logs it in a line.
+
+    ::
+
+        report = report_to(trainer)
+        trainer.train()
+        print(report.summary["visual_tokens"], report.summary["imbalance"])
     """
 
     _at_work: VisualReport | None = None  # of all trainers; a training that failed has not closed its report
@@ -55,7 +61,12 @@ class VisualReport(TrainerCallback):  # type: ignore[misc]
 
 
 def report_to(trainer: Any) -> VisualReport:
-    """Puts a VisualReport, the trainer's if it has one, before all other callbacks, so that they log its scalars."""
+    """Puts a VisualReport, the trainer's if it has one, before all other callbacks, so that they log its scalars.
+
+    ::
+
+        report_to(trainer)  # before trainer.train()
+    """
     callbacks = trainer.callback_handler.callbacks
     report = next((each for each in callbacks if isinstance(each, VisualReport)), None) or VisualReport()
     callbacks[:] = [report, *(each for each in callbacks if not isinstance(each, VisualReport))]

@@ -127,5 +127,12 @@ def _refuse_to_leave_a_setting(changes: list[Change]) -> None:
 
 
 def revert() -> None:
-    """Puts everything back that `apply_to_paddleformers` replaced: the same function objects."""
+    """Puts everything back that `apply_to_paddleformers` replaced: the same function objects.
+
+    ::
+
+        apply_to_paddleformers()
+        ...
+        revert()  # as if it had not been called
+    """
     undo_changes(tuple(_in_place))

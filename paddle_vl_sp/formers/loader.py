@@ -23,6 +23,10 @@ class PlanningCollate:
     sequence_parallel  whether it is on; needed only where it is on with a degree of 1
     cut              "sequence" for PaddleFleet's model, [S / sp_size, B, H]; "flattened" for the plain one
     merge_size       the tower's spatial_merge_size; where given, the grids are compared with the ids, in the loader
+
+    >>> collate = PlanningCollate(lambda ids: {"input_ids": np.array(ids)}, (500, 501), sp_size=2)
+    >>> collate([[1, 500, 500, 1]])["visual_update_indices"].tolist()  # a row for each rank
+    [[1], [0]]
     """
 
     collate: Callable[[Any], Mapping[str, Any]]

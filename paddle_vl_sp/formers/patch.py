@@ -63,6 +63,10 @@ def apply_to_paddleformers(
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
     PADDLE_VL_SP_PROBE=never refuses all code that is not known, without a trial.
+
+    ::
+
+        print(apply_to_paddleformers())  # before the model is built; the report says what was replaced
     """
     _require_paddleformers()
     wanted = _named(families)
@@ -116,6 +120,11 @@ def apply_to_qwen3_vl(
     """`apply_to_paddleformers` for Qwen3-VL alone: dense and MoE, the plain classes and those on PaddleFleet.
 
     backend    "op" or "python" where it must be the implementation in use; "auto" takes what there is
+
+    ::
+
+        with apply_to_qwen3_vl(vision_dp=True):
+            model = ...  # built, and trained, in the block; or call revert() later
     """
     _check_backend(backend)
     return apply_to_paddleformers(
@@ -130,7 +139,13 @@ def apply_to_qwen2_5_vl(
     vision_dp: bool | str = False,
     context_parallel: str | ContextParallel | None = None,
 ) -> PatchReport:
-    """`apply_to_paddleformers` for Qwen2.5-VL alone."""
+    """`apply_to_paddleformers` for Qwen2.5-VL alone.
+
+    ::
+
+        with apply_to_qwen2_5_vl(vision_dp=True):
+            model = ...  # built, and trained, in the block; or call revert() later
+    """
     return apply_to_paddleformers(
         model, families="qwen2_5_vl", strict=strict, vision_dp=vision_dp, context_parallel=context_parallel
     )
@@ -139,7 +154,13 @@ def apply_to_qwen2_5_vl(
 def apply_to_qwen3_next(
     model: Layer | None = None, *, strict: bool = True, context_parallel: str | ContextParallel | None = None
 ) -> PatchReport:
-    """`apply_to_paddleformers` for Qwen3-Next alone, which has no vision tower: it is for context parallelism."""
+    """`apply_to_paddleformers` for Qwen3-Next alone, which has no vision tower: it is for context parallelism.
+
+    ::
+
+        with apply_to_qwen3_next(context_parallel="auto"):
+            model = ...  # built, and trained, in the block; or call revert() later
+    """
     return apply_to_paddleformers(model, families="qwen3_next", strict=strict, context_parallel=context_parallel)
 
 

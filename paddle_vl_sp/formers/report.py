@@ -22,7 +22,13 @@ class Line:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `apply_to_paddleformers` did. As a context manager it undoes, on leaving, what that call had replaced."""
+    """What `apply_to_paddleformers` did. As a context manager it undoes, on leaving, what that call had replaced.
+
+    ::
+
+        report = apply_to_paddleformers()
+        replaced = [line.name for line in report.lines if line.state == "replaced"]
+    """
 
     lines: tuple[Line, ...]
     take_back: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)

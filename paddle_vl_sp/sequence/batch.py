@@ -56,6 +56,10 @@ def shard_batch(
     Segments of 3 and 2, zigzag over 2 ranks, padded to 4 and 4 (. is padding); the result on rank 1::
 
         input_ids  a b c | d e     ->   a b c . | d e . .     ->    b c | e .
+
+    >>> layout = padded_layout(5, cu_seqlens=(0, 3, 5), cp_size=2, cp_rank=1)
+    >>> shard_batch({"input_ids": np.array([[1, 2, 3, 4, 5]])}, layout, cu_seqlens=(0, 3, 5))["input_ids"].tolist()
+    [[2, 3, 5, 0]]
     """
     fill = {name: value for name, value in {**PADDING, **(padding or {})}.items() if name not in whole}
     _check_names(batch, fill, whole)
@@ -66,6 +70,28 @@ def shard_batch(
     for name in lengths:
         share[name] = _gather_or_fill(batch[name], sources[name in WITH_LABELS], fill[name])
     return share
+
+
+def pad_batch(
+    batch: Mapping[str, Any],
+    layout: SeqLayout,
+    *,
+    cu_seqlens: Sequence[int] | None = None,
+    shift_labels: bool = False,
+    padding: Mapping[str, float] | None = None,
+    whole: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The whole batch, padded as the layout needs it, the same on every rank; the arguments are those of `shard_batch`.
+
+    `plan_visual` takes its ids [B, S]. `shard_batch(pad_batch(batch, layout, cu_seqlens=bounds), layout)` is
+    `shard_batch(batch, layout, cu_seqlens=bounds)`.
+
+    >>> layout = padded_layout(5, cu_seqlens=(0, 3, 5), cp_size=2)
+    >>> pad_batch({"input_ids": np.array([[1, 2, 3, 4, 5]])}, layout, cu_seqlens=(0, 3, 5))["input_ids"].tolist()
+    [[1, 2, 3, 0, 4, 5, 0, 0]]
+    """
+    uncut = SeqLayout(layout.seq_len, cu_seqlens=layout.cu_seqlens)
+    return shard_batch(batch, uncut, cu_seqlens=cu_seqlens, shift_labels=shift_labels, padding=padding, whole=whole)
 
 
 class _Sources(NamedTuple):

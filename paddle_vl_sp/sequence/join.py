@@ -34,6 +34,10 @@ def unshard(
     cu_seqlens   the boundaries before padding: padding is removed; None keeps it
     grad         "partial": ranks use the result differently, so their gradients are summed, then cut; "whole": the
                  gradient is already the same on every rank, and is only cut
+
+    ::
+
+        logits = unshard(logits, layout, group, axis=1)  # [B, S_local, V] -> [B, S, V]
     """
     shares = _all_shares(layout, group)
     axis = axis % len(x.shape)

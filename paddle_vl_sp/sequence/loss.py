@@ -37,6 +37,11 @@ def sequence_parallel_loss(
     (Where ignore_index is negative, Paddle's own mean divides by the ignored tokens too.) The gradient is that of the
     mean for this rank's logits, and needs no communication: the parameter gradients *summed* over the group are those
     of one process. Without any valid token the loss and the gradients are 0.
+
+    >>> labels = paddle.to_tensor([[3, 1, -100]])
+    >>> loss = sequence_parallel_loss(paddle.zeros([1, 3, 8]), labels, group=None)
+    >>> round(float(loss), 4)  # log(8)
+    2.0794
     """
     scale = float(group.nranks) if averaged_gradients and group is not None else 1.0
     losses = token_losses(logits, labels, ignore_index=ignore_index)
@@ -62,7 +67,11 @@ def global_mean(own_sum: Tensor, own_count: Tensor, group: Group | None) -> tupl
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) -> Tensor:
-    """The cross entropy of every token, fp32: [B, S_local, V], [B, S_local] -> [B, S_local]; 0 where ignored."""
+    """The cross entropy of every token, fp32: [B, S_local, V], [B, S_local] -> [B, S_local]; 0 where ignored.
+
+    >>> (token_losses(paddle.zeros([1, 3, 8]), paddle.to_tensor([[0, 5, -100]])) > 0).tolist()
+    [[True, True, False]]
+    """
     if list(logits.shape[:-1]) != list(labels.shape):
         raise ValueError(
             f"logits {list(logits.shape)} need labels {list(logits.shape[:-1])}, got {list(labels.shape)}: cut both by "
@@ -77,7 +86,12 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE) 
 
 
 def gathered_losses(losses: Tensor, *, layout: SeqLayout, group: Group | None) -> Tensor:
-    """For metrics: the token losses of the whole padded sequence on every rank, [B, S], without a gradient."""
+    """For metrics: the token losses of the whole padded sequence on every rank, [B, S], without a gradient.
+
+    ::
+
+        losses = gathered_losses(token_losses(logits, share["labels"]), layout=layout, group=group)
+    """
     with paddle.no_grad():
         return unshard(losses.detach(), layout, group, axis=1)
 

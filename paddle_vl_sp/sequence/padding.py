@@ -23,6 +23,9 @@ def padded_layout(
     """The shortest layout that holds the sequence, with every segment padded to what the cut divides.
 
     Segments of 5 and 7, zigzag over 2 ranks, need multiples of 4: cu_seqlens (0, 5, 12) becomes (0, 8, 16).
+
+    >>> padded_layout(12, cu_seqlens=(0, 5, 12), cp_size=2).cu_seqlens
+    (0, 8, 16)
     """
     bounds = SeqLayout(seq_len, cu_seqlens=cu_seqlens).segments()
     lengths = _round_up(bounds[:, 1], length_multiple(cp_size=cp_size, cp_mode=cp_mode))

@@ -18,7 +18,7 @@ __all__ = [
     "run_ranks",
 ]
 
-__getattr__, __dir__ = lazy_exports(
+_import, __dir__ = lazy_exports(
     __name__,
     {
         "FakeGroup": "launch",
@@ -29,3 +29,5 @@ __getattr__, __dir__ = lazy_exports(
         "run_ranks": "launch",
     },
 )
+if not TYPE_CHECKING:  # to type checkers, a name that is not above is an error
+    __getattr__ = _import

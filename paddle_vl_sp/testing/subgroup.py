@@ -25,7 +25,14 @@ FIRST_ID = 1000  # ids of sub-groups stay clear of Paddle's own
 
 
 class SubGroup(Group):  # type: ignore[misc]
-    """The group of these global ranks, in this order; each of them must make it. For tests on the CPU."""
+    """The group of these global ranks, in this order; each of them must make it. For tests on the CPU.
+
+    ::
+
+        rank = dist.get_rank()  # of four: the rows [0 1], [2 3] of a grid
+        row = SubGroup([rank - rank % 2, rank - rank % 2 + 1])
+        dist.all_reduce(x, group=row)
+    """
 
     def __init__(self, ranks: Sequence[int]) -> None:
         members = [int(rank) for rank in ranks]

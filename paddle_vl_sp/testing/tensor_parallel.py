@@ -1,16 +1,19 @@
-"""Tensor-parallel and sequence-parallel layers on CPU ranks, for tests without a GPU.
+"""Tensor-parallel and sequence-parallel layers, and PaddleFormers' trainer, on CPU ranks, for tests without a GPU.
 
-Paddle's tensor-parallel layers run on the gloo backend except for four calls that gloo or the CPU
-kernels lack. ``enable_tensor_parallel_on_cpu`` replaces these four:
+Paddle's tensor-parallel layers run on the gloo backend except for four calls that gloo or the CPU kernels lack, and a
+trainer makes three more that ask for a GPU. ``enable_tensor_parallel_on_cpu`` replaces these seven:
 
 ==================================================  ================================================
-what the layers call                                replaced by
+what is called                                      replaced by
 ==================================================  ================================================
 ``paddle.distributed.stream.reduce_scatter``        all_reduce, then this rank's slice
 ``ProcessGroupGloo.all_reduce_on_calc_stream``      ``ProcessGroupGloo.allreduce`` and wait
 ``paddle._C_ops.c_identity`` (no CPU kernel)        a copy
 ``paddle._C_ops.c_concat`` (no CPU kernel)          all_gather, concatenated on the last axis;
                                                     backward: this rank's columns
+``broadcast_input_data`` of fleet's TensorParallel  the first tensor-parallel rank's batch on all
+``paddle.device.synchronize``                       nothing
+``paddle.Tensor.cuda``                              the tensor itself
 ==================================================  ================================================
 
 Tensors on a device, and groups of other backends, still use Paddle's own. On each rank::
@@ -19,7 +22,7 @@ Tensors on a device, and groups of other backends, still use Paddle's own. On ea
     with enable_tensor_parallel_on_cpu():
         init_tensor_parallel(nranks)
         model = ...      # after the group: its layers look it up when they are made
-        ...              # forward, backward and optimizer inside the ``with``
+        ...              # forward, backward and optimizer, or a whole trainer, inside the ``with``
 
 Not replaced: ``c_softmax_with_cross_entropy``; gather the logits with ``tensor_parallel_output=False``.
 """
@@ -37,6 +40,9 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
 from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group
+from paddle.distributed.fleet.meta_parallel import tensor_parallel
+
+from paddle_vl_sp.testing import without_gpu
 
 _replaced: list[tuple[object, str, Any]] = []  # owner, name, original
 _ABSENT = object()
@@ -64,7 +70,14 @@ class TensorParallelOnCpu:
 
 
 def enable_tensor_parallel_on_cpu() -> TensorParallelOnCpu:
-    """Replaces the four calls, once; a second call changes nothing, and neither does leaving it."""
+    """Replaces the seven calls, once; a second call changes nothing, and neither does leaving it.
+
+    ::
+
+        with enable_tensor_parallel_on_cpu():
+            group = init_tensor_parallel(2)
+            model = ...
+    """
     is_first = not _replaced
     if is_first:
         stream = dist.communication.stream
@@ -72,6 +85,12 @@ def enable_tensor_parallel_on_cpu() -> TensorParallelOnCpu:
         _replace(core.ProcessGroupGloo, "all_reduce_on_calc_stream", _all_reduce_on_calc_stream)
         _replace(paddle._C_ops, "c_identity", _c_identity_over(paddle._C_ops.c_identity))
         _replace(paddle._C_ops, "c_concat", _c_concat_over(paddle._C_ops.c_concat))
+        for owner, name in (
+            (tensor_parallel, "broadcast_input_data"),
+            (paddle.device, "synchronize"),
+            (Tensor, "cuda"),
+        ):
+            _replace(owner, name, getattr(without_gpu, f"{name}_over")(getattr(owner, name)))
     return TensorParallelOnCpu(is_first)
 
 
@@ -79,6 +98,10 @@ def init_tensor_parallel(nranks: int) -> Group:
     """``fleet.init`` with one tensor-parallel group of all ``nranks`` ranks; returns that group.
 
     It is the default group: on gloo a second group of the same ranks often fails to connect.
+
+    ::
+
+        group = init_tensor_parallel(dist.get_world_size())  # before the model is built
     """
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": nranks, "pp_degree": 1}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paddle_vl_sp import SeqLayout
-from paddle_vl_sp.attention import padded_layout, shard_batch, token_losses, unshard
+from paddle_vl_sp.attention import pad_batch, padded_layout, shard_batch, token_losses, unshard
 from paddle_vl_sp.testing import FakeGroup
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -82,6 +82,22 @@ def test_a_known_name_is_padded_with_what_is_asked_for():
         share = shard_batch(each, padded_layout(5, cp_size=2), padding={"input_ids": 9})
         assert share["input_ids"].tolist() == [[1, 2, 9, 9]]
         assert share["position_ids"].tolist() == [[1, 2, 0, 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, CUTS, st.booleans())
+def test_padded_first_and_cut_then_is_the_same(lengths, cut, shift):
+    """Exact, on every rank; the padded batch is the same on all, and its real tokens are in their order."""
+    length, bounds = sum(lengths), bounds_of(lengths)
+    ids = np.arange(1, length + 1)[None]
+    batch = {"input_ids": ids, "labels": ids, "pixel_values": np.zeros((3, 2))}
+    for layout in ranks_of(length, bounds, cut):
+        padded = pad_batch(batch, layout, cu_seqlens=bounds, shift_labels=shift)
+        assert padded["input_ids"].shape == (1, layout.seq_len)
+        assert padded["input_ids"][padded["input_ids"] > 0].tolist() == ids[0].tolist()
+        at_once = shard_batch(batch, layout, cu_seqlens=bounds, shift_labels=shift)
+        for name, share in shard_batch(padded, layout).items():
+            np.testing.assert_array_equal(share, at_once[name])
 
 
 def test_batch_of_more_than_one_and_padding_at_the_end():

@@ -1,5 +1,6 @@
 """group=None is no group, one process that holds the whole sequence: in every function that takes a group."""
 
+import inspect
 from functools import partial
 from unittest import mock
 
@@ -7,10 +8,14 @@ import numpy as np
 import paddle
 import pytest
 
+import paddle_vl_sp
+import paddle_vl_sp.sequence
 import tiny_tower
-from paddle_vl_sp import SeqLayout, encode_shared
+from paddle_vl_sp import SeqLayout, encode_shared, plan_visual
 from paddle_vl_sp.attention import (
+    ContextParallel,
     gated_delta_net_sp,
+    gather_attention,
     gathered_losses,
     ring_attention,
     sequence_parallel_loss,
@@ -171,3 +176,112 @@ def test_no_group_among_several_processes_warns():
         ulysses_attention(*qkv(), group=None, layout=PACKED)
         ulysses_attention(*qkv(), group=FakeGroup(0, 1))
     assert logger.warning.call_count == 2
+
+
+def plan():
+    return plan_visual(paddle.to_tensor([[1, 9, 9, 1]]), (9,), SeqLayout(4), sequence_first=True)
+
+
+def shared(group, function="encode_shared"):
+    grid = paddle.to_tensor([[1, 4, 4]])
+    call = getattr(paddle_vl_sp, function)
+    features, levels = call(tiny_tower.tower(), tiny_tower.pixels(grid.tolist()), grid, group=group, merge_size=2)
+    return [features, *levels]
+
+
+def summed(group):
+    paddle.seed(0)
+    module = paddle.nn.Linear(2, 2)
+    module(paddle.ones([1, 2])).sum().backward()
+    paddle_vl_sp.sum_parameter_grads(module, group)
+    return [parameter.grad for parameter in module.parameters()]
+
+
+def synced(group):
+    paddle.seed(0)
+    module = paddle.nn.Linear(2, 2)
+    paddle_vl_sp.sync_replicas(module, group)
+    return list(module.parameters())
+
+
+def audited(group):
+    paddle.seed(0)
+    module = paddle.nn.Linear(2, 1)
+    audit = paddle_vl_sp.audit_gradients(lambda: module(paddle.ones([1, 2])).sum(), module, group)
+    return sorted(audit.verdicts.items())
+
+
+def noted(group):
+    with paddle_vl_sp.RunReport() as report:
+        paddle_vl_sp.note_forward(plan(), group=group)
+    return report.read()["visual_tokens"]
+
+
+def planned(group):
+    local = paddle_vl_sp.plan_visual_local(
+        paddle.to_tensor([[1, 9, 9, 1]]), (9,), SeqLayout(4), group=group, num_features=2, sequence_first=True
+    )
+    return [local.update_indices, local.gather_indices]
+
+
+def losses(group):
+    labels = paddle.to_tensor([[1, 2, -100]])
+    return sequence_parallel_loss(leaf(0, 1, 3, 4), labels, group=group)
+
+
+CALLS = {  # every public function that takes a group; each returns what can be compared
+    "agree": lambda group: paddle_vl_sp.agree(None, group),
+    "all_gather_rows": lambda group: paddle_vl_sp.all_gather_rows(leaf(0, 3, 2), [3], group),
+    "audit_gradients": audited,
+    "check_replicas": lambda group: paddle_vl_sp.check_replicas(paddle.nn.Linear(2, 2), group),
+    "complete_grad": lambda group: paddle_vl_sp.complete_grad([leaf(0, 2, 3)], plan(), group),
+    "encode_balanced": partial(shared, function="encode_balanced"),
+    "encode_shared": shared,
+    "gated_delta_net_sp": lambda group: gated_delta_net_sp(*delta_inputs(), group=group),
+    "gather_attention": lambda group: gather_attention(*qkv(), layout=PACKED, group=group),
+    "gathered_losses": lambda group: gathered_losses(leaf(0, 1, LENGTH), layout=PACKED, group=group),
+    "note_forward": noted,
+    "plan_visual_local": planned,
+    "ring_attention": lambda group: ring_attention(*qkv(), layout=PACKED, group=group),
+    "sequence_parallel_loss": losses,
+    "sum_parameter_grads": summed,
+    "sync_replicas": synced,
+    "ulysses_attention": lambda group: ulysses_attention(*qkv(), group=group, cu_seqlens=BOUNDS),
+    "unshard": lambda group: unshard(leaf(0, 2, LENGTH), PACKED, group, axis=1),
+}
+VALUES = {"ChosenAttention", "ContextParallel", "GradientAudit"}  # hold a group, or its name
+
+
+def public_functions_of_a_group():
+    return {
+        name
+        for package in (paddle_vl_sp, paddle_vl_sp.attention, paddle_vl_sp.sequence)
+        for name in package.__all__
+        if callable(getattr(package, name)) and "group" in inspect.signature(getattr(package, name)).parameters
+    }
+
+
+def test_every_public_function_that_takes_a_group_is_tried():
+    assert public_functions_of_a_group() - VALUES == CALLS.keys() - {"encode_balanced"} | (
+        {"encode_balanced"} & set(paddle_vl_sp.__all__)
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_group_is_a_group_of_one(name):
+    """The same bits, or the same values."""
+    if name == "encode_balanced" and name not in paddle_vl_sp.__all__:
+        pytest.skip("not there yet")
+    results = [CALLS[name](group) for group in (None, FakeGroup(0, 1))]
+    for got, expected in zip(*(x if isinstance(x, list) else [x] for x in results), strict=True):
+        if isinstance(expected, paddle.Tensor):
+            np.testing.assert_array_equal(got.numpy(), expected.numpy())
+        else:
+            assert got == expected
+
+
+def test_context_parallel_of_a_group_of_one():
+    """No group is fleet's sep axis here, so it is the group of one that is one process."""
+    chosen = ContextParallel("ring", FakeGroup(0, 1)).choose(num_heads=4, num_kv_heads=2, seq_len=LENGTH)
+    whole = chosen.attend(*qkv(), layout=chosen.layout(LENGTH, BOUNDS), boundaries=BOUNDS)
+    np.testing.assert_array_equal(whole.numpy(), ring_attention(*qkv(), layout=PACKED, group=None).numpy())

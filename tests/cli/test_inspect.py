@@ -52,6 +52,24 @@ def test_what_ranks_own_equals_the_oracle(inspected, cut):
     assert costs["empty_ranks"] == []
 
 
+def test_the_cut_of_the_flattened_batch(inspected, capsys):
+    """By hand: rank 0 of 2 has the first of two samples, where a cut of every sample gives it halves."""
+    mask = np.array([[0, 1, 1, 0], [1, 1, 1, 0]], dtype=bool)
+    _, costs = inspected("--sp", "2", "--cut", "flattened", mask=mask)
+    assert costs["batch"] == {"samples": 2, "seq_len": 4, "visual_tokens": 5}
+    assert costs["layout"]["cut"] == "flattened"
+    assert [(rank["update_head"], rank["gather_head"]) for rank in costs["ranks"]] == [
+        ([1, 2], [0, 1]),
+        ([0, 1, 2], [2, 3, 4]),
+    ]
+    _, costs = inspected("--sp", "2", mask=mask)
+    assert [rank["update_head"] for rank in costs["ranks"]] == [[2, 1, 3], [0, 1]]
+    assert main(["inspect", *MADE_UP, "--sp", "2", "--cut", "flattened"]) == 0
+    words = capsys.readouterr().out
+    assert "B 2, S 128, 28 visual tokens (11%), cp 1 x sp 2 of the flattened batch" in words
+    assert "row of [S_local]," in words
+
+
 def test_bytes_by_hand(inspected):
     """Rank 1 of 2 has all 8 visual tokens among its 2 x 8 rows of 4 x 2 bytes."""
     mask = MASK.copy()
@@ -109,6 +127,7 @@ def test_words_have_the_numbers(capsys):
         (("--seq", "64", "--sp", "0"), "must be at least 1"),
         (("--seq", "0"), "--seq must be at least 1, got 1 and 0"),
         (("--seq", "64", "--hidden", "0"), "--hidden must be at least 1"),
+        (("--seq", "64", "--cp", "2", "--cut", "flattened"), "leave out --cp, got 2"),
     ],
 )
 def test_wrong_flags_are_refused(inspected, arguments, why):

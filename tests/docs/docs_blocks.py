@@ -7,6 +7,7 @@ A block runs by itself, unless the HTML comment right above it says otherwise; n
     <!-- on 2 ranks -->            on two processes, joined by gloo
     <!-- run by pytest -->         as a file of tests
     <!-- not run: REASON -->       compiled, and what it imports from this package must be there and take its arguments
+    <!-- fault WHERE: ERROR -->    raises that error by a fault of an installed package: test_upstream_faults.py
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ TRANSLATED = "README.zh-CN.md"  # its blocks are those of README.md
 DOUBLE = ROOT / "tests" / "fleet" / "double"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r"<!-- (.*?) -->\n\Z")
-NOTES = re.compile(r"continues|given \w+|on 2 ranks|run by pytest|not run: .+")
+NOTES = re.compile(
+    r"continues|given \w+|on 2 ranks|run by pytest|not run: .+"
+    r"|fault (preamble|(on one process|on 2 ranks|in a process): [^,]+)"
+)
 OPTIONAL = ("paddleformers", "paddlefleet")
 
 
@@ -55,8 +59,8 @@ class Block:
 
     @property
     def how(self) -> str:
-        """How it is held to be right: run, ranks, pytest or compile."""
-        kinds = {"on 2 ranks": "ranks", "run by pytest": "pytest", "not run:": "compile"}
+        """How it is held to be right: run, ranks, pytest, compile, or by its fault."""
+        kinds = {"on 2 ranks": "ranks", "run by pytest": "pytest", "not run:": "compile", "fault ": "fault"}
         return next((kind for start, kind in kinds.items() for note in self.notes if note.startswith(start)), "run")
 
 

@@ -119,12 +119,25 @@ def own_loop():
     }
 
 
+class OneAttention(nn.Layer):
+    def __init__(self, vocabulary=100, heads=4, size=8):
+        super().__init__()
+        self.heads = heads
+        self.embed, self.qkv = nn.Embedding(vocabulary, heads * size), nn.Linear(heads * size, 3 * heads * size)
+        self.head = nn.Linear(heads * size, vocabulary)
+
+    def split_heads(self, x):
+        return (part.reshape([1, x.shape[1], self.heads, -1]) for part in self.qkv(x).chunk(3, axis=-1))
+
+
 def a_packed_batch():
-    group = paddle.distributed.get_group(0)
-    ids = paddle.arange(12).reshape([1, 12])
-    logits = paddle.ones([1, 8, 20])
-    logits.stop_gradient = False
-    return {"group": group, "batch": {"input_ids": ids, "labels": ids}, "logits": logits}
+    paddle.seed(0)
+    group, model = paddle.distributed.get_group(0), OneAttention()
+    ids = paddle.to_tensor([[1, IMAGE, IMAGE, 2, 3, 4, 5, IMAGE, 6, 7, 8, 9]])
+    features = paddle.randn([3, 32])
+    return {"group": group, "batch": {"input_ids": ids, "labels": ids}, "model": model, "features": features} | {
+        "image_id": IMAGE
+    }
 
 
 def two_groups():

@@ -15,6 +15,13 @@ def test_without_paddlefleet_the_import_says_what_to_install():
     assert "install paddlefleet" in done.stderr
 
 
+def test_classes_are_in_dir_before_they_are_made():
+    """Those that are made when they are asked for, too."""
+    from paddle_vl_sp import fleet
+
+    assert {"VisualGPTEmbedding", "VisualDeepstack"} <= set(dir(fleet))
+
+
 def test_a_class_whose_base_is_missing_says_so(monkeypatch):
     """An ImportError for a base that is missing, an AttributeError for a name that never was."""
     from paddle_vl_sp import fleet

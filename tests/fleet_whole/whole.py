@@ -11,7 +11,7 @@ import paddle
 import paddle.distributed as dist
 
 from paddle_vl_sp import RunReport, apply_to_qwen3_vl
-from paddle_vl_sp.formers import PlanningCollate, tiny
+from paddle_vl_sp.formers import PlanningCollate, tiny, tiny_fleet
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
 
 SEQ_LEN, STEPS = 64, 5
@@ -92,15 +92,6 @@ def classes(setting):
     return Qwen3VLForConditionalGeneration, Qwen3VLConfig
 
 
-def draw_weights(model):
-    rng, weights = np.random.default_rng(0), {}
-    for name, parameter in model.named_parameters():
-        scale = 0.3 if "embed" in name else 0.1 if parameter.ndim == 1 else 0.5 / np.sqrt(parameter.shape[0])
-        middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        weights[name] = (middle + scale * rng.standard_normal(parameter.shape)).astype("float32")
-    return weights
-
-
 def load(model, weights, setting, rank=0, nranks=1):
     for name, parameter in model.named_parameters():
         part = cut(one_rank_name(name, setting), weights, rank, nranks)
@@ -118,19 +109,8 @@ def one_rank_name(name, setting):
 
 
 def cut(name, weights, rank, nranks):
-    """The part of a whole weight that a rank holds: attention and MLP of both towers, and the vocabulary, are cut."""
-    weight = weights[name]
-    is_vision = ".vision_model." in name
-    if is_vision and ".decoder.layers." not in name:
-        return weight
-    if "up_gate_proj" in name and not is_vision:
-        halves = np.split(weight, 2, axis=-1)
-        return np.concatenate([np.split(half, nranks, axis=-1)[rank] for half in halves], axis=-1)
-    if "qkv_proj" in name or "up_gate_proj" in name:
-        return np.split(weight, nranks, axis=-1)[rank]
-    if name.endswith(("o_proj.weight", "down_proj.weight")) or (weight.ndim == 2 and weight.shape[0] == tiny.VOCAB):
-        return np.split(weight, nranks, axis=0)[rank]
-    return weight
+    """The part of a whole weight that a rank holds."""
+    return tiny_fleet.cut(name, weights[name], rank, nranks)
 
 
 def draw(setting, rope_by):
@@ -187,7 +167,7 @@ def references():
     for setting in SETTINGS:
         kind = setting.tied, setting.experts
         if kind not in weights:
-            weights[kind] = draw_weights(build(setting.reference))
+            weights[kind] = tiny_fleet.draw_weights(build(setting.reference))
         batches = draw(setting, plain)
         found[setting.name] = setting, weights[kind], batches, reference(setting, weights[kind], batches)
     return found

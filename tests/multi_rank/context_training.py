@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from unittest import mock
 
 import paddle
@@ -11,6 +10,7 @@ from paddle.distributed import fleet
 from paddleformers.trainer import Trainer, TrainingArguments
 
 from paddle_vl_sp.formers import apply_to_paddleformers, report_to, tiny
+from paddle_vl_sp.testing import enable_tensor_parallel_on_cpu
 
 SEQ_LEN, STEPS, ACCUMULATED = 62, 4, 2
 SAMPLES = ((["image"], ["image"]), (["image", "image"], []), (["video"], ["video", "image"]), ([], []))
@@ -124,8 +124,7 @@ def trained(way, folder, nranks, resumed=None):
 def without_a_gpu(nranks):
     """What the trainer calls without asking whether there is a GPU, or, to load a checkpoint, a topology."""
     with contextlib.ExitStack() as replaced:
-        replaced.enter_context(mock.patch.object(paddle.device, "synchronize"))
-        replaced.enter_context(mock.patch.object(paddle.Tensor, "cuda", lambda self, *_, **__: self))
+        replaced.enter_context(enable_tensor_parallel_on_cpu())
         # to log the norm, PaddleFormers' own needs an optimizer that mixed precision has wrapped
         replaced.enter_context(mock.patch.object(Trainer, "_wrap_distributed_optimizer", wrapped))
         if nranks == 1:
@@ -151,7 +150,6 @@ def of_one(folder):
 
 
 def on_ranks(nranks, folder, of_one):
-    os.environ["PADDLE_RANK_IN_NODE"] = os.environ["PADDLE_TRAINER_ID"]
     paddle.set_device("cpu")
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": 1, "pp_degree": 1, "sep_degree": nranks}

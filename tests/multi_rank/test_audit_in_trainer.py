@@ -2,12 +2,10 @@
 
 import logging
 import os
-from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
-from paddle.distributed.fleet.meta_parallel import tensor_parallel
 
 from paddle_vl_sp.formers import apply_to_qwen2_5_vl, revert, tiny
 from paddle_vl_sp.formers.audit import audit_if_asked
@@ -76,25 +74,23 @@ def trained(model, folder, nranks):
 
 def on_ranks(nranks, folder):
     """{run: (weights, steps, error, what was logged)}"""
-    os.environ["PADDLE_RANK_IN_NODE"] = os.environ["PADDLE_TRAINER_ID"]
     enable_tensor_parallel_on_cpu()
     group = init_tensor_parallel(nranks)
     weights, found = tiny.weights_of(tiny.tiny_qwen2_5_vl()), {}
-    with mock.patch.object(tensor_parallel, "broadcast_input_data", lambda _, *args, **kwargs: (args, kwargs)):
-        for name, (switch, is_marked) in RUNS.items():
-            heard = Heard()
-            logging.getLogger("paddle_vl_sp").addHandler(heard)
-            os.environ[AUDIT] = switch
-            audit_if_asked()
-            with apply_to_qwen2_5_vl():
-                model = tiny.tiny_qwen2_5_vl(**tiny.tensor_parallel(nranks, SEQ_LEN))
-                tiny.load_weights(model, weights, group.rank, nranks)
-                for each, parameter in model.named_parameters():
-                    if "layers.0." in each and not is_marked:
-                        parameter.sequence_parallel = False
-                found[name] = (*trained(model, folder, nranks), heard.text)
-            revert()
-            logging.getLogger("paddle_vl_sp").removeHandler(heard)
+    for name, (switch, is_marked) in RUNS.items():
+        heard = Heard()
+        logging.getLogger("paddle_vl_sp").addHandler(heard)
+        os.environ[AUDIT] = switch
+        audit_if_asked()
+        with apply_to_qwen2_5_vl():
+            model = tiny.tiny_qwen2_5_vl(**tiny.tensor_parallel(nranks, SEQ_LEN))
+            tiny.load_weights(model, weights, group.rank, nranks)
+            for each, parameter in model.named_parameters():
+                if "layers.0." in each and not is_marked:
+                    parameter.sequence_parallel = False
+            found[name] = (*trained(model, folder, nranks), heard.text)
+        revert()
+        logging.getLogger("paddle_vl_sp").removeHandler(heard)
     return found
 
 

@@ -5,7 +5,9 @@ import paddle
 import paddle.distributed as dist
 import pytest
 from paddle.base import core
+from paddle.distributed import fleet
 from paddle.distributed.fleet.layers.mpu import mp_ops
+from paddle.distributed.fleet.meta_parallel import tensor_parallel
 
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
@@ -13,7 +15,15 @@ from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, 
 
 def own_calls():
     gloo = vars(core.ProcessGroupGloo).get("all_reduce_on_calc_stream")
-    return [dist.stream.reduce_scatter, gloo, paddle._C_ops.c_identity, paddle._C_ops.c_concat, dist.new_group]
+    trainer = [tensor_parallel.broadcast_input_data, paddle.device.synchronize, paddle.Tensor.cuda]
+    return [
+        dist.stream.reduce_scatter,
+        gloo,
+        paddle._C_ops.c_identity,
+        paddle._C_ops.c_concat,
+        dist.new_group,
+        *trainer,
+    ]
 
 
 def block_of_sum(group, dtype):
@@ -43,6 +53,26 @@ def gradient_of_identity(group):
     return x.grad.numpy().tolist()
 
 
+def batch_of_the_first(rank):
+    """What a forward is called with: [rank + 1, 2] of each dtype, an empty array, a scalar, a word."""
+    dtypes = ("float32", "bfloat16", "float16", "int64", "bool")
+    given = {dtype: (paddle.ones([rank + 1, 2]) * (rank < 1)).astype(dtype) for dtype in dtypes}
+    given |= {"nested": [paddle.zeros([0, rank + 2]), (paddle.to_tensor(float(rank)),)], "word": str(rank)}
+    first = given["float32"]
+    tensor_parallel.broadcast_input_data(fleet.get_hybrid_communicate_group(), first, **given)
+    got = given  # overwritten, since fleet's wrapper drops what the call returns
+    ones = [bool((got[dtype].astype("float32").numpy() == np.ones([1, 2])).all()) for dtype in dtypes]
+    types = [str(got[dtype].dtype).rpartition(".")[2] for dtype in dtypes]
+    empty, (scalar,) = got["nested"]
+    return ones, types == list(dtypes), first.shape, empty.shape, scalar.item(), scalar.shape, got["word"]
+
+
+def calls_of_a_gpu():
+    paddle.device.synchronize()
+    x = paddle.ones([2])
+    return x.cuda() is x
+
+
 def measure(nranks):
     before = own_calls()
     with enable_tensor_parallel_on_cpu():
@@ -57,17 +87,20 @@ def measure(nranks):
         out = paddle.empty([2])
         dist.reduce_scatter(out, [paddle.full([2], float(i)) for i in range(nranks)])
         found["list"] = out.numpy().tolist()
+        found["batch"], found["gpu"] = batch_of_the_first(group.rank), calls_of_a_gpu()
     found["restored"] = all(a is b for a, b in zip(before, own_calls(), strict=True))
     return found
 
 
 @pytest.mark.parametrize("nranks", [2])
-def test_the_four_calls(nranks):
-    """Exact values: sums cut to blocks, columns joined, gradients; identity of the originals afterwards."""
+def test_the_calls(nranks):
+    """Exact: sums cut to blocks, columns joined, gradients, the first rank's batch; the originals afterwards."""
     for rank, found in enumerate(run_ranks(measure, nranks, nranks)):
         assert found["sums"] == [(True, True)] * 3
         assert found["columns"][0] == [float(r) for r in range(nranks) for _ in range(3)]
         assert found["columns"][1] == [3.0 * rank, 3.0 * rank + 1, 3.0 * rank + 2]
         assert found["identity"] == [float(nranks)] * 2
         assert found["list"] == [float(rank * nranks)] * 2
+        assert found["batch"] == ([True] * 5, True, [1, 2], [0, 2], 0.0, [], str(rank))
+        assert found["gpu"]
         assert found["restored"]

@@ -13,12 +13,14 @@ import pytest
 
 from paddle_vl_sp.testing import RanksFailed, run_ranks
 from paddle_vl_sp.testing.launch import _failed_making_groups, _Report, _sigterm_at_the_end
+from paddle_vl_sp.testing.shown import ShownOutput
 
 
 def sum_of_ranks(scale):
     x = paddle.to_tensor([float(dist.get_rank())]) * scale
     dist.all_reduce(x)
-    return dist.get_rank(), x.item()
+    sys.stdout.write(f"sum {x.item()}\nno line end")
+    return dist.get_rank(), x.item(), os.environ["PADDLE_RANK_IN_NODE"], os.environ["PADDLE_LOCAL_SIZE"]
 
 
 def dist_rank():
@@ -45,11 +47,6 @@ def hang_everywhere():
     time.sleep(1000)
 
 
-def note_and_hang(folder):
-    (Path(folder) / f"{os.getpid()}").touch()
-    time.sleep(1000)
-
-
 class Interrupted(Exception):
     """No OSError, of which `subprocess` swallows some."""
 
@@ -67,10 +64,31 @@ def test_only_a_failure_to_make_groups_is_tried_again(has_started, place, is_tri
 
 
 @pytest.mark.parametrize("nranks", [2, 4])
-def test_results_come_in_rank_order(nranks):
-    """Exact, through a real collective."""
+def test_results_come_in_rank_order(nranks, capsys):
+    """Exact, through a real collective; shown are all lines, each once, with its rank; and what a trainer reads."""
     total = 10.0 * sum(range(nranks))
-    assert run_ranks(sum_of_ranks, nranks, 10.0) == [(rank, total) for rank in range(nranks)]
+    results = run_ranks(sum_of_ranks, nranks, 10.0, show=True)
+    assert results == [(rank, total, str(rank), str(nranks)) for rank in range(nranks)]
+    shown = capsys.readouterr().out.splitlines()
+    for rank in range(nranks):
+        assert [line for line in shown if f"rank {rank}" in line] == [
+            f"[rank {rank}] sum {total}",
+            f"[rank {rank}] no line end",
+        ]
+
+
+def test_lines_are_shown_whole(capsys, tmp_path):
+    """From the offset on, whole lines as they come, the rest at the end."""
+    file = tmp_path / "0.output"
+    file.write_text("before\none\ntw")
+    with ShownOutput([(file, 7)]) as shown:
+        shown.update()
+        assert capsys.readouterr().out == "[rank 0] one\n"
+        with file.open("a") as more:
+            more.write("o\nthree")
+        shown.update()
+        assert capsys.readouterr().out == "[rank 0] two\n"
+    assert capsys.readouterr().out == "[rank 0] three\n"
 
 
 def test_a_rank_that_ends_at_once_leaves_none_behind(monkeypatch):
@@ -126,12 +144,18 @@ def test_whoever_is_interrupted_leaves_no_ranks_behind(monkeypatch):
     assert all(process.poll() is not None for process in started)
 
 
-LAUNCHER = """
+HANGING = """
+import os, subprocess, sys, time
+from pathlib import Path
 from paddle_vl_sp.testing import run_ranks
-from test_run_ranks import note_and_hang
-import sys
-run_ranks(note_and_hang, 2, sys.argv[1])
+
+def note_and_hang(folder):
+    worker = subprocess.Popen(["sleep", "1000"])
+    for pid in (worker.pid, os.getpid()):
+        (Path(folder) / f"{pid}").touch()
+    time.sleep(1000)
 """
+LAUNCHER = "import hanging, sys; hanging.run_ranks(hanging.note_and_hang, 1, sys.argv[1])"  # imports no Paddle
 
 
 def is_running(pid):
@@ -142,6 +166,10 @@ def is_running(pid):
     return True
 
 
+def is_a_worker(pid):
+    return is_running(pid) and b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def wait_until(happened, seconds):
     end = time.monotonic() + seconds
     while not happened() and time.monotonic() < end:
@@ -149,26 +177,34 @@ def wait_until(happened, seconds):
     return happened()
 
 
-def test_a_launcher_that_is_told_to_end_takes_ranks_and_folders_along(tmp_path):
-    """Ended by SIGTERM, as without ranks, with none of them running and nothing in the temporary folder."""
-    pids, temporary = tmp_path / "pids", tmp_path / "temporary"
-    pids.mkdir()
-    temporary.mkdir()
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(pids)], env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(temporary)}
-    )
-    ranks = []
+def test_a_launcher_takes_all_along_however_it_ends(tmp_path):
+    """Ended by each signal, with no rank, and no process of a rank, running; only SIGKILL leaves a temporary folder."""
+    (tmp_path / "hanging.py").write_text(HANGING)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    launchers, started = {}, []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        pids, temporary = tmp_path / f"pids {number}", tmp_path / f"temporary {number}"
+        pids.mkdir()
+        temporary.mkdir()
+        command = [sys.executable, "-c", LAUNCHER, str(pids)]
+        env = os.environ | {"PYTHONPATH": path, "TMPDIR": str(temporary)}
+        launchers[number] = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     try:
-        assert wait_until(lambda: len(list(pids.iterdir())) == 2, 60)
-        ranks = [int(path.name) for path in pids.iterdir()]
-        launcher.terminate()
-        assert launcher.wait(20) == -signal.SIGTERM
-        assert wait_until(lambda: not any(map(is_running, ranks)), 5)
-        assert not [path.name for path in temporary.iterdir() if path.name.startswith("vlsp-ranks-")]
+        assert wait_until(lambda: len(list(tmp_path.glob("pids */*"))) == 2 * len(launchers), 120)
+        for number, launcher in launchers.items():
+            launcher.send_signal(number)
+            assert launcher.wait(20) == -number
+            ranks = [int(path.name) for path in (tmp_path / f"pids {number}").iterdir()]
+            started += ranks
+            if number == signal.SIGKILL:
+                ranks = [rank for rank in ranks if not is_a_worker(rank)]  # they end only if they look for their parent
+            assert wait_until(lambda ranks=ranks: not any(map(is_running, ranks)), 5), number
+            left = list((tmp_path / f"temporary {number}").glob("vlsp-ranks-*"))
+            assert bool(left) == (number == signal.SIGKILL)
     finally:
-        launcher.kill()
-        for rank in filter(is_running, ranks):
+        for launcher in launchers.values():
+            launcher.kill()
+        for rank in filter(is_running, started):
             os.kill(rank, signal.SIGKILL)
 
 

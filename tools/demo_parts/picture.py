@@ -26,12 +26,13 @@ def draw(figure: Any, found: list[dict[str, Any]]) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.97), h_pad=2.5, w_pad=2)
 
 
-def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
-    """mask [B, S]: where a batch's visual tokens are; PaddleFormers' plain classes cut the flattened batch."""
+def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int, is_flattened: bool = True) -> None:
+    """mask [B, S]: where a batch's visual tokens are; the plain classes cut the flattened batch, others each sample."""
     samples, seq_len = mask.shape
     flat = mask.reshape(1, -1)
-    layouts = [SeqLayout(flat.shape[1], sp_size=nranks, sp_rank=rank) for rank in range(nranks)]
-    owners = owners_of(layouts)
+    length = flat.shape[1] if is_flattened else seq_len
+    owners = owners_of([SeqLayout(length, sp_size=nranks, sp_rank=rank) for rank in range(nranks)])
+    owners = np.tile(owners, flat.shape[1] // length)
     panel = figure.subplots()
     show_owners(panel, owners_image(flat, owners, nranks), flat.shape[1], 1)
     for sample in range(1, samples):
@@ -42,7 +43,8 @@ def draw_owners(figure: Any, mask: npt.NDArray[np.bool_], nranks: int) -> None:
     panel.tick_params(bottom=False)
     for rank, colour in enumerate(rank_colours(nranks) * 0.8):
         text = f"rank {rank}: {int(flat[0, owners == rank].sum())} of {int(mask.sum())} visual tokens"
-        where = (float(np.flatnonzero(owners == rank).mean()), 0)
+        shares = np.flatnonzero(owners == rank)
+        where = (float(shares.mean()) if is_flattened else flat.shape[1] * (rank + 0.5) / nranks, 0)
         panel.annotate(text, where, (0, 4), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
     figure.suptitle(
         "Why: sequence parallelism gives each rank a part of every batch (full colour: visual tokens, pale: text),\n"
@@ -100,7 +102,7 @@ def _costs(panel: Any, found: list[dict[str, Any]]) -> None:
         panel.bar_label(bars, [f"{label}: {value}" for value in values], padding=3, fontsize=8)
     panel.set_yticks(range(len(runs)), ("upstream", "with\npaddle_vl_sp", "+ plan made\nby the loader"))
     panel.invert_yaxis()
-    panel.set_title("What placing the features costs\nin one forward with three deepstack layers")
+    panel.set_title("What placing the features costs\nin one forward of the plain class")
     panel.set_xlim(0, 1.9 * max(count for run in counts.values() for count in run.values()))
     panel.set_xticks([])
     panel.spines["bottom"].set_visible(False)
