@@ -42,7 +42,10 @@ def encode_balanced(
 ) -> Encoded:
     """encode(pixel_values, grid_thw) of this rank's own images, encoded wherever the group's load is balanced.
 
-    Every rank gets the features of its own images, in reading order, whoever encoded them.
+    Every rank gets the features of its own images, in reading order, whoever encoded them::
+
+        features, levels = encode_balanced(tower, pixel_values, grid_thw, group=data_group, merge_size=2)
+        loss_of(features, levels).backward()  # [N, H], L x [N, H]
 
     encode        a tower with replicated weights: pixels [P, C] and grid [I, 3] of (t, h, w) to features [N, H], or to
                   (features, [levels]), all of one width and dtype; N is P / merge_size**2
@@ -141,7 +144,11 @@ def _by_share(
 
 
 def stop_balancing(group: Group | None) -> None:
-    """Says that this rank makes no more calls of encode_balanced over this group; every rank says it at its end.
+    """Says that this rank makes no more calls of encode_balanced over this group; every rank says it at its end::
+
+        for batch in loader:
+            train(batch)  # with encode_balanced(..., group=data_group)
+        stop_balancing(data_group)
 
     If others still encode, all raise, with the rank that stopped, where they would wait for it for ever.
     """

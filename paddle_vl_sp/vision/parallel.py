@@ -86,7 +86,10 @@ def encode_shared(
 ) -> Encoded | tuple[Encoded, VisualPlan]:
     """encode(pixel_values, grid_thw), with the work shared over the group; the same result on every rank.
 
-    With this rank's `plan`, only the rows that it uses: (result, own_plan), where own_plan places them.
+    With this rank's `plan`, only the rows that it uses: (result, own_plan), where own_plan places them::
+
+        features, levels = encode_shared(tower, pixel_values, grid_thw, group=sp_group, merge_size=2)  # [N, H], L x ..
+        (features, levels), own_plan = encode_shared(..., group=sp_group, merge_size=2, plan=plan)  # [n, H], L x ..
 
     encode           a tower with replicated weights: pixels [P, C] and grid [I, 3] of (t, h, w) to features [N, H], or
                      to (features, [levels]), all of one width and dtype; N is P / merge_size**2

@@ -21,8 +21,6 @@ WITHOUT_EXAMPLE = {
     "RanksFailed": "an error",
     "UpstreamChanged": "an error",
     "VisionShare": "made by share_images, which has one",
-    "encode_shared": "on docs/vision-dp.md",
-    "encode_balanced": "on docs/vision-dp.md",
 }
 DRAWN = {  # arrays, or what it is equivalent to
     "SeqLayout",
@@ -33,7 +31,13 @@ DRAWN = {  # arrays, or what it is equivalent to
     "shard_batch",
     "ulysses_attention",
 }
-WITHOUT_SHAPE = {"audit_gradients", "register_causes", "apply_to_paddleformers", "note_forward"}  # any, or none
+WITHOUT_SHAPE = {
+    "audit_gradients",
+    "register_causes",
+    "apply_to_paddleformers",
+    "note_forward",
+    "stop_balancing",
+}  # any, or none
 LONGEST = 6  # lines of an example
 
 
@@ -72,7 +76,7 @@ def session_lines(text):
 
 def test_every_name_has_an_example(told):
     """A session, a drawing or a block of Python, of at most six lines."""
-    assert set(WITHOUT_EXAMPLE) <= set(told) | {"encode_balanced"}
+    assert set(WITHOUT_EXAMPLE) <= set(told)
     missing = [name for name, text in told.items() if not (blocks_of(text) or session_lines(text))]
     assert [name for name in missing if name not in WITHOUT_EXAMPLE] == []
     for name, text in told.items():
