@@ -193,11 +193,16 @@ def paused() -> Iterator[None]:
 
 def summary_line(summary: dict[str, Any]) -> str:
     """The dict of a report in one line."""
+    towers = ""
+    if "vision_imbalance" in summary:
+        towers = f"; busiest tower over the mean: {summary['vision_imbalance']:.2f}"
+    if "vision_imbalance_at_home" in summary:
+        towers += f", at home {summary['vision_imbalance_at_home']:.2f}; {summary['vision_bytes_moved'] / 2**20:.2f} MiB moved"
     return (
         f"{summary['forwards']} forwards with {summary['visual_tokens']} visual tokens, ranks: "
         f"{len(summary['tokens_of_ranks'])}; imbalance {summary['imbalance']:.2f}, at worst "
         f"{summary['worst_imbalance']:.2f}; ranks without visual tokens, on average: {summary['empty_ranks']:.2f}; "
-        f"host syncs to plan: {summary['syncs_here']}"
+        f"host syncs to plan: {summary['syncs_here']}{towers}"
     )
 
 

@@ -16,6 +16,7 @@ from paddle_vl_sp.settings import CONTEXT_PARALLEL, REPORT
 TESTS = Path(__file__).parent
 LIMIT = 240
 LAST = "train_steps_per_second"
+DATA = "VLSP_DATA_PARALLEL"  # among the switches: the ranks have batches of their own
 
 
 def trained_in_all_ways(folder, model_type, runs):
@@ -50,7 +51,7 @@ def trained(folder, yaml, model_type, name, nranks, switches):
         "VLSP_START": folder / "start.npz",
         "VLSP_END": folder / name,
         "VLSP_CHECKPOINT": folder / "checkpoint",
-        "VLSP_TENSOR_PARALLEL": nranks if CONTEXT_PARALLEL not in switches else 1,
+        "VLSP_TENSOR_PARALLEL": 1 if {CONTEXT_PARALLEL, DATA} & switches.keys() else nranks,
     }
     command = [
         sys.executable,
@@ -62,9 +63,11 @@ def trained(folder, yaml, model_type, name, nranks, switches):
     ]
     if CONTEXT_PARALLEL in switches:
         command += [f"sep_parallel_size={nranks}"]
+    elif DATA in switches:
+        command += switches[DATA].split()
     else:
         command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
-    if CONTEXT_PARALLEL in switches or nranks == 1:
+    if {CONTEXT_PARALLEL, DATA} & switches.keys() or nranks == 1:
         command += ["do_eval=true", "evaluation_strategy=steps"]
     processes = [
         subprocess.Popen(

@@ -344,6 +344,8 @@ def a_wrong_share_is_an_error_on_all():
     same_error_everywhere(
         lambda: encode_assigned(tower(), x, other, group=group), group, "must hold the same share", f"rank {last} "
     )
+    turned = balance_images([[SMALL if group.rank != last else [1, 4, 2]]] * group.nranks, MERGE, ALPHA)
+    same_error_everywhere(lambda: encode_assigned(tower(), x, turned, group=group), group, "must hold the same share")
 
 
 class BrokenError(Exception):

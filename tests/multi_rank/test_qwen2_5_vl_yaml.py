@@ -4,16 +4,21 @@ PaddleFormers' own example of sequence-parallel VL training is of this model, wh
 context parallelism, with `sep_parallel_size: 2` in the YAML.
 """
 
+import re
+
 import pytest
 
 import yaml_runs
 from paddle_vl_sp.formers import tiny
 from paddle_vl_sp.settings import CHECK, CONTEXT_PARALLEL, ENABLED, LOADER_PLANS, VISION_DP
 
-RUNS = {  # name: ranks, switches
+DATA = "split_param=false"  # sharding of stage 1, without what it needs amp for
+RUNS = {
     "one rank": (1, {ENABLED: "0"}),
     "plugin": (2, {}),
     "all switches": (2, {LOADER_PLANS: "1", VISION_DP: "1", CHECK: "1"}),
+    "data parallel": (2, {yaml_runs.DATA: DATA}),
+    "balanced": (2, {yaml_runs.DATA: DATA, VISION_DP: "data"}),
     "context parallel": (2, {CONTEXT_PARALLEL: "auto", LOADER_PLANS: "1", VISION_DP: "1"}),
 }
 
@@ -36,6 +41,18 @@ def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
     assert (
         f"Qwen2.5-VL: {1 if name == 'plugin' else 2} replaced" in log
     )  # its forward; and its constructor, which shares
+
+
+def test_data_parallel_ranks_balance_their_towers(found):
+    """All weights those of unbalanced data parallelism within 1e-5, and the evaluation; work moved, in a report."""
+    (wanted, _), plain = found["data parallel"]
+    ranks, log = found["balanced"]
+    between, apart = yaml_runs.distances(wanted, ranks, "", lambda key, weights, _: weights[key])
+    assert between == 0
+    assert apart < 1e-5
+    assert abs(yaml_runs.said_evaluation(log) - yaml_runs.said_evaluation(plain)) < 1e-5
+    ((busiest, at_home),) = re.findall(r"busiest tower over the mean: ([\d.]+), at home ([\d.]+)", log)
+    assert float(busiest) < float(at_home)
 
 
 def test_context_parallel_the_weights_are_those_of_one_rank(found):

@@ -187,3 +187,30 @@ def test_every_plan_is_told_at_level_debug(caplog):
     caplog.clear()
     forward(mask)
     assert not caplog.messages
+
+
+class Share:
+    """What a balanced step tells: patches of two ranks."""
+
+    def __init__(self, at_home, encoded, sent):
+        self.patches_at_home, self.patches_encoded = np.array(at_home), np.array(encoded)
+        self.imbalance_at_home, self.imbalance = max(at_home) * 2 / sum(at_home), max(encoded) * 2 / sum(encoded)
+        self.moved_patches, self.sent_rows = 4 * sent, sent
+
+    def report(self):
+        return "a step"
+
+
+def test_balanced_towers():
+    """By hand: the means and sums of the forwards that are asked for; patches of all of them."""
+    with RunReport() as report:
+        for share in (Share([8, 0], [4, 4], 1), Share([4, 12], [8, 8], 2)):
+            report_module.note_balanced(share, 10, 100)
+            forward(some_mask())
+    found = report.read()
+    assert (found["vision_imbalance_at_home"], found["vision_imbalance"]) == (1.75, 1.0)
+    assert (found["vision_rows_moved"], found["vision_bytes_moved"]) == (3, 12 * 10 + 3 * 100)
+    assert (found["vision_patches_at_home"], found["vision_patches_encoded"]) == ([12, 12], [12, 12])
+    later = report.read(1)
+    assert (later["vision_imbalance_at_home"], later["vision_rows_moved"]) == (1.5, 2)
+    assert "busiest tower over the mean: 1.00, at home 1.75; 0.00 MiB moved" in report_module.summary_line(found)
