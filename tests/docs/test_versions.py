@@ -1,0 +1,75 @@
+"""docs/versions.md is made of its table, and the tool that fills it says what it could not run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from docs_blocks import PAGES, ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import version_matrix
+
+RESULT = re.compile(r"passes|\d+ of \d+ fail, \S+ first|not run: .+|no tests: .+|pytest fails: .+")
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    monkeypatch.setattr(version_matrix, "TABLE", tmp_path / "versions.csv")
+    return version_matrix.read_table
+
+
+def says(monkeypatch, output, code=0):
+    done = subprocess.CompletedProcess([], code, output, "")
+    monkeypatch.setattr(version_matrix, "step", lambda *_, **__: done)
+
+
+def test_the_page_is_made_of_the_table():
+    """To the letter; every Python has rows, every row a known kind of result, and its tests are there."""
+    rows = version_matrix.read_table()
+    assert PAGES["docs/versions.md"] == version_matrix.page(rows), "python tools/version_matrix.py --page"
+    assert {row["python"] for row in rows if not row["paddleformers"]} == {*version_matrix.PYTHONS}
+    assert all(RESULT.fullmatch(row["result"]) for row in rows)
+    named = [name for name in (*version_matrix.CORE, *version_matrix.MODELS) if name.startswith("tests/")]
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_a_python_that_is_not_there_is_said(monkeypatch, table):
+    """In a row for each release that was asked for; nothing is installed."""
+    monkeypatch.setattr(version_matrix, "step", None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PYENV_ROOT", "")
+    monkeypatch.setenv("HOME", "/nowhere")
+    version_matrix.run_on("3.12", "3.3.1", ["", "1.2.0"])
+    assert [(row["paddleformers"], row["result"]) for row in table()] == [
+        ("", "not run: no interpreter"),
+        ("1.2.0", "not run: no interpreter"),
+    ]
+
+
+def test_a_newer_row_takes_the_place_of_the_older_one(table):
+    """Rows are in the order of their versions, as numbers."""
+    for python, result in (("3.12", "passes"), ("3.9", "passes"), ("3.10", "passes"), ("3.12", "not run: why")):
+        version_matrix.record(python=python, paddle="3.3.1", paddleformers="", result=result)
+    assert [(row["python"], row["result"]) for row in table()] == [
+        ("3.9", "passes"),
+        ("3.10", "passes"),
+        ("3.12", "not run: why"),
+    ]
+
+
+def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
+    """Exact: releases newest first, counts, and the first test that fails."""
+    says(monkeypatch, "paddlepaddle (3.10.0)\nAvailable versions: 3.10.0, 3.3.1, 3.2.2\n  INSTALLED: 3.3.1\n")
+    assert version_matrix.releases("paddlepaddle") == ["3.10.0", "3.3.1", "3.2.2"]
+    says(monkeypatch, "....\nFAILED tests/a.py::test_b[1] - AssertionError\n1 failed, 40 passed, 2 skipped in 3s\n", 1)
+    failed = {"result": "1 of 41 fail, tests/a.py::test_b[1] first", "passed": "40", "skipped": "2"}
+    assert version_matrix.tests("python", tmp_path, []) == failed
+    says(monkeypatch, "40 passed, 2 skipped in 3s\n")
+    assert version_matrix.tests("python", tmp_path, []) == {"result": "passes", "passed": "40", "skipped": "2"}
+    checks = [{"subject": "GLM-OCR", "message": "known; 1 method"}, {"subject": "x", "message": ""}]
+    says(monkeypatch, json.dumps({"checks": checks}))
+    assert version_matrix.judged("python", tmp_path) == "GLM-OCR known"
