@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -13,7 +12,9 @@ from docs_blocks import PAGES, ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import version_matrix
 
-RESULT = re.compile(r"passes|\d+ of \d+ fail, \S+ first|not run: .+|no tests: .+|pytest fails: .+")
+RESULT = re.compile(
+    r"passes|\d+ of \d+ fail, \S+ first|not run: .+|\d+ of \d+ clauses hold.*|nothing to replace|pytest fails: .+"
+)
 
 
 @pytest.fixture
@@ -70,6 +71,19 @@ def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     assert version_matrix.tests("python", tmp_path, []) == failed
     says(monkeypatch, "40 passed, 2 skipped in 3s\n")
     assert version_matrix.tests("python", tmp_path, []) == {"result": "passes", "passed": "40", "skipped": "2"}
-    checks = [{"subject": "GLM-OCR", "message": "known; 1 method"}, {"subject": "x", "message": ""}]
-    says(monkeypatch, json.dumps({"checks": checks}))
-    assert version_matrix.judged("python", tmp_path) == "GLM-OCR known"
+
+
+def test_what_doctor_says_is_summed_up():
+    """Verdicts by family; of the clauses how many hold, and whose do not."""
+    subjects = {
+        "GLM-OCR": "known; 1 method",
+        "Qwen3-VL": "refused: it is gone",
+        "contract, GLM-OCR": "it adds",
+        "contract, Qwen3-VL": "it cuts: no",
+    }
+    checks = [{"subject": name, "message": text, "state": "PASS"} for name, text in subjects.items()]
+    assert version_matrix.families(checks) == "GLM-OCR known, Qwen3-VL refused"
+    assert version_matrix.clauses(checks) == "2 of 2 clauses hold"
+    checks[-1]["state"] = "FAIL"
+    assert version_matrix.clauses(checks) == "1 of 2 clauses hold, not those of Qwen3-VL"
+    assert version_matrix.clauses([]) == "nothing to replace"
