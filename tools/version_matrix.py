@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -56,15 +57,30 @@ def main() -> None:
     given = parser.parse_args()
     if not given.page:
         paddles = given.paddle or [v for v in releases("paddlepaddle") if numbers(v) >= OLDEST_PADDLE]
-        formers = given.formers or releases("paddleformers")
-        done = {key_of(row) for row in read_table() if not row["result"].startswith("not run")} if given.missing else {}
-        for python in sorted(given.python, key=lambda v: v != ALL_FORMERS_ON):
-            on_this = formers if python == ALL_FORMERS_ON else formers[:1]
-            for paddle in paddles:
-                wanted = [name for name in ("", *on_this) if (python, paddle, name) not in done]
-                if wanted:
-                    run_on(python, paddle, wanted)
+        run_all(combinations(given.python, paddles, given.formers or releases("paddleformers")), given.missing)
     PAGE.write_text(page(read_table()))
+
+
+def combinations(pythons: Sequence[str], paddles: list[str], formers: list[str]) -> dict[tuple[str, str], list[str]]:
+    """For each Python and Paddle, the core ("") and the releases of PaddleFormers."""
+    ordered = sorted(pythons, key=lambda v: v != ALL_FORMERS_ON)
+    return {
+        (python, paddle): ["", *(formers if python == ALL_FORMERS_ON else formers[:1])]
+        for python in ordered
+        for paddle in paddles
+    }
+
+
+def run_all(wanted: dict[tuple[str, str], list[str]], only_missing: bool) -> None:
+    """Everything is in the table from the start: where this is ended early, the rest stands there as not run."""
+    keys = [(*environment, name) for environment, names in wanted.items() for name in names]
+    for key in set(keys) - {key_of(row) for row in read_table()}:
+        record(**dict(zip(KEY, key, strict=True)), result="not run: not yet")
+    done = {key_of(row) for row in read_table() if not row["result"].startswith("not run")} if only_missing else set()
+    for (python, paddle), names in wanted.items():
+        left = [name for name in names if (python, paddle, name) not in done]
+        if left:
+            run_on(python, paddle, left)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -75,7 +91,9 @@ def releases(package: str) -> list[str]:
     """All that pip can install here, the newest first."""
     done = step([sys.executable, "-m", "pip", "index", "versions", package])
     listed = re.search(r"^Available versions: (.*)$", done.stdout, re.MULTILINE)
-    return listed[1].split(", ") if listed else []
+    if not listed:
+        raise SystemExit(f"pip lists no {package}: {done.stderr.strip()}")
+    return listed[1].split(", ")
 
 
 def interpreter(python: str) -> str:

@@ -62,6 +62,19 @@ def test_a_newer_row_takes_the_place_of_the_older_one(table):
     ]
 
 
+def test_what_was_not_reached_stands_in_the_table(monkeypatch, table):
+    """All PaddleFormers on 3.11, the newest elsewhere; --missing runs what is not there, and nothing else."""
+    wanted = version_matrix.combinations(["3.10", "3.11"], ["3.3.1"], ["1.2.0", "1.1.1"])
+    assert wanted == {("3.11", "3.3.1"): ["", "1.2.0", "1.1.1"], ("3.10", "3.3.1"): ["", "1.2.0"]}
+    version_matrix.record(python="3.10", paddle="3.3.1", paddleformers="", result="passes")
+    version_matrix.record(python="3.11", paddle="3.3.1", paddleformers="", result="not run: no interpreter")
+    asked = []
+    monkeypatch.setattr(version_matrix, "run_on", lambda *given: asked.append(given))
+    version_matrix.run_all(wanted, only_missing=True)
+    assert asked == [("3.11", "3.3.1", ["", "1.2.0", "1.1.1"]), ("3.10", "3.3.1", ["1.2.0"])]
+    assert [row["result"] for row in table() if row["paddleformers"] == "1.1.1"] == ["not run: not yet"]
+
+
 def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     """Exact: releases newest first, counts, and the first test that fails."""
     says(monkeypatch, "paddlepaddle (3.10.0)\nAvailable versions: 3.10.0, 3.3.1, 3.2.2\n  INSTALLED: 3.3.1\n")
