@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 from paddle_vl_sp.cli.installation import PASS, WARN, Check
 
@@ -16,8 +14,10 @@ BUILT = "a YAML, paddleformers-cli and AutoModel"
 
 def check_model_class() -> Iterator[Check]:
     """Each class has faults of its own: docs/paddleformers.md has the table."""
+    from paddle_vl_sp.formers import auto
+
     try:
-        cls = class_of(ARCHITECTURE)
+        cls = auto.class_of(ARCHITECTURE)
     except ImportError as error:
         if "paddlefleet" not in str(error):
             raise
@@ -27,17 +27,5 @@ def check_model_class() -> Iterator[Check]:
         message = f"this PaddleFormers does not say which: {type(error).__name__}: {error}"
         yield Check(WARN, SUBJECT, message, "look at type(model).__name__ of your model")
     else:
-        kind = "the fleet class, on PaddleFleet" if is_on_paddlefleet(cls) else "the plain class"
+        kind = "the fleet class, on PaddleFleet" if auto.is_on_paddlefleet(cls) else "the plain class"
         yield Check(PASS, SUBJECT, f"{BUILT} build {cls.__name__} of {cls.__module__}: {kind}")
-
-
-def class_of(architecture: str) -> type:
-    """By AutoModel's own rule, for the configuration of a checkpoint; nothing is loaded but the class."""
-    from paddleformers.transformers.auto.modeling import AutoModelForConditionalGeneration as Auto
-
-    found: Any = Auto._get_model_class_from_config(None, "config.json", {"architectures": [architecture]})
-    return found  # type: ignore[no-any-return]
-
-
-def is_on_paddlefleet(cls: type) -> bool:
-    return any(re.search(r"^paddlefleet\b|_fleet$", base.__module__) for base in cls.__mro__)

@@ -17,6 +17,7 @@ from paddle_vl_sp.cli import doctor, installation, main, model_class
 from paddle_vl_sp.cli.doctor import check_contracts, check_operators, check_paddle, check_upstream
 from paddle_vl_sp.cli.installation import FAIL, PASS, WARN, check_compilers, check_conflicts, check_versions
 from paddle_vl_sp.cli.model_class import check_model_class
+from paddle_vl_sp.formers import auto
 from paddle_vl_sp.formers.families import FAMILIES
 
 REPLACED = ("Qwen3VLModelDeprecated.forward", "Qwen3VLTextModel.forward", "Qwen3VLTextModel._deepstack_process")
@@ -73,12 +74,12 @@ def test_the_class_that_is_built_for_qwen3_vl_is_named():
 
 def test_other_releases_may_build_the_plain_class_or_none(monkeypatch):
     """By AutoModel's own answer; an answer that cannot be had is a warning, any other error a finding."""
-    monkeypatch.setattr(model_class, "class_of", lambda _: modeling.Qwen3VLForConditionalGenerationDeprecated)
+    monkeypatch.setattr(auto, "class_of", lambda _: modeling.Qwen3VLForConditionalGenerationDeprecated)
     plain = "Qwen3VLForConditionalGenerationDeprecated of paddleformers.transformers.qwen3_vl.modeling"
     assert class_line() == (PASS, f"{model_class.BUILT} build {plain}: the plain class")
-    monkeypatch.setattr(model_class, "class_of", lambda name: {}[name])
+    monkeypatch.setattr(auto, "class_of", lambda name: {}[name])
     assert class_line()[0] == WARN
-    monkeypatch.setattr(model_class, "class_of", lambda _: import_module("no_such_package"))
+    monkeypatch.setattr(auto, "class_of", lambda _: import_module("no_such_package"))
     assert [check.state for check in doctor._quietly("it", check_model_class)] == [FAIL]
 
 
