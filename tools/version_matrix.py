@@ -117,7 +117,7 @@ def step(command: list[str], folder: Path = ROOT, **env: str) -> subprocess.Comp
 
 
 def install(python: str, *packages: str) -> None:
-    done = step([python, "-m", "pip", "install", "--quiet", *packages])
+    done = step([python, "-m", "pip", "install", "--quiet", "--no-compile", *packages])
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: it failed"]
         raise NotRun(f"pip: {lines[-1].removeprefix('ERROR: ')}")
