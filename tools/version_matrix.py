@@ -187,7 +187,10 @@ def clauses(checks: list[Row]) -> str:
         return "nothing to replace"
     number = sum(check["state"] == "PASS" for check in tried)
     of = f", not those of {' and '.join(broken)}" if broken else ""
-    return f"{number} of {len(tried)} clauses hold{of}"
+    failed = [check["subject"] for check in checks if check["state"] == "FAIL"]
+    lacks = [subject.removeprefix("upstream, ") for subject in failed if subject.startswith("upstream, ")]
+    without = f"; it lacks {' and '.join(lacks)}" if lacks else ""
+    return f"{number} of {len(tried)} clauses hold{of}{without}"
 
 
 def tests(python: str, tree: Path, chosen: list[str]) -> Row:
@@ -244,7 +247,8 @@ MIDDLE = """
 `doctor` judges the code of each family of models that can be imported without PaddleFleet: [known, admitted or
 refused](paddleformers.md#other-releases-of-paddleformers). *passes*: losses and gradients of the plain Qwen3-VL and
 Qwen2.5-VL classes are PaddleFormers' own, by tests that are written for one release. For other releases `doctor
---contracts` tries the clauses of each family. *nothing to replace*: none of the supported families is in it.
+--contracts` tries the clauses of each family; where it *lacks* one, `families=` must name those that are wanted.
+*nothing to replace*: none of the supported families is in it.
 
 | PaddleFormers | Python | Paddle | result | tests | families | date |
 |---|---|---|---|---|---|---|

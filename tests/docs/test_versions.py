@@ -99,4 +99,6 @@ def test_what_doctor_says_is_summed_up():
     assert version_matrix.clauses(checks) == "2 of 2 clauses hold"
     checks[-1]["state"] = "FAIL"
     assert version_matrix.clauses(checks) == "1 of 2 clauses hold, not those of Qwen3-VL"
+    checks.append({"subject": "upstream, Qwen2.5-VL", "message": "cannot be imported", "state": "FAIL"})
+    assert version_matrix.clauses(checks) == "1 of 2 clauses hold, not those of Qwen3-VL; it lacks Qwen2.5-VL"
     assert version_matrix.clauses([]) == "nothing to replace"
