@@ -39,6 +39,7 @@ CORE = [*ONE_CARD, "tests/multi_rank/test_comm.py", "-k", TWO_RANKS]
 TRAINED = "not test_one_rank or twenty or state_dict or ways_to_call"
 MODELS = [f"tests/formers/test_{name}.py" for name in ("images_and_videos", "qwen2_5_vl", "one_rank")] + ["-k", TRAINED]
 LIMIT = 1800  # seconds for one step
+LONGEST = 160  # letters of an error in the table
 
 Row = dict[str, str]
 
@@ -186,10 +187,10 @@ def clauses(checks: list[Row]) -> str:
     if not tried:
         return "nothing to replace"
     number = sum(check["state"] == "PASS" for check in tried)
-    of = f", not those of {' and '.join(broken)}" if broken else ""
+    of = f", not those of {', '.join(broken)}" if broken else ""
     failed = [check["subject"] for check in checks if check["state"] == "FAIL"]
     lacks = [subject.removeprefix("upstream, ") for subject in failed if subject.startswith("upstream, ")]
-    without = f"; it lacks {' and '.join(lacks)}" if lacks else ""
+    without = f"; it lacks {', '.join(lacks)}" if lacks else ""
     return f"{number} of {len(tried)} clauses hold{of}{without}"
 
 
@@ -199,8 +200,12 @@ def tests(python: str, tree: Path, chosen: list[str]) -> Row:
     lines = done.stdout.strip().splitlines() or [""]
     counts = {word: number for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
     broken = [line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    failed = f"{len(broken)} of {len(broken) + int(counts.get('passed', 0))} fail, {broken[0]} first" if broken else ""
-    if not failed and done.returncode:
+    failed = ""
+    if broken:
+        why = next((line[1:].strip() for line in lines if re.match(r"E\s+\w+(Error|Exception)\b", line)), "no message")
+        every = len(broken) + int(counts.get("passed", 0))
+        failed = f"{len(broken)} of {every} fail, {broken[0]} first: {why[:LONGEST].replace('|', ' ')}"
+    elif done.returncode:
         failed = f"pytest fails: {lines[-1]}"
     return {"result": failed or "passes", "passed": counts.get("passed", "0"), "skipped": counts.get("skipped", "0")}
 

@@ -79,8 +79,13 @@ def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     """Exact: releases newest first, counts, and the first test that fails."""
     says(monkeypatch, "paddlepaddle (3.10.0)\nAvailable versions: 3.10.0, 3.3.1, 3.2.2\n  INSTALLED: 3.3.1\n")
     assert version_matrix.releases("paddlepaddle") == ["3.10.0", "3.3.1", "3.2.2"]
-    says(monkeypatch, "....\nFAILED tests/a.py::test_b[1] - AssertionError\n1 failed, 40 passed, 2 skipped in 3s\n", 1)
-    failed = {"result": "1 of 41 fail, tests/a.py::test_b[1] first", "passed": "40", "skipped": "2"}
+    lines = (
+        "E   ValueError: got 3",
+        "FAILED tests/a.py::test_b[1] - ValueError",
+        "1 failed, 40 passed, 2 skipped in 3s",
+    )
+    says(monkeypatch, "\n".join(lines), 1)
+    failed = {"result": "1 of 41 fail, tests/a.py::test_b[1] first: ValueError: got 3", "passed": "40", "skipped": "2"}
     assert version_matrix.tests("python", tmp_path, []) == failed
     says(monkeypatch, "40 passed, 2 skipped in 3s\n")
     assert version_matrix.tests("python", tmp_path, []) == {"result": "passes", "passed": "40", "skipped": "2"}
