@@ -171,7 +171,9 @@ def try_formers(python: str, tree: Path, formers: str) -> Row:
         raise NotRun("doctor fails")
     checks = json.loads(said)["checks"]
     is_pinned = f"paddleformers=={formers}" in (ROOT / "requirements.txt").read_text().splitlines()
-    result = tests(python, tree, MODELS) if is_pinned else {"result": clauses(checks)}
+    result = tests(python, tree, MODELS) if is_pinned else {}
+    if result.get("passed", "0") == "0":  # written for another release, or they cannot be imported here
+        result = {"result": "; ".join(filter(None, (clauses(checks), result.get("result"))))}
     return {**result, "families": families(checks)}
 
 

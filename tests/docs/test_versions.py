@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     assert version_matrix.releases("paddlepaddle") == ["3.10.0", "3.3.1", "3.2.2"]
     lines = (
         "E   ValueError: got 3",
-        "FAILED tests/a.py::test_b[1] - ValueError",
+        "FAILED tests/a.py::test_b[1] - ...",
         "1 failed, 40 passed, 2 skipped in 3s",
     )
     says(monkeypatch, "\n".join(lines), 1)
@@ -107,3 +108,16 @@ def test_what_doctor_says_is_summed_up():
     checks.append({"subject": "upstream, Qwen2.5-VL", "message": "cannot be imported", "state": "FAIL"})
     assert version_matrix.clauses(checks) == "1 of 2 clauses hold, not those of Qwen3-VL; it lacks Qwen2.5-VL"
     assert version_matrix.clauses([]) == "nothing to replace"
+
+
+def test_where_tests_cannot_be_imported_the_clauses_are_said(monkeypatch, tmp_path):
+    """Of the release that requirements.txt names; another one's are not tried."""
+    checks = [{"subject": "contract, GLM-OCR", "message": "it adds", "state": "PASS"}]
+    says(monkeypatch, json.dumps({"checks": checks}))
+    tried = []
+    monkeypatch.setattr(version_matrix, "install", lambda *_: None)
+    monkeypatch.setattr(version_matrix, "tests", lambda *_: tried.append(_) or {"result": "fails", "passed": "0"})
+    assert version_matrix.try_formers("python", tmp_path, "0.1") == {"result": "1 of 1 clauses hold", "families": ""}
+    assert not tried
+    pinned = re.search("paddleformers==(.*)", (ROOT / "requirements.txt").read_text())[1]
+    assert version_matrix.try_formers("python", tmp_path, pinned)["result"] == "1 of 1 clauses hold; fails"
