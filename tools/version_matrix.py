@@ -243,7 +243,7 @@ cannot be, plain Paddle is tested.
 
 ## Python and Paddle
 
-Layouts, plans, rows, images with videos, and every collective function on two processes.
+Layouts, plans, rows, images with videos; collectives, gathers and whole gradients on two processes.
 
 | Python | Paddle | result | tests | operators | date |
 |---|---|---|---|---|---|
