@@ -272,9 +272,19 @@ def page(rows: list[Row]) -> str:
     models = [
         line(*(row[name] for name in ("paddleformers", "python", "paddle", "result")), count(row), *ends(row))
         for row in newest_first
-        if row["paddleformers"]
+        if row["paddleformers"] and not row["result"].startswith("not run")
     ]
-    return HEAD + "".join(core) + MIDDLE + "".join(models)
+    return HEAD + "".join(core) + MIDDLE + "".join(models) + "".join(not_run(newest_first))
+
+
+def not_run(rows: list[Row]) -> list[str]:
+    """A line for each reason in each environment, with all releases of PaddleFormers that it concerns."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["paddleformers"] and row["result"].startswith("not run"):
+            grouped.setdefault((row["python"], row["paddle"], row["result"]), []).append(row["paddleformers"])
+    lines = [f"* Python {key[0]}, Paddle {key[1]}, {key[2]}: {', '.join(names)}\n" for key, names in grouped.items()]
+    return ["\n", *lines] if lines else []
 
 
 def line(*cells: str) -> str:

@@ -76,6 +76,15 @@ def test_what_was_not_reached_stands_in_the_table(monkeypatch, table):
     assert [row["result"] for row in table() if row["paddleformers"] == "1.1.1"] == ["not run: not yet"]
 
 
+def test_releases_that_were_not_run_share_a_line(table):
+    """Newest first, by environment and reason; what was run has a row."""
+    for formers, result in (("0.4.1", "not run: not yet"), ("0.10.0", "not run: not yet"), ("1.2.0", "passes")):
+        version_matrix.record(python="3.11", paddle="3.3.1", paddleformers=formers, result=result)
+    text = version_matrix.page(table())
+    assert text.endswith("\n\n* Python 3.11, Paddle 3.3.1, not run: not yet: 0.10.0, 0.4.1\n")
+    assert re.findall(r"^\| (\d\S*) \| 3.11", text, re.MULTILINE) == ["1.2.0"]
+
+
 def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     """Exact: releases newest first, counts, and the first test that fails."""
     says(monkeypatch, "paddlepaddle (3.10.0)\nAvailable versions: 3.10.0, 3.3.1, 3.2.2\n  INSTALLED: 3.3.1\n")
