@@ -205,8 +205,9 @@ def tests(python: str, tree: Path, chosen: list[str]) -> Row:
     failed = ""
     if broken:
         why = next((line[1:].strip() for line in lines if re.match(r"E\s+\w+(Error|Exception)\b", line)), "no message")
+        why = re.sub(r" [(]/.*", "", why).replace("|", " ")[:LONGEST]  # without paths of this machine
         every = len(broken) + int(counts.get("passed", 0))
-        failed = f"{len(broken)} of {every} fail, {broken[0]} first: {why[:LONGEST].replace('|', ' ')}"
+        failed = f"{len(broken)} of {every} fail, {broken[0]} first: {why}"
     elif done.returncode:
         failed = f"pytest fails: {lines[-1]}"
     return {"result": failed or "passes", "passed": counts.get("passed", "0"), "skipped": counts.get("skipped", "0")}

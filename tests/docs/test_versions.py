@@ -90,7 +90,7 @@ def test_what_pip_and_pytest_say_is_read(monkeypatch, tmp_path):
     says(monkeypatch, "paddlepaddle (3.10.0)\nAvailable versions: 3.10.0, 3.3.1, 3.2.2\n  INSTALLED: 3.3.1\n")
     assert version_matrix.releases("paddlepaddle") == ["3.10.0", "3.3.1", "3.2.2"]
     lines = (
-        "E   ValueError: got 3",
+        "E   ValueError: got 3 (/tmp/x/y.py)",
         "FAILED tests/a.py::test_b[1] - ...",
         "1 failed, 40 passed, 2 skipped in 3s",
     )
