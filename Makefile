@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CXX ?= g++
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+WHEEL := $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist
 
 NATIVE_SOURCES := custom_ops/index_cpu.cc custom_ops/rows_cpu.cc
 NATIVE_TESTS := $(addprefix tests/native/,kernels_test.cc half_test.cc index_test.cc rows_test.cc)
@@ -11,7 +12,7 @@ NATIVE_DEPS := $(NATIVE_SOURCES) $(NATIVE_TESTS) $(wildcard custom_ops/*.h tests
 SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
 CXX_FILES := $(wildcard custom_ops/*.h custom_ops/*.cc custom_ops/*.cu custom_ops/*.cuh tests/native/*.h tests/native/*.cc tests/gpu/emulator/*.h tests/gpu/emulator/*.cc tests/gpu/device_double/*.h tests/gpu/device_double/*.cc tests/gpu/device_double/paddle/*.h tests/gpu/device_double/paddle/common/*.h)
 
-.PHONY: demo test coverage lint bench sanitize bench-native clean
+.PHONY: demo test coverage lint bench wheel sanitize bench-native clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -56,6 +57,15 @@ $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_BACKEND)" && touch $@ || true
 
+# Into dist: the source archive, a wheel without operators, and one with those for the Paddle of .venv. Both wheels are
+# built from the archive, in a folder of its own, so that nothing that lies in this tree gets into them.
+wheel: $(VENV)/.ready
+	rm -rf dist
+	PADDLE_VL_SP_BUILD=skip $(PY) setup.py -q sdist
+	PADDLE_VL_SP_BUILD=skip $(WHEEL) dist/*.tar.gz
+	PADDLE_VL_SP_BUILD=require $(WHEEL) dist/*.tar.gz
+	@ls -l dist
+
 # The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.
 sanitize: build/native/kernels_test build/native/kernels_test_baseline
 	build/native/kernels_test
@@ -78,4 +88,4 @@ build/native/kernels_bench: tests/native/kernels_bench.cc $(NATIVE_DEPS)
 	$(CXX) -O3 -std=c++17 tests/native/kernels_bench.cc $(NATIVE_SOURCES) -o $@
 
 clean:
-	rm -rf build $(VENV) paddle_vl_sp/_ops*.so
+	rm -rf build dist $(VENV) paddle_vl_sp/_ops*.so

@@ -2,7 +2,8 @@
 
 PADDLE_VL_SP_BUILD     auto (default): without Paddle or a compiler the package installs without operators, and where
                        the CUDA code cannot be built, with those for the CPU; both are said at the end
-                       require: fail instead;  skip: never build
+                       require: fail instead, and the version names the Paddle, as in 0.2.0+paddle3.3.1.cpu
+                       skip: never build, and the wheel is for every Python and machine
 PADDLE_VL_SP_CUDA      auto (default): with CUDA where Paddle has it;  0: never;  1: always, or fail
 PADDLE_CUDA_ARCH_LIST  8.0;9.0 (default); +PTX behind a number adds its PTX, the highest number has it anyway
 CUDA_HOME, CUDA_PATH   where nvcc is, as Paddle understands them
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = Path("custom_ops")
@@ -98,9 +100,10 @@ def operators(paddle) -> Extension:
         depends=[str(path) for path in SOURCES.iterdir()],
         include_dirs=[str(include), str(include / "third_party")],
         define_macros=[("PADDLE_WITH_CUSTOM_KERNEL", None), ("PADDLE_EXTENSION_NAME", "_ops")],
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-Wno-unused-parameter"],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-Wno-unused-parameter", f"-ffile-prefix-map={include}=paddle"],
         library_dirs=[str(library)],
-        extra_link_args=["-l:libpaddle.so", f"-Wl,-rpath,{library}", "-Wl,--strip-debug"],
+        # A wheel has no path of the machine that built it: Paddle's library is in the process before this one is.
+        extra_link_args=["-l:libpaddle.so", "-Wl,-rpath,$ORIGIN/../paddle/base", "-Wl,--strip-debug"],
         language="c++",
         optional=BUILD != "require" and CUDA != "1",
     )
@@ -168,7 +171,24 @@ class BuildOperators(build_ext):
         super().build_extension(ext)
 
 
+class VersionOfBuild(egg_info):
+    """Adds "+paddle3.3.1.cpu" where operators are required, so that wheels for several Paddles can be told apart.
+
+    A source archive is for all of them, and where operators may be missing nothing can be promised.
+    """
+
+    def finalize_options(self) -> None:
+        if BUILD == "require" and "sdist" not in sys.argv:
+            version = re.sub(r"[^a-z0-9]+", ".", paddle.version.full_version.lower())
+            device = f"cu{paddle.version.cuda().replace('.', '')}" if paddle.is_compiled_with_cuda() else "cpu"
+            self.tag_build = f"+paddle{version}.{device}"
+        super().finalize_options()
+
+
 paddle = find_paddle()
-setup(ext_modules=[operators(paddle)] if paddle else [], cmdclass={"build_ext": BuildOperators})
+setup(
+    ext_modules=[operators(paddle)] if paddle else [],
+    cmdclass={"build_ext": BuildOperators, "egg_info": VersionOfBuild},
+)
 for note in notes:
     print(f"\n{'=' * 80}\npaddle_vl_sp: {note}\n{'=' * 80}\n", file=sys.stderr)

@@ -197,7 +197,8 @@ def summary_line(summary: dict[str, Any]) -> str:
     if "vision_imbalance" in summary:
         towers = f"; busiest tower over the mean: {summary['vision_imbalance']:.2f}"
     if "vision_imbalance_at_home" in summary:
-        towers += f", at home {summary['vision_imbalance_at_home']:.2f}; {summary['vision_bytes_moved'] / 2**20:.2f} MiB moved"
+        moved = summary["vision_bytes_moved"] / 2**20
+        towers += f", at home {summary['vision_imbalance_at_home']:.2f}; {moved:.2f} MiB moved"
     return (
         f"{summary['forwards']} forwards with {summary['visual_tokens']} visual tokens, ranks: "
         f"{len(summary['tokens_of_ranks'])}; imbalance {summary['imbalance']:.2f}, at worst "

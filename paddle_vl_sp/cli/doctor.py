@@ -24,6 +24,7 @@ from paddle_vl_sp.cli.installation import (
     check_versions,
     importable,
 )
+from paddle_vl_sp.cli.model_class import SUBJECT, check_model_class
 from paddle_vl_sp.cli.quiet import quiet
 from paddle_vl_sp.cli.terminal import coloured
 from paddle_vl_sp.settings import BACKEND, ENABLED, setting
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     else:
         checks += [check_paddle(), *_quietly("operators", check_operators)]
         if not arguments.no_upstream and importable("paddleformers"):
+            checks += _quietly(SUBJECT, check_model_class)
             checks += _quietly("upstream", check_upstream)
             checks += _quietly("contracts", check_contracts) if arguments.contracts else []
     is_fine = all(check.state != FAIL for check in checks)
@@ -97,8 +99,8 @@ def _built_for(name: str, info: dict[str, str], running: dict[str, str]) -> Chec
         return f"{build.get('paddle', 'unknown')} ({build.get('commit', 'unknown')[:10]})"
 
     if not is_built_for(running, info):
-        message = f"{name} was built for Paddle {short(info)}, this is {short(running)}: it is not loaded"
-        return Check(FAIL, "operators", message, load.rebuild())
+        message = f"{name} was built for Paddle {short(info)}, this is {short(running)}: plain Paddle is used"
+        return Check(WARN, "operators", message, load.rebuild())
     if paddle.is_compiled_with_cuda() and info["cuda"] == "0":
         message = f"{name} was built without CUDA, since {why_no_cuda(info)}: plain Paddle is used on the GPU"
         return Check(WARN, "operators", message, f"with nvcc on the PATH, {load.rebuild()}")
@@ -125,8 +127,8 @@ def _backend(operators: Check) -> Check:
     if setting(BACKEND) == "python":
         return Check(WARN, "backend", f"plain Paddle, as {BACKEND}=python says", f"unset {BACKEND}")
     if operators.state != PASS:
-        return Check(operators.state, "backend", "plain Paddle, since there are no operators that fit")
-    return Check(FAIL, "backend", f"plain Paddle: {found.reason}", load.rebuild())
+        return Check(WARN, "backend", "plain Paddle, since there are no operators that fit")
+    return Check(WARN, "backend", f"plain Paddle, more slowly: {found.reason}", load.rebuild())
 
 
 def check_upstream() -> Iterator[Check]:
@@ -142,7 +144,7 @@ def check_upstream() -> Iterator[Check]:
         with apply_to_paddleformers(strict=False) as report:
             absent = {line.name: line.why for line in report.lines if line.state == ABSENT}
     except ImportError as error:
-        yield Check(WARN, "upstream", f"cannot be imported: {error}", FORMERS)
+        yield Check(FAIL, "upstream", f"cannot be imported: {error}", FORMERS)
         return
     for family in (family for families in FAMILIES.values() for family in families):
         if family.module in absent:
@@ -179,11 +181,13 @@ def check_contracts() -> Iterator[Check]:
 
 
 def _absent(family: Family, why: str) -> Check:
-    needs_fleet = "paddlefleet" in why
-    fix = FLEET if needs_fleet else FORMERS
-    if needs_fleet and not importable("paddlefleet"):
-        fix = ""  # the line of paddlefleet has it
-    return Check(WARN, f"upstream, {family.name}", f"{family.module} cannot be imported: {why}", fix)
+    """Some families need more than PaddleFormers installs; any other that is not there stops `apply_to_...`."""
+    subject, message = f"upstream, {family.name}", f"{family.module} cannot be imported: {why}"
+    if "paddlefleet" in why:
+        return Check(WARN, subject, message, FLEET if importable("paddlefleet") else "")  # paddlefleet's line has it
+    if family.is_optional:
+        return Check(WARN, subject, message, f"if you train {family.name}, install what this names")
+    return Check(FAIL, subject, message, FORMERS)
 
 
 def _family(family: Family, judgement: Judgement) -> Check:

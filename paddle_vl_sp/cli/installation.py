@@ -18,6 +18,7 @@ from paddle_vl_sp.settings import ENABLED, SWITCHES, setting
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
+DOES_NOT_RUN = "does not run"
 PADDLES = ("paddlepaddle", "paddlepaddle-gpu")
 PADDLE = (
     "`pip install paddlepaddle` (CPU; for a GPU as Paddle's installation page says), then install this package again, "
@@ -32,7 +33,7 @@ FLEET = (
 
 @dataclass(frozen=True)
 class Check:
-    """FAIL: something does not work or would be wrong; WARN: it works, with less than there could be."""
+    """FAIL: something would raise or be wrong, and only that is exit code 1; WARN: it works, slower or with less."""
 
     state: str
     subject: str
@@ -74,13 +75,16 @@ def check_compilers(paddle_cuda: str) -> Iterator[Check]:
     """paddle_cuda  the version of Paddle's CUDA; empty where it has none"""
     compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "")
     if shutil.which(compiler):
-        yield Check(PASS, "compiler", _output([compiler, "--version"], ""))
+        says = _output([compiler, "--version"], "")
+        broken = says.startswith(DOES_NOT_RUN)
+        fix = "apt install --reinstall g++, or set CXX, if operators are to be built here" if broken else ""
+        yield Check(WARN if broken else PASS, "compiler", f"{compiler} {says}" if broken else says, fix)
     else:
         missing = f"CXX={compiler}, which does not exist" if compiler else "none: operators cannot be built here"
         yield Check(WARN, "compiler", missing, "apt install g++, if operators are to be built here")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
     nvcc = _find_nvcc(home)
-    yield _cuda_home(home, nvcc, bool(paddle_cuda))
+    yield _cuda_home(home, nvcc)
     if nvcc:
         yield _nvcc(nvcc, paddle_cuda)
     elif paddle_cuda:
@@ -153,7 +157,7 @@ def _major(number: str) -> int:
     return int(first) if first.isdecimal() else 0
 
 
-def _cuda_home(home: str, nvcc: str, paddle_has_cuda: bool) -> Check:
+def _cuda_home(home: str, nvcc: str) -> Check:
     if not home:
         return Check(PASS, "CUDA_HOME", "not set")
     if (Path(home) / "bin" / "nvcc").exists():
@@ -161,7 +165,7 @@ def _cuda_home(home: str, nvcc: str, paddle_has_cuda: bool) -> Check:
     fix = "unset CUDA_HOME" if nvcc else "install the CUDA toolkit and export CUDA_HOME=/usr/local/cuda"
     why = "it has no bin/nvcc" if Path(home).is_dir() else "there is no such folder"
     message = f"{home}: {why}, so CUDA operators cannot be built from it"
-    return Check(FAIL if paddle_has_cuda else WARN, "CUDA_HOME", message, fix)
+    return Check(WARN, "CUDA_HOME", message, fix)
 
 
 def _output(command: list[str], word: str) -> str:
@@ -169,5 +173,5 @@ def _output(command: list[str], word: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"does not run: {error}"
+        return f"{DOES_NOT_RUN}: {error}"
     return next((line for line in done.stdout.splitlines() if word in line), f"prints no {word or 'version'}")

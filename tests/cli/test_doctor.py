@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sys
+from importlib import import_module
+from types import SimpleNamespace
 
 import paddle
 import pytest
@@ -11,9 +13,11 @@ from commands import PACKAGE, call, call_json, call_without
 from paddleformers.transformers.qwen3_vl import modeling
 
 from paddle_vl_sp.backends import load
-from paddle_vl_sp.cli import doctor, installation, main
+from paddle_vl_sp.cli import doctor, installation, main, model_class
 from paddle_vl_sp.cli.doctor import check_contracts, check_operators, check_paddle, check_upstream
 from paddle_vl_sp.cli.installation import FAIL, PASS, WARN, check_compilers, check_conflicts, check_versions
+from paddle_vl_sp.cli.model_class import check_model_class
+from paddle_vl_sp.formers import auto
 from paddle_vl_sp.formers.families import FAMILIES
 
 REPLACED = ("Qwen3VLModelDeprecated.forward", "Qwen3VLTextModel.forward", "Qwen3VLTextModel._deepstack_process")
@@ -48,6 +52,54 @@ def test_what_is_healthy_passes():
     without = {check["subject"] for check in found["checks"] if check["state"] != PASS and not check["fix"]}
     assert all(subject.startswith("upstream, ") for subject in without - {"backend"})  # other lines have these fixes
     assert len({*filter(None, fixes)}) == len([*filter(None, fixes)])
+
+
+def class_line():
+    (check,) = check_model_class()
+    return check.state, check.message
+
+
+def test_the_class_that_is_built_for_qwen3_vl_is_named():
+    """Without paddlefleet AutoModel builds none, and the plain class is named; with a stand-in the fleet class."""
+    if not installation.importable("paddlefleet"):
+        state, message = class_line()
+        assert (state, "would build that on PaddleFleet, and fail without it" in message) == (WARN, True)
+        assert message.endswith("your own code can build Qwen3VLForConditionalGenerationDeprecated")
+    from stub_paddlefleet import stubbed_paddlefleet
+
+    with stubbed_paddlefleet():
+        built = "Qwen3VLForConditionalGeneration of paddleformers.transformers.qwen3_vl.modeling_fleet"
+        assert class_line() == (PASS, f"{model_class.BUILT} build {built}: the fleet class, on PaddleFleet")
+
+
+def test_other_releases_may_build_the_plain_class_or_none(monkeypatch):
+    """By AutoModel's own answer; an answer that cannot be had is a warning, any other error a finding."""
+    monkeypatch.setattr(auto, "class_of", lambda _: modeling.Qwen3VLForConditionalGenerationDeprecated)
+    plain = "Qwen3VLForConditionalGenerationDeprecated of paddleformers.transformers.qwen3_vl.modeling"
+    assert class_line() == (PASS, f"{model_class.BUILT} build {plain}: the plain class")
+    monkeypatch.setattr(auto, "class_of", lambda name: {}[name])
+    assert class_line()[0] == WARN
+    monkeypatch.setattr(auto, "class_of", lambda _: import_module("no_such_package"))
+    assert [check.state for check in doctor._quietly("it", check_model_class)] == [FAIL]
+
+
+def test_a_family_that_cannot_be_imported_fails_where_applying_raises():
+    """Not for want of paddlefleet, nor where the family needs what PaddleFormers does not install."""
+    families = {family.name: family for group in FAMILIES.values() for family in group}
+    states = {
+        ("Qwen3-VL", "No module named 'paddleformers.transformers.qwen3_vl'"): FAIL,
+        ("Qwen3-VL fleet", "No module named 'paddlefleet'"): WARN,
+        ("PaddleOCR-VL", "name 'triton' is not defined"): WARN,
+    }
+    assert {(name, why): doctor._absent(families[name], why).state for name, why in states} == states
+
+
+def test_operators_that_do_not_load_are_a_warning(monkeypatch):
+    """Plain Paddle is used and is right; the reason and the fix are there."""
+    loads = SimpleNamespace(name="python", reason="_ops.so does not load: bad ELF header")
+    monkeypatch.setattr(load, "backend", lambda: loads)
+    check = doctor._backend(installation.Check(PASS, "operators", "built for this Paddle"))
+    assert (check.state, loads.reason in check.message, "pip install" in check.fix) == (WARN, True, True)
 
 
 def test_nothing_stays_replaced():
@@ -157,8 +209,7 @@ def test_operators_for_another_paddle_are_found(copy):
     code, found = call_json("doctor", "--no-upstream", cwd=copy)
     checks = by_subject(found["checks"])
     assert checks["paddle_vl_sp"]["message"].endswith(str(copy / "paddle_vl_sp"))
-    assert code == 1
-    assert (checks["operators"]["state"], checks["backend"]["state"]) == (FAIL, FAIL)
+    assert (code, checks["operators"]["state"], checks["backend"]["state"]) == (0, WARN, WARN)  # slower, and right
     assert f"was built for Paddle {paddle.version.full_version} (0000000000)" in checks["operators"]["message"]
     assert "--no-build-isolation" in checks["operators"]["fix"]
     assert call("selftest", cwd=copy).returncode == 0
@@ -179,13 +230,13 @@ def test_no_operators_at_all_is_a_warning(copy):
     assert json.dumps(found).count("--no-build-isolation") == 1
 
 
-@pytest.mark.parametrize(("cuda", "state"), [("", WARN), ("13.0", FAIL)])
-def test_a_broken_cuda_home_is_found(monkeypatch, tmp_path, cuda, state):
-    """Of a folder that does not exist and of one without nvcc; worse where Paddle has CUDA."""
+@pytest.mark.parametrize("cuda", ["", "13.0"])
+def test_a_broken_cuda_home_is_found(monkeypatch, tmp_path, cuda):
+    """Of a folder that does not exist and of one without nvcc; plain Paddle works all the same."""
     for home, why in ((tmp_path / "gone", "there is no such folder"), (tmp_path, "it has no bin/nvcc")):
         monkeypatch.setenv("CUDA_HOME", str(home))
         check = by_subject(check_compilers(cuda))["CUDA_HOME"]
-        assert (check.state, why in check.message) == (state, True)
+        assert (check.state, why in check.message) == (WARN, True)
         assert "CUDA_HOME" in check.fix
 
 
@@ -202,6 +253,16 @@ def test_a_good_cuda_home_passes(monkeypatch, tmp_path):
     check = by_subject(check_compilers("13.0"))["nvcc"]
     assert (check.state, "and Paddle has CUDA 13.0" in check.message) == (WARN, True)
     assert check.fix == "the toolkit of CUDA 13: export CUDA_HOME"
+
+
+def test_a_compiler_that_does_not_run_is_a_warning(monkeypatch, tmp_path):
+    """With its name and what the system says."""
+    compiler = tmp_path / "g++"
+    compiler.write_bytes(b"\x7fELF of another machine")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    check = by_subject(check_compilers(""))["compiler"]
+    assert (check.state, check.message.startswith(f"{compiler} does not run: ")) == (WARN, True)
 
 
 def test_missing_compilers_are_named(monkeypatch, tmp_path):

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TRANSLATED = "README.zh-CN.md"  # its blocks are those of README.md
+TRANSLATED = ("README.md", "docs/paddleformers.md", "docs/troubleshooting.md")  # into pages with the same blocks
+CHINESE = ".zh-CN.md"
 DOUBLE = ROOT / "tests" / "fleet" / "double"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r"<!-- (.*?) -->\n\Z")
@@ -93,7 +94,11 @@ def blocks_of(page: Path) -> list[Block]:
 
 def python_blocks() -> list[Block]:
     return [
-        block for page in pages() if page.name != TRANSLATED for block in blocks_of(page) if block.language == "python"
+        block
+        for page in pages()
+        if not page.name.endswith(CHINESE)
+        for block in blocks_of(page)
+        if block.language == "python"
     ]
 
 

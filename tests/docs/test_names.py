@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from docs_blocks import FENCE, PAGES, ROOT, TRANSLATED, python
+from docs_blocks import CHINESE, FENCE, PAGES, ROOT, TRANSLATED, python
 
 import paddle_vl_sp
 
@@ -116,15 +116,32 @@ def test_environment_variables_are_read_somewhere(page):
         assert f'"{name}"' in sources, name
 
 
-def test_the_translation_has_the_same_code_links_and_numbers():
-    ours, theirs = PAGES["README.md"], PAGES[TRANSLATED]
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_the_translation_has_the_same_code_links_numbers_and_rows(page):
+    """Blocks to the letter; pages linked to, in either language; numbers; the code in the same row of each table."""
+    name = page.replace(".md", CHINESE)
+    ours, theirs = PAGES[page], PAGES[name]
     assert [source for _, source in FENCE.findall(ours)] == [source for _, source in FENCE.findall(theirs)]
-    links = [set(re.findall(r"\]\((?!README)([^)#]+)\)", text)) for text in (ours, theirs)]
-    assert links[0] == links[1]
-    missing, extra = _numbers(ours) - _numbers(theirs), _numbers(theirs) - _numbers(ours)
-    assert not missing, f"numbers of README.md that {TRANSLATED} lacks"
-    assert not extra, f"numbers that only {TRANSLATED} has"
+    assert _links(ours) == _links(theirs)
+    assert (_numbers(ours) - _numbers(theirs), _numbers(theirs) - _numbers(ours)) == (Counter(), Counter())
+    rows = [
+        [Counter(re.findall(r"`[^`]+`", row)) for row in re.findall(r"^\|.*", text, re.M)] for text in (ours, theirs)
+    ]
+    assert len(rows[0]) == len(rows[1])
+    assert [pair for pair in zip(*rows, strict=True) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_each_language_links_to_the_other_at_the_top(page):
+    english, chinese = Path(page).name, Path(page).name.replace(".md", CHINESE)
+    assert PAGES[page].splitlines()[2] == f"English | [简体中文]({chinese})"
+    assert PAGES[page.replace(".md", CHINESE)].splitlines()[2] == f"[English]({english}) | 简体中文"
+
+
+def _links(text):
+    targets = re.findall(r"\]\(([^)#\s]+)[)#]", "\n".join(text.splitlines()[3:]))
+    return {target.replace(CHINESE, ".md") for target in targets}
 
 
 def _numbers(text):
-    return Counter(re.findall(r"\d+(?:[.,]\d+)*", FENCE.sub("", text)))
+    return Counter(re.findall(r"\d+(?:[.,]\d+)*", re.sub("<!--.*?-->", "", FENCE.sub("", text))))

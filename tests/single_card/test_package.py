@@ -1,4 +1,4 @@
-"""What users install: from the source archive with and without a compiler, and with CUDA code where nvcc is."""
+"""What users install: wheels with operators and without, in environments of their own; CUDA code where nvcc is."""
 
 import importlib
 import os
@@ -7,11 +7,16 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
+import paddle
 import pytest
 
+from paddle_vl_sp import __version__
 from paddle_vl_sp.backends.record import build_info
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +41,17 @@ def wheel_of(archive, folder, **env):
     return done, next(folder.glob("*.whl"), None)
 
 
+STRAY = ("paddle_vl_sp/_ops.cpython-310-x86_64-linux-gnu.so", "paddle_vl_sp/__pycache__/plan.pyc", "custom_ops/rows.o")
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """The source archive of the tree as it is."""
+    """The source archive of the tree as it is, with things in it that builds leave behind."""
     source = tmp_path_factory.mktemp("source") / "tree"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    for name in STRAY:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).touch()
     done = run("setup.py", "-q", "sdist", "-d", "..", cwd=source, PADDLE_VL_SP_BUILD="skip")
     assert done.returncode == 0, done.stderr
     return next(source.parent.glob("*.tar.gz"))
@@ -53,17 +64,73 @@ def loaded_from(wheel, folder):
     return run("-W", "ignore", "-c", LOAD, cwd=target, PYTHONPATH=str(target)).stdout.split("\n")[0]
 
 
+def installed(wheel, folder):
+    """The Python of a new environment that holds the wheel's content, and sees the Paddle that is here."""
+    python = folder / "fresh" / "bin" / "python"
+    venv.create(folder / "fresh", symlinks=True)
+    done = run("-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    there, here = (sysconfig.get_path("purelib", vars={"base": base}) for base in (folder / "fresh", sys.prefix))
+    Path(there, "here.pth").write_text(here)  # as a line of a .pth, without what is installed here by its own .pth
+    return python
+
+
+def check_content(wheel):
+    """The licence, the types and the modules of the source, and nothing else but at most one library; its path."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if re.search(r"\.dist-info/.*LICENSE$", name)]
+    info = {name for name in names if ".dist-info/" in name}
+    libraries = {name for name in names if name.endswith(".so")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "paddle_vl_sp").rglob("*.py")}
+    assert {*names} - info - libraries == modules | {"paddle_vl_sp/py.typed"}
+    return libraries
+
+
+def used_in(python, folder):
+    """What the installed package says, by a script and by its command."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    commands = ([python, "-W", "ignore", "-c", LOAD], [python.with_name("paddle-vl-sp"), "plugin-path"])
+    done = [subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True) for command in commands]
+    plugin = Path(done[1].stdout.strip())
+    assert plugin.is_file(), done[1].stderr
+    assert plugin.is_relative_to(folder / "fresh")
+    return done[0].stdout.split("\n")[0]
+
+
+def test_the_source_archive_holds_what_a_build_needs(archive):
+    """Every source of the operators and every module, the licence and the pages about it; nothing that builds leave."""
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = [path for folder in ("custom_ops", "paddle_vl_sp") for path in (ROOT / folder).rglob("*.[pch]*")]
+    needed = {path.relative_to(ROOT).as_posix() for path in sources if path.suffix not in (".pyc", ".o", ".so")}
+    assert names >= needed | {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "setup.py"}
+    assert not names & {*STRAY}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_source_archive_builds_a_wheel_with_operators_and_no_object_files(archive, tmp_path):
-    """By what the wheel holds, its size, and a plan made with its content alone."""
+def test_the_wheel_with_operators_names_its_paddle_and_works_in_a_new_environment(archive, tmp_path):
+    """By its name, what it holds, its size, and a plan made by the operators; no path of this machine in them."""
     done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = zipfile.ZipFile(wheel).namelist()
-    (library,) = (name for name in names if name.endswith(".so"))
-    assert zipfile.ZipFile(wheel).read(library).count(b"vlsp-build ") == 1
-    assert not [name for name in names if name.endswith((".o", ".cc", ".cu", ".h")) or "tests" in name]
+    device = f"cu{paddle.version.cuda().replace('.', '')}" if paddle.is_compiled_with_cuda() else "cpu"
+    this = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    name = f"paddle_vl_sp-{__version__}+paddle{paddle.version.full_version}.{device}-{this}-{this}-linux_"
+    assert wheel.name.startswith(name)
+    (library,) = check_content(wheel)
+    content = zipfile.ZipFile(wheel).read(library)
+    assert library.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
+    assert content.count(b"vlsp-build ") == 1
+    assert str(Path(paddle.__file__).parent).encode() not in content
     assert wheel.stat().st_size < 1_000_000
-    assert loaded_from(wheel, tmp_path) == "op ('cpu',) [0, 4, 8]"
+    assert used_in(installed(wheel, tmp_path), tmp_path) == "op ('cpu',) [0, 4, 8]"
+
+
+def test_the_wheel_without_operators_is_for_every_python_and_works_in_a_new_environment(archive, tmp_path):
+    """By its name, what it holds, and a plan made with plain Paddle."""
+    _, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="skip")
+    assert wheel.name == f"paddle_vl_sp-{__version__}-py3-none-any.whl"
+    assert not check_content(wheel)
+    assert used_in(installed(wheel, tmp_path), tmp_path) == "python () [0, 4, 8]"
 
 
 def test_without_a_compiler_the_package_installs_and_plain_paddle_is_used(archive, tmp_path):
