@@ -8,9 +8,9 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 import pytest
-import rank_server
 from test_run_ranks import die_silently, fail_on_one, hang_on_one
 
+import rank_server
 from paddle_vl_sp.testing import RanksFailed, run_ranks
 
 NAMES = [f"name{i}" for i in range(50)]
