@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from compilers import unoptimized
 from paddle_vl_sp.backends.record import build_info
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def loaded_from(wheel, folder):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_source_archive_builds_a_wheel_with_operators_and_no_object_files(archive, tmp_path):
     """By what the wheel holds, its size, and a plan made with its content alone."""
-    done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require")
+    done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require", **unoptimized(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(wheel).namelist()
     (library,) = (name for name in names if name.endswith(".so"))
@@ -90,6 +91,7 @@ def cuda_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
     where = ("-b", str(folder / "lib"), "-t", str(folder / "temp"))
     env = {"PADDLE_VL_SP_CUDA": "1", "PADDLE_VL_SP_BUILD": "require", "PADDLE_CUDA_ARCH_LIST": "8.0;9.0"}
+    env |= unoptimized(folder)
     done = run("setup.py", "-q", "build_ext", *where, cwd=ROOT, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return next((folder / "lib").rglob("_ops*.so"))
