@@ -1,8 +1,9 @@
 """Ranks of run_ranks as forks of a process that has imported Paddle: a start costs a tenth of a second, not seconds.
 
 A fork has nothing of this package loaded and draws its own random numbers. Neighbouring ranks are forks of different
-servers, since all forks of one order their sets alike. Where another environment is asked for, and under coverage, a
-rank is a new process, as it always is for users; tests/multi_rank/test_run_ranks.py has only those.
+servers, since all forks of one order their sets alike. Where variables differ that libraries may read when they are
+imported, and under coverage, a rank is a new process, as it always is for users; tests/multi_rank/test_run_ranks.py has
+only those.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from types import SimpleNamespace
 
 NUM_SERVERS = 2
 OF_PADDLEFORMERS = ("scipy.special", "transformers", "pandas", "datasets")  # what takes longest of its imports
-OF_ONE_RANK = ("PADDLE_TRAINER", "PADDLE_CURRENT_ENDPOINT", "PYTHONPATH", "PYTEST_CURRENT_TEST")
+# Of ranks, of this package, and what PaddleFormers' trainer leaves behind: no library reads them when it is imported.
+NOT_OF_IMPORTS = ("PADDLE_", "TRAINER_", "PYTHONPATH", "PYTEST_CURRENT_TEST")
 
 
 servers = {}
@@ -45,7 +47,7 @@ def popen(command, env, stdout, stderr):
 
 
 def common(env):
-    return {name: value for name, value in env.items() if not name.startswith(OF_ONE_RANK)}
+    return {name: value for name, value in env.items() if not name.startswith(NOT_OF_IMPORTS)}
 
 
 class Server:
