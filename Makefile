@@ -19,7 +19,7 @@ demo: $(VENV)/.built
 	$(PY) tools/demo.py
 
 test: $(VENV)/.built
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.built
 	$(PY) -m coverage run -m pytest -q

@@ -15,7 +15,7 @@ from paddle_vl_sp.attention.groups import group_or_alone
 from paddle_vl_sp.attention.ring import check_heads, check_one_row, packed_attention
 from paddle_vl_sp.autograd import differentiable_once, via_float32
 from paddle_vl_sp.comm.collectives import Group, warn_of_no_group
-from paddle_vl_sp.comm.exchange import all_to_all, all_to_all_equal, has_all_to_all
+from paddle_vl_sp.comm.exchange import all_to_all_rows
 from paddle_vl_sp.layout import SeqLayout
 
 
@@ -191,27 +191,25 @@ def _to_heads(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """[B, lengths[rank], H, D] -> [B, sum(lengths), H / nranks, D]"""
     batch, own, heads, width = x.shape
     share = heads // group.nranks
-    if _is_one_buffer(x, lengths, group):
-        sent = x.reshape([batch, own, group.nranks, share, width]).transpose([2, 0, 1, 3, 4])
-        arrived = all_to_all_equal(sent, group)  # [nranks, B, lengths[rank], H / nranks, D], both
-        return arrived.transpose([1, 0, 2, 3, 4]).reshape([batch, group.nranks * own, share, width])
-    parts = [x[:, :, rank * share : (rank + 1) * share] for rank in range(group.nranks)]
-    shapes = [[batch, length, share, width] for length in lengths]
-    return paddle.concat([part for part in all_to_all(parts, shapes, group) if part.size] or [parts[0]], axis=1)
+    sent = x.reshape([batch, own, group.nranks, share, width]).transpose([2, 0, 1, 3, 4])
+    rows = [batch * length for length in lengths]
+    sent = sent.reshape([group.nranks * batch * own, share * width])  # for rank after rank
+    arrived = all_to_all_rows(sent, [batch * own] * group.nranks, rows, group)  # [B * sum(lengths), share * D]
+    if batch == 1:
+        return arrived.reshape([1, sum(lengths), share, width])
+    ends = accumulate(rows)
+    parts = [arrived[end - n : end].reshape([batch, -1, share, width]) for end, n in zip(ends, rows, strict=True) if n]
+    return paddle.concat(parts, axis=1)
 
 
 def _to_sequence(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """[B, sum(lengths), H / nranks, D] -> [B, lengths[rank], H, D]"""
     batch, _, share, width = x.shape
-    if _is_one_buffer(x, lengths, group):
-        sent = x.reshape([batch, group.nranks, lengths[0], share, width]).transpose([1, 0, 2, 3, 4])
-        arrived = all_to_all_equal(sent, group)  # [nranks, B, lengths[rank], H / nranks, D], both
-        return arrived.transpose([1, 2, 0, 3, 4]).reshape([batch, lengths[0], group.nranks * share, width])
-    ends = list(accumulate(lengths))
-    parts = [x[:, end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    shapes = [[batch, lengths[group.rank], share, width]] * group.nranks
-    return paddle.concat(all_to_all(parts, shapes, group), axis=2)
-
-
-def _is_one_buffer(x: Tensor, lengths: Sequence[int], group: Group) -> bool:
-    return has_all_to_all(group) and len(set(lengths)) == 1 and x.size > 0
+    own = lengths[group.rank]
+    if batch > 1:  # for rank after rank: its stretch of every row of the batch
+        ends = zip(accumulate(lengths), lengths, strict=True)
+        x = paddle.concat([x[:, end - n : end].reshape([batch * n, -1]) for end, n in ends if n])
+    sent = x.reshape([batch * sum(lengths), share * width])
+    arrived = all_to_all_rows(sent, [batch * n for n in lengths], [batch * own] * group.nranks, group)
+    arrived = arrived.reshape([group.nranks, batch, own, share, width]).transpose([1, 2, 0, 3, 4])
+    return arrived.reshape([batch, own, group.nranks * share, width])

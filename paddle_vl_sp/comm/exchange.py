@@ -125,16 +125,6 @@ def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: 
     return arriving
 
 
-def all_to_all_equal(x: Tensor, group: Group) -> Tensor:
-    """x[r] goes to rank r, the result's [r] came from rank r: [nranks, ..] both. One collective on one buffer.
-
-    Only where `has_all_to_all`.
-    """
-    arriving = _buffer(x.shape, x)
-    dist.alltoall_single(arriving, x.contiguous(), group=group)
-    return arriving
-
-
 def all_to_all_rows(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group | None) -> Tensor:
     """x [sum(sends), width]: sends[r] rows to rank r, rank after rank -> [sum(receives), width] from the ranks.
 

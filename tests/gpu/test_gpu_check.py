@@ -36,18 +36,22 @@ def test_kernels_on_a_gpu() -> None:
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where the emulator was built with the sources as they are."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator with the sources as they are."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on the PATH: the emulator cannot be built")
-    folder = tmp_path_factory.mktemp("emulator")
-    build.build(folder)
-    return folder
+    return build.build(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture(scope="module")
-def library(objects: Path) -> Path:
-    return objects / build.LIBRARY
+def wrong_library(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator with all mistakes, of which none is made but the one that `choose` names."""
+    return build.build(tmp_path_factory.mktemp("mistakes"), MISTAKES.values(), reuse=library.parent)
+
+
+def choose(mistake: str) -> dict[str, str]:
+    """What the environment must say."""
+    return {"CUDA_EMULATOR_MISTAKE": str(list(MISTAKES).index(mistake) + 1)}
 
 
 def run_on_emulator(
@@ -83,84 +87,69 @@ def test_right_kernels_pass(library: Path) -> None:
     assert {name.split(":")[0] for name in timed} > {f"PyTorch {name}" for name in ("plan", *ROW_OPERATIONS)}
 
 
-MISTAKES: dict[str, tuple[build.Change, str]] = {
+MISTAKES: dict[str, build.Mistake] = {
     "an id beyond the end": (
-        ("index.cu", "first < query.num_tokens ? (1u << (query.num_tokens - first)) - 1 : 0", "255u"),
-        "FAILED index: counts: ",
+        "index.cu",
+        "[[first < query.num_tokens ? (1u << (query.num_tokens - first)) - 1 : 0 => 255u]]",
     ),
     "unaligned loads": (
-        ("query.cuh", "query.aligned && first + kRun <=", "first + kRun / 2 <="),
-        "ended with code|were overwritten",
+        "query.cuh",
+        "if ([[query.aligned && first + kRun <= query.num_tokens => first + kRun / 2 <= query.num_tokens]]) {",
     ),
-    "the second sample's run": (("query.cuh", "bits |= own_bits(query, 0) << done", "bits |= 0"), "FAILED index: "),
+    "the second sample's run": ("query.cuh", "bits |= [[own_bits(query, 0) << done => 0u]]"),
     "the last interval": (
-        (
-            "query.cuh",
-            "k < query.num_intervals; ++k) {\n      const int64_t start = query.few",
-            "k + 1 < query.num_intervals; ++k) {\n      const int64_t start = query.few",
-        ),
-        "FAILED index: ",
+        "query.cuh",
+        "[[k < query.num_intervals => k + 1 < query.num_intervals]]; ++k) {\n      const int64_t start = query.few",
     ),
     "the search": (
-        ("query.cuh", "query.many[middle].start <= position", "query.many[middle].start < position"),
-        "FAILED index: ",
+        "query.cuh",
+        "[[query.many[middle].start <= position => query.many[middle].start < position]]",
     ),
     "ids of 64 bits": (
-        (
-            "query.cuh",
-            "run.at[j] == static_cast<Token>(query.ids[k])",
-            "static_cast<int32_t>(run.at[j]) == static_cast<int32_t>(query.ids[k])",
-        ),
-        "FAILED index: counts: ",
+        "query.cuh",
+        "found |= [[run.at[j] == static_cast<Token>(query.ids[k]) "
+        "=> static_cast<int32_t>(run.at[j]) == static_cast<int32_t>(query.ids[k])]];",
     ),
-    "a barrier": (
-        ("index.cu", "  __syncthreads();\n  if (threadIdx.x >= kWarp) return;", "  if (threadIdx.x >= kWarp) return;"),
-        "FAILED index: ",
+    "a barrier": ("index.cu", "  [[__syncthreads() => void()]];\n  if (threadIdx.x >= kWarp) return;"),
+    "a barrier that not all reach": (
+        "index.cu",
+        "  if (lane == 0) warps[threadIdx.x / kWarp] = [[count => (threadIdx.x ? count : (__syncthreads(), count))]];",
     ),
-    "the scan's warps": (
-        ("index.cu", "w < warp; ++w) next += warps[w]", "w + 1 < warp; ++w) next += warps[w]"),
-        "FAILED index: ",
-    ),
-    "padding": (
-        ("index.cu", "place < plan.capacity; place += gridDim.x", "place + 1 < plan.capacity; place += gridDim.x"),
-        "FAILED index: update: 1 of ",
-    ),
-    "a place behind the last": (
-        ("index.cu", "      if (place < plan.capacity) {", "      if (place <= plan.capacity) {"),
-        "were overwritten",
-    ),
-    "samples apart": (
-        ("index.cu", "position -= query.seq_len;\n      ++sample;", "position -= query.seq_len;"),
-        "FAILED index: update: ",
-    ),
+    "the scan's warps": ("index.cu", "[[w < warp => w + 1 < warp]]; ++w) next += warps[w]"),
+    "padding": ("index.cu", "[[place < plan.capacity => place + 1 < plan.capacity]]; place += gridDim.x"),
+    "a place behind the last": ("index.cu", "      if ([[place < plan.capacity => place <= plan.capacity]]) {"),
+    "samples apart": ("index.cu", "position -= query.seq_len;\n      [[++sample => sample]];"),
     "a column too many": (
-        (
-            "rows.cu",
-            "if (column >= columns) continue;\n      if (!changed) {",
-            "if (column > columns) continue;\n      if (!changed) {",
-        ),
-        "were overwritten",
+        "rows.cu",
+        "if ([[column >= columns => column > columns]]) continue;\n      if (!changed) {",
     ),
     "the old value": (
-        ("rows.cu", "out_row[column] = add(old[k], convert<H>(given[k]))", "out_row[column] = convert<H>(given[k])"),
-        "FAILED rows: out: ",
+        "rows.cu",
+        "out_row[column] = [[add(old[k], convert<H>(given[k])) => convert<H>(given[k])]]",
     ),
     "zero's sign": (
-        (
-            "pack.cuh",
-            "T(static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i]))",
-            "T(Sum(0) + static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i]))",
-        ),
-        "-0.0 (bits ",
+        "pack.cuh",
+        "T([[static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i]) "
+        "=> Sum(0) + static_cast<Sum>(left.at[i]) + static_cast<Sum>(right.at[i])]])",
     ),
-    "a gap in the strip": (
-        ("rows.cu", "j += kThreads) sources[j] = -1", "j += 2 * kThreads) sources[j] = -1"),
-        "FAILED rows: features: ",
-    ),
+    "a gap in the strip": ("rows.cu", "j += [[kThreads => 2 * kThreads]]) sources[j] = -1"),
+    "a row too many": ("rows.cu", "const bool changed = [[feature >= 0 => feature >= 0 || row == 1]];"),
+}
+SAID = {
+    "an id beyond the end": "FAILED index: counts: ",
+    "unaligned loads": "ended with code|were overwritten",
+    "ids of 64 bits": "FAILED index: counts: ",
+    "padding": "FAILED index: update: 1 of ",
+    "a place behind the last": "were overwritten",
+    "samples apart": "FAILED index: update: ",
+    "a column too many": "were overwritten",
+    "the old value": "FAILED rows: out: ",
+    "zero's sign": "-0.0 (bits ",
+    "a gap in the strip": "FAILED rows: features: ",
 }
 
 
-def check_group(library: Path, group: str) -> str:
+def check_group(library: Path, group: str, **environment: str) -> str:
     """What the quick check says of one group of kernels: index or rows."""
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT / "tools")!r}, {str(ROOT / "tests")!r}]
@@ -171,18 +160,23 @@ rng, built = numpy.random.default_rng(0), library.Library({str(library)!r})
 check, cases = getattr(checks, "check_{group}"), inputs.{group}_cases(rng, True)
 for line in checks.check_all("{group}", partial(check, built, rng), cases): print(line, flush=True)
 """
-    done = run_on_emulator(["-c", code], library)
+    done = run_on_emulator(["-c", code], library, **environment)
     return done.stdout + (f"* FAILED {group} ended with code {done.returncode}" if done.returncode else "")
 
 
+def test_without_a_choice_no_mistake_is_made(wrong_library: Path) -> None:
+    """So what the others find is the one mistake of each."""
+    for group in ("index", "rows"):
+        assert "FAILED" not in check_group(wrong_library, group)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found(objects: Path, tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_is_found(wrong_library: Path, mistake: str) -> None:
     """A line that says what differs: bytes, counts, a zero's sign, memory that is not ours."""
-    change, words = MISTAKES[mistake]
-    group = "index" if change[0] in ("index.cu", "query.cuh") else "rows"
-    report = check_group(build.build(tmp_path, [change], objects), group)
+    group = "index" if MISTAKES[mistake][0] in ("index.cu", "query.cuh") else "rows"
+    report = check_group(wrong_library, group, **choose(mistake))
     assert "* FAILED " in report, report
-    assert any(word in report for word in words.split("|")), report
+    assert any(word in report for word in SAID.get(mistake, f"FAILED {group}").split("|")), report
 
 
 def test_a_graph_that_does_nothing_is_found(library: Path) -> None:
@@ -192,24 +186,20 @@ def test_a_graph_that_does_nothing_is_found(library: Path) -> None:
     assert "FAILED graph: counts: 2 of 2 values differ, the first at [0]: -7" in report
 
 
-def test_a_moved_nan_keeps_its_bits(objects: Path, tmp_path: Path) -> None:
+def test_a_moved_nan_keeps_its_bits(library: Path, tmp_path: Path) -> None:
     """Movement within a type is bit-exact, NaNs too; the NaN of a sum or of a conversion may be any."""
-    change = (
-        "pack.cuh",
-        "constexpr (std::is_same_v<To, From>)",
-        "constexpr (std::is_same_v<To, From> && sizeof(To) > 2)",
-    )
-    moved = ("rows.cu", "values == Values::kMoved && std::is_same_v<To, From>", "false")
-    _, report = check_on_emulator(build.build(tmp_path, [change, moved], objects), "--parts", "check")
-    failures = [line for line in report.splitlines() if line.startswith("* FAILED rows")]
+    converted = "constexpr ([[std::is_same_v<To, From> => std::is_same_v<To, From> && sizeof(To) > 2]])"
+    moved = "[[values == Values::kMoved && std::is_same_v<To, From> => false]]"
+    wrong = build.build(tmp_path, [("pack.cuh", converted), ("rows.cu", moved)], fixed=True, reuse=library.parent)
+    failures = [line for line in check_group(wrong, "rows").splitlines() if line.startswith("* FAILED rows")]
     assert failures
     assert all("16', 'bfloat16')" in line or "'float16', 'float16'" in line for line in failures), failures
     assert all("'add" not in line for line in failures), failures
 
 
-def test_wrong_kernels_are_timed_and_marked(objects: Path, tmp_path: Path) -> None:
+def test_wrong_kernels_are_timed_and_marked(wrong_library: Path) -> None:
     """A padding that is not written: the checks fail, the times come all the same and say so."""
-    code, report = check_on_emulator(build.build(tmp_path, [MISTAKES["padding"][0]], objects))
+    code, report = check_on_emulator(wrong_library, **choose("padding"))
     assert code == 1
     assert "* FAILED index: update: 1 of " in report
     assert "**A check failed: these may be times of kernels that do something else.**" in report
@@ -217,17 +207,15 @@ def test_wrong_kernels_are_timed_and_marked(objects: Path, tmp_path: Path) -> No
     assert "| PyTorch zero: index_fill | " in report
 
 
-def test_a_crash_ends_its_own_part_only(objects: Path, tmp_path: Path) -> None:
+def test_a_crash_ends_its_own_part_only(wrong_library: Path) -> None:
     """What was found before it is in the report; the times follow. A barrier that not all reach is such a crash."""
-    barrier = "  __syncthreads();\n  if (threadIdx.x >= kWarp) return;"
-    change = ("index.cu", barrier, "  if (threadIdx.x >= kWarp) return;\n" + barrier)
-    code, report = check_on_emulator(build.build(tmp_path, [change], objects))
+    code, report = check_on_emulator(wrong_library, **choose("a barrier that not all reach"))
     assert code == 1
     assert "* FAILED check ended with code -6" in report
     assert "## Times" in report
 
 
-def test_rows_far_away(library: Path, objects: Path, tmp_path: Path) -> None:
+def test_rows_far_away(library: Path, wrong_library: Path) -> None:
     """The check of rows beyond 2^31 elements, with a small number in its place; it finds a row too many."""
     code = "from gpu_checks import checks; checks.FAR_ROWS = 300\n"
     code += "print(*checks.check_all('far', lambda each: checks.check_far_rows(library, rng, each), checks.OPERATIONS))"
@@ -236,9 +224,8 @@ def test_rows_far_away(library: Path, objects: Path, tmp_path: Path) -> None:
     first += "rng = numpy.random.default_rng(0)\n"
     done = run_on_emulator(["-c", first + code], library)
     assert done.stdout == "* far: 5 passed, 0 failed\n", done.stderr
-    wrong = ("rows.cu", "const bool changed = feature >= 0;", "const bool changed = feature >= 0 || row == 1;")
-    changed = build.build(tmp_path, [wrong], objects)
-    done = run_on_emulator(["-c", first.replace(str(library), str(changed)) + code], changed)
+    command = ["-c", first.replace(str(library), str(wrong_library)) + code]
+    done = run_on_emulator(command, wrong_library, **choose("a row too many"))
     assert "out: a row that no pair names is not -7 everywhere" in done.stdout, done.stderr
 
 

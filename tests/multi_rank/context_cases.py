@@ -121,6 +121,25 @@ def trained(case, setting, group):
     return float(loss), grads
 
 
+one_process = {}  # by a case's name: loss and gradients
+
+
+def of_one_process(case):
+    if case.name not in one_process:
+        one_process[case.name] = trained(case, None, None)
+    return one_process[case.name]
+
+
+def share_references(names):
+    """Each rank computes some of them by itself, and all get them."""
+    cases = [case for case in CASES if case.name in names]
+    found = []
+    own = {case.name: trained(case, None, None) for case in cases[dist.get_rank() :: dist.get_world_size()]}
+    dist.all_gather_object(found, own)
+    for some in found:
+        one_process.update(some)
+
+
 def cut_by(setting, batch):
     """This rank's ids, labels and positions; the rest whole."""
     indices = batch.get("attn_mask_startend_row_indices")
@@ -151,9 +170,10 @@ def errors(got, wanted):
 
 def on_ranks(kinds, names):
     paddle.set_device("cpu")
+    share_references(names)
     group, found = dist.get_group(0), {}
     for case in (case for case in CASES if case.name in names):
-        wanted = trained(case, None, None)
+        wanted = of_one_process(case)
         for kind in kinds:
             found[case.name, kind] = errors(trained(case, ContextParallel(kind, group=group), group), wanted)
     return found
@@ -225,7 +245,7 @@ FAULTS = {"a wrong plan": a_wrong_plan, "positions of the first": positions_of_t
 def with_faults():
     paddle.set_device("cpu")
     group, found = dist.get_group(0), {}
-    wanted = trained(IMAGES_CASE, None, None)
+    wanted = of_one_process(IMAGES_CASE)
     for name, fault in FAULTS.items():
         with fault():
             found[name] = errors(trained(IMAGES_CASE, ContextParallel("gather", group=group), group), wanted)
@@ -261,7 +281,7 @@ def rows_that_arrive():
 def checked():
     """With PADDLE_VL_SP_CHECK=1, under which the ranks also compare their ids."""
     group = dist.get_group(0)
-    wanted = trained(IMAGES_CASE, None, None)
+    wanted = of_one_process(IMAGES_CASE)
     with mock.patch.dict(os.environ, {CHECK: "1"}):
         found = errors(trained(IMAGES_CASE, ContextParallel("gather", group=group), group), wanted)
         other = dataclasses.replace(IMAGES_CASE, samples=IMAGES[::-1]) if group.rank else IMAGES_CASE
@@ -276,7 +296,7 @@ def of_cut_ids(kinds, names):
     """The batch is cut by the layout of the attention before the model gets it."""
     group, found = dist.get_group(0), {}
     for case in (case for case in CASES if case.name in names):
-        wanted = trained(case, None, None)
+        wanted = of_one_process(case)
         for kind in kinds:
             setting = ContextParallel(kind, group=group, ids="cut")
             found[case.name, kind] = errors(trained(case, setting, group), wanted)
@@ -317,6 +337,7 @@ def of_a_product(names):
     paddle.set_device("cpu")
     group, found = dist.get_group(0), {}
     both = ContextParallel("both", group=group, groups=two_times_two())
+    share_references(names)
     for case in (case for case in CASES if case.name in names):
-        found[case.name] = errors(trained(case, both, group), trained(case, None, None))
+        found[case.name] = errors(trained(case, both, group), of_one_process(case))
     return found

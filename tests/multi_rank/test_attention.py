@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -389,15 +390,15 @@ def as_on_nccl():
         exchange._exchange_on_gloo(sends, expects, group)
         return []
 
-    def alltoall_single(out_tensor, in_tensor, group):
-        used.add("alltoall_single")
+    def alltoall_single(out_tensor, in_tensor, sends, receives, group):
+        used.add("alltoall_single" if len({*sends, *receives}) == 1 else "alltoall_single, unequal")
         assert in_tensor.is_contiguous()
-        assert out_tensor.shape == in_tensor.shape
-        others = [peer for peer in range(group.nranks) if peer != group.rank]
-        arriving = {peer: paddle.empty_like(in_tensor[peer]) for peer in others}
-        exchange._exchange_on_gloo([(p, in_tensor[p]) for p in others], list(arriving.items()), group)
-        arriving[group.rank] = in_tensor[group.rank]
-        paddle.assign(paddle.stack([arriving[peer] for peer in range(group.nranks)]), output=out_tensor)
+        assert [in_tensor.shape[0], out_tensor.shape[0]] == [sum(sends), sum(receives)]
+        ends = np.cumsum(sends).tolist()
+        parts = [in_tensor[end - count : end] for end, count in zip(ends, sends, strict=True)]
+        shapes = [[count, *in_tensor.shape[1:]] for count in receives]
+        with mock.patch.object(exchange, "is_gloo", return_value=True):
+            paddle.assign(paddle.concat(exchange.all_to_all(parts, shapes, group)), output=out_tensor)
 
     doubles = {(exchange, "is_gloo"): lambda _: False, (dist, "alltoall_single"): alltoall_single}
     doubles[(dist, "batch_isend_irecv")] = batch_isend_irecv
@@ -408,9 +409,14 @@ def as_on_nccl():
         ulysses_case([16], packed=False, batch=2, told=False)
         ulysses_case([16 * group.nranks], heads=(2 * group.nranks, group.nranks))
         linear_case([16], packed=False, told=False)
-        ulysses_case([5, 8 * group.nranks])
         all_to_all_equals_gather()
-    assert used == {"batch_isend_irecv", "alltoall_single"}
+        assert "batch_isend_irecv" in used
+        used.discard("batch_isend_irecv")
+        ulysses_case([5, 8 * group.nranks])
+        ulysses_case([6, 10, 3], causal=False)
+        ulysses_case([1])
+        ulysses_case([4 * group.nranks + 1], packed=False, batch=2)
+    assert used == {"alltoall_single", "alltoall_single, unequal"}
 
 
 def on_flash_attention_in_bfloat16():
@@ -541,6 +547,8 @@ CASES = {
     "ulysses, packed [5, 8], uneven": partial(ulysses_case, [5, 8]),
     "ulysses, packed [6, 10, 3], not causal": partial(ulysses_case, [6, 10, 3], causal=False),
     "ulysses, empty last rank": partial(ulysses_case, [1]),
+    "ulysses, B 2, uneven": partial(ulysses_case, [13], packed=False, batch=2),
+    "ulysses, B 2, empty last rank": partial(ulysses_case, [1], packed=False, batch=2),
     "ulysses, any inner attention": ulysses_any_attention,
     "ulysses, contiguous cp": ulysses_contiguous_cp,
     "linear, B 2": partial(linear_case, [16], packed=False, batch=2, told=False),

@@ -16,6 +16,7 @@ from pathlib import Path
 import paddle
 import pytest
 
+from compilers import unoptimized
 from paddle_vl_sp import __version__
 from paddle_vl_sp.backends.record import build_info
 
@@ -110,7 +111,7 @@ def test_the_source_archive_holds_what_a_build_needs(archive):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_wheel_with_operators_names_its_paddle_and_works_in_a_new_environment(archive, tmp_path):
     """By its name, what it holds, its size, and a plan made by the operators; no path of this machine in them."""
-    done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require")
+    done, wheel = wheel_of(archive, tmp_path, PADDLE_VL_SP_BUILD="require", **unoptimized(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     device = f"cu{paddle.version.cuda().replace('.', '')}" if paddle.is_compiled_with_cuda() else "cpu"
     this = f"cp{sys.version_info[0]}{sys.version_info[1]}"
@@ -157,6 +158,7 @@ def cuda_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
     where = ("-b", str(folder / "lib"), "-t", str(folder / "temp"))
     env = {"PADDLE_VL_SP_CUDA": "1", "PADDLE_VL_SP_BUILD": "require", "PADDLE_CUDA_ARCH_LIST": "8.0;9.0"}
+    env |= unoptimized(folder)
     done = run("setup.py", "-q", "build_ext", *where, cwd=ROOT, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return next((folder / "lib").rglob("_ops*.so"))

@@ -1,4 +1,8 @@
-"""Compiles the CUDA sources for the emulator, as C++; a change of the source first plants a mistake."""
+"""Compiles the CUDA sources for the emulator, as C++; with mistakes planted in them, one of which may be chosen.
+
+A mistake is (file, text), where the text is that of the source but for one expression in marks: [[right => wrong]].
+The library that has them all computes the wrong one of them if the environment says so: CUDA_EMULATOR_MISTAKE.
+"""
 
 import re
 import subprocess
@@ -11,7 +15,17 @@ LIBRARY = "libemulator.so"
 SOURCES = ("index.cu", "rows.cu", "c_api.cu")
 HEADERS = {"index.cu": ("query.cuh", "launch.cuh"), "rows.cu": ("pack.cuh", "launch.cuh")}  # of the kernels
 SHARED = re.compile(r"__shared__ ([\w:]+) (\w+)\[([^\]]+)\];")
-Change = tuple[str, str, str]  # file, old text, new text
+MARKED = re.compile(r"\[\[(.+?) => (.+?)\]\]", re.DOTALL)
+Mistake = tuple[str, str]
+OPTIONS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-w")
+
+
+def plant(source: str, text: str, becomes: str) -> str:
+    """The source with what is marked in the text changed."""
+    right = MARKED.sub(r"\1", text)
+    if right == text or source.count(right) != 1:
+        raise ValueError(f"{right!r} is there {source.count(right)} times, expected once, with an expression in marks")
+    return source.replace(right, MARKED.sub(becomes, text))
 
 
 def translate(source: str) -> str:
@@ -22,28 +36,27 @@ def translate(source: str) -> str:
     return translated
 
 
-def build(folder: Path, changes: Iterable[Change] = (), reuse: Path | None = None) -> Path:
-    """The library, built in `folder`; from `reuse`, a folder built before, come the objects that no change touches."""
+def build(folder: Path, mistakes: Iterable[Mistake] = (), fixed: bool = False, reuse: Path | None = None) -> Path:
+    """The library, built in `folder`: of the sources as they are, or with all these mistakes to choose from.
+
+    fixed   all are made, whatever the environment says: for what must be known when it is compiled
+    reuse   a folder built before, whose objects are taken where no mistake is in their source
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    changed = {file for file, _, _ in changes}
-    touched = {source for source in SOURCES if changed & {source, *HEADERS.get(source, ())}}
+    wrong_files = {file for file, _ in mistakes}
     for path in (*OPS.glob("*.cu"), *OPS.glob("*.cuh"), *OPS.glob("*.h")):
         text = path.read_text(encoding="utf-8")
-        for file, old, new in changes:
+        for number, (file, marked) in enumerate(mistakes, 1):
             if file == path.name:
-                if text.count(old) != 1:
-                    raise ValueError(f"{file}: {old!r} is there {text.count(old)} times, expected once")
-                text = text.replace(old, new)
+                text = plant(text, marked, r"\2" if fixed else rf"(emulator::mistake() == {number} ? (\2) : (\1))")
         (folder / path.name).write_text(translate(text), encoding="utf-8")
     objects = []
     for source in (*SOURCES, str(HERE / "emulator.cc")):
-        name = Path(source).stem + ".o"
-        if reuse is not None and source not in touched:
-            objects.append(reuse / name)
-            continue
-        options = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", "-x", "c++"]
-        subprocess.run(["g++", *options, "-c", str(folder / source), "-o", str(folder / name)], check=True)
-        objects.append(folder / name)
+        is_wrong = bool(wrong_files & {source, *HEADERS.get(source, ())})
+        objects.append((folder if is_wrong or reuse is None else reuse) / f"{Path(source).stem}.o")
+        if is_wrong or reuse is None:
+            command = ["g++", *OPTIONS, f"-I{HERE}", f"-I{folder}", "-x", "c++", "-c", str(folder / source)]
+            subprocess.run([*command, "-o", str(objects[-1])], check=True)
     library = folder / LIBRARY
     subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
     return library

@@ -38,6 +38,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
 
 namespace emulator {
 
+// The number of the planted mistake that is made, 0 for none: see build.py.
+int mistake();
+
 // Now or, on a stream that captures, later.
 void enqueue(void* stream, std::function<void()> work);
 void run_grid(dim3 blocks, dim3 threads, const std::function<void()>& kernel);

@@ -154,6 +154,12 @@ void run_block(unsigned num_threads) {
 
 namespace emulator {
 
+int mistake() {
+  static const char* const number = std::getenv("CUDA_EMULATOR_MISTAKE");
+  static const int chosen = number == nullptr ? 0 : std::atoi(number);
+  return chosen;
+}
+
 void enqueue(void* stream, std::function<void()> work) {
   if (stream == nullptr) {
     work();
