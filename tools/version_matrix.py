@@ -255,8 +255,8 @@ MIDDLE = """
 `doctor` judges the code of each family of models that can be imported without PaddleFleet: [known, admitted or
 refused](paddleformers.md#other-releases-of-paddleformers). *passes*: losses and gradients of the plain Qwen3-VL and
 Qwen2.5-VL classes are PaddleFormers' own, by tests that are written for one release. For other releases `doctor
---contracts` tries the clauses of each family. Where it *lacks* one, which cannot be imported there, name those that are
-wanted by `families=`, or apply with `strict=False`.
+--contracts` tries the clauses of each family. Where it *lacks* one, which cannot be imported there, the report of
+`apply_to_paddleformers()` has a line for it; named by `families=` it is an error.
 *nothing to replace*: none of the supported families is in it.
 
 | PaddleFormers | Python | Paddle | result | tests | families | date |

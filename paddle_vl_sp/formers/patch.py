@@ -81,7 +81,8 @@ def apply_to_paddleformers(
     setting = None if context_parallel is None else as_setting(context_parallel)
     is_cut = setting is not None
     lines: list[Line] = []
-    found = _loaded([family for family in wanted if family.methods(is_shared, is_cut) or family.swapped], lines, strict)
+    with_methods = [family for family in wanted if family.methods(is_shared, is_cut) or family.swapped]
+    found = _loaded(with_methods, lines, strict, were_named=families is not None)
     judged = _judged(found, is_shared, is_cut, strict)
     made: list[Change] = []
     try:
@@ -243,8 +244,10 @@ def switched_off() -> bool:
     return not is_on(ENABLED)
 
 
-def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[tuple[Family, Any]]:
-    """The families with their modules; those that cannot be imported, for want of another package, get a line."""
+def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool, were_named: bool) -> list[tuple[Family, Any]]:
+    """The families with their modules. Those that need another package get a line, and so do those that this release
+    lacks, or this Paddle has nothing for, unless they were named.
+    """
     found: list[tuple[Family, Any]] = []
     for family in wanted:
         if family.part_of and family.part_of not in {other.name for other, _ in found}:
@@ -253,6 +256,7 @@ def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[t
             found.append((family, importlib.import_module(family.module)))
         except Exception as error:
             needs_more = family.is_optional or str(getattr(error, "name", "")).partition(".")[0] in OPTIONAL
+            needs_more |= not were_named and _is_not_there(family, error)
             if strict and not needs_more:
                 raise UpstreamChanged(
                     f"{family.module} of PaddleFormers {formers_version()} cannot be imported: {error}; with "
@@ -260,6 +264,14 @@ def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool) -> list[t
                 ) from error
             lines.append(Line(family.name, family.module, ABSENT, str(error)))
     return found
+
+
+def _is_not_there(family: Family, error: Exception) -> bool:
+    """Whether this PaddleFormers has no such module, or this Paddle lacks what it imports."""
+    name = str(getattr(error, "name", None) or "")
+    if isinstance(error, ModuleNotFoundError):
+        return name.startswith(f"{MODELS}.") and f"{family.module}.".startswith(f"{name}.")
+    return isinstance(error, ImportError) and name.partition(".")[0] == "paddle"
 
 
 def _replace_all(

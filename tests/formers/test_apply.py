@@ -201,6 +201,38 @@ def test_a_module_that_has_moved_is_a_change(monkeypatch, caplog):
     assert "nothing of PaddleFormers is replaced" in caplog.text
 
 
+def test_a_family_that_this_release_lacks_is_a_line(monkeypatch):
+    """Where all families are meant: the others are replaced. One that was asked for by name is an error."""
+    module = FAMILIES["glm_ocr"][0].module
+    monkeypatch.setitem(sys.modules, module, None)
+    with apply_to_paddleformers() as report:
+        assert module in [line.name for line in report.lines if line.state == "absent"]
+        assert "Qwen3VLModelDeprecated.forward" in report.replaced
+    with pytest.raises(UpstreamChanged, match=r"glm_ocr\.modeling of PaddleFormers .* cannot be imported"):
+        apply_to_paddleformers(families="glm_ocr")
+
+
+def test_what_this_paddle_lacks_is_a_line(monkeypatch):
+    """As LayerSpec, which Paddle 3.3.0 has not. An error of PaddleFormers' own is one here, too."""
+    real = importlib.import_module
+
+    def failing(error):
+        def import_module(name, *rest):
+            if name == FAMILIES["glm_ocr"][0].module:
+                raise error
+            return real(name, *rest)
+
+        return import_module
+
+    missing = ImportError("cannot import name 'LayerSpec'", name="paddle.distributed.fleet.meta_parallel")
+    monkeypatch.setattr(importlib, "import_module", failing(missing))
+    with apply_to_paddleformers() as report:
+        assert "LayerSpec" in str(report)
+    monkeypatch.setattr(importlib, "import_module", failing(ImportError("broken", name="paddleformers.nn.broken")))
+    with pytest.raises(UpstreamChanged, match="cannot be imported: broken"):
+        apply_to_paddleformers()
+
+
 def test_changed_parameters_of_what_is_called(monkeypatch):
     """get_image_features may be overridden, but must take what we give it."""
     monkeypatch.setattr(modeling.Qwen3VLModelDeprecated, "get_image_features", lambda self, pixels: None)
