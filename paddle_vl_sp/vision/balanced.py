@@ -64,7 +64,8 @@ def encode_balanced(
     and one exchange moves rows home; nothing is moved if every rank encodes its own. The backward is one exchange that
     returns the rows' gradients. Every rank must make each call and its backward: a rank without images gets [0, H],
     which must be in its loss (`replace_rows` with a plan without rows is enough). An error on one rank is raised on
-    all. A rank that makes no more calls says so by `stop_balancing`. There is no second gradient.
+    all. A rank that makes no more calls says so by `stop_balancing`. A grid on a device is read. There is no second
+    gradient.
     """
     warn_of_no_group(group, "encode_balanced", "this process encodes its own images")
     if not has_peers(group):
@@ -87,7 +88,7 @@ def encode_assigned(
     pixel_values: Tensor,
     share: BalancedShare,
     *,
-    group: Group,
+    group: Group | None,
     idle: str = "dummy",
 ) -> Encoded:
     """As `encode_balanced`, for pixels that are where they are encoded: no pixels travel, only rows.
@@ -125,10 +126,12 @@ def _by_share(
     pixels: Tensor,
     grid_like: Grid,
     share: BalancedShare,
-    group: Group,
+    group: Group | None,
     must_encode: bool,
 ) -> tuple[list[Tensor], int]:
     """Features and levels of this rank's batch, and their form, from the pixels that it encodes."""
+    if not has_peers(group):
+        return encode_items(encode, pixels, share.encoded_grid(0), grid_like, share.merge_size)
     encoded, form, error = None, -1, None
     own_grid = share.encoded_grid(group.rank)
     try:
@@ -224,13 +227,14 @@ def _row_bytes(xs: Sequence[Tensor]) -> int:
     return sum(x.shape[1] * x.element_size() for x in xs)
 
 
-def _check_assigned(pixels: Tensor, share: BalancedShare, group: Group) -> None:
-    if share.num_ranks != group.nranks:
-        raise ValueError(f"the share is of {share.num_ranks} ranks and the group has {group.nranks}: make one of it")
-    wanted = int(share.patches_encoded[group.rank])
+def _check_assigned(pixels: Tensor, share: BalancedShare, group: Group | None) -> None:
+    rank, num_ranks = (group.rank, group.nranks) if has_peers(group) else (0, 1)
+    if share.num_ranks != num_ranks:
+        raise ValueError(f"the share is of {share.num_ranks} ranks and the group has {num_ranks}: make one of it")
+    wanted = int(share.patches_encoded[rank])
     if len(pixels.shape) != 2 or pixels.shape[0] != wanted:
         raise ValueError(
-            f"by the share rank {group.rank} encodes {wanted} patches, got pixel_values {list(pixels.shape)}: give "
+            f"by the share rank {rank} encodes {wanted} patches, got pixel_values {list(pixels.shape)}: give "
             "those of share.encoded_grid(rank), in its order"
         )
 

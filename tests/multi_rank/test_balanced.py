@@ -485,5 +485,8 @@ def test_one_process():
         assert features.shape == [0, HIDDEN]
         assert not features.stop_gradient
         stop_balancing(group)
+        share = balance_images([grid], MERGE, ALPHA)
+        features, _ = encode_assigned(model, own_pixels(0, grid), share, group=group)
+        assert features.numpy().tobytes() == wanted.numpy().tobytes()
     with pytest.raises(ValueError, match="policy must be one of"):
         encode_balanced(model, own_pixels(0, grid), grid, group=None, merge_size=MERGE, policy="none")
