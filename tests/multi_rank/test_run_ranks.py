@@ -1,5 +1,6 @@
 """The launcher: results in rank order, errors with their rank, a hang ended in time with the line it stood at."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -188,7 +189,9 @@ def test_a_launcher_takes_all_along_however_it_ends(tmp_path):
         temporary.mkdir()
         command = [sys.executable, "-c", LAUNCHER, str(pids)]
         env = os.environ | {"PYTHONPATH": path, "TMPDIR": str(temporary)}
-        launchers[number] = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        # a shell's background job ignores Ctrl-C, and so would all that it starts
+        hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        launchers[number] = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, preexec_fn=hears)
     try:
         assert wait_until(lambda: len(list(tmp_path.glob("pids */*"))) == 2 * len(launchers), 120)
         for number, launcher in launchers.items():
