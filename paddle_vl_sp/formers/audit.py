@@ -12,8 +12,9 @@ from paddle import Tensor
 from paddle_vl_sp.audit import GradientAudit, audit_gradients
 from paddle_vl_sp.audit.state import assign, gradient_of
 from paddle_vl_sp.comm.collectives import Group, all_reduce_sum, has_peers
+from paddle_vl_sp.formers.balanced_tower import is_any_balanced
 from paddle_vl_sp.formers.changes import replace
-from paddle_vl_sp.formers.groups import topology
+from paddle_vl_sp.formers.groups import data_group, topology
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.report import paused
 from paddle_vl_sp.settings import AUDIT, setting
@@ -97,6 +98,8 @@ def _group_of(trainer: Any) -> tuple[Group | None, str]:
         return None, "sharding stages 2 and 3 cut the gradients"
     if _steps_by_itself(trainer) and args.gradient_accumulation_steps > 1:
         return None, "the fleet classes accumulate batches before their step: set gradient_accumulation_steps to 1"
+    if is_any_balanced() and has_peers(data_group()):
+        return None, "the data-parallel ranks share their towers' work, so that a gradient is not of one rank's loss"
     if groups is None:
         return None, ""
     tensor, sep = groups.get_model_parallel_group(), _sep_of(groups)

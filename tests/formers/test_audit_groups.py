@@ -51,3 +51,13 @@ def test_what_is_not_audited(monkeypatch, given, groups, words):
     group, why_not = audit._group_of(trainer(**given))
     assert group is None
     assert words in why_not
+
+
+def test_balanced_towers_are_not_audited(monkeypatch):
+    """A tower's gradient is of other ranks' images; without data-parallel ranks nothing is balanced."""
+    monkeypatch.setattr(audit, "topology", lambda: topology(tensor=2))
+    monkeypatch.setattr(audit, "is_any_balanced", lambda: True)
+    for ranks, is_audited in ((1, True), (2, False)):
+        monkeypatch.setattr(audit, "data_group", lambda ranks=ranks: FakeGroup(0, ranks))
+        group, why_not = audit._group_of(trainer())
+        assert (group is not None, "share their towers' work" not in why_not) == (is_audited, is_audited)
