@@ -113,9 +113,10 @@ def _summary(policy: str, shares: list[BalancedShare], home: list[BalancedShare]
 
 def _head(costs: dict[str, Any], batch: int) -> str:
     ranks = costs["ranks"]
+    within = f"{ranks['within']} rank{'s' * (ranks['within'] > 1)}"
     return (
         f"{costs['samples']} samples with {costs['images']} images; {costs['steps']} steps of {ranks['dp']} copies, "
-        f"{batch} samples and {ranks['within']} ranks each"
+        f"{batch} samples and {within} each"
     )
 
 
@@ -132,9 +133,11 @@ def _policies(policies: list[dict[str, Any]]) -> str:
         )
         for p in policies
     ]
-    head = ("who encodes", "busiest / mean", "at worst", "/ least", "encoder faster", "pixels MiB", "rows MiB")
+    head = ("who encodes", "busiest/mean", "worst step", "busiest/least", "predicted x", "pixels MiB", "rows MiB")
     return (
         f"{table(head, rows)}\n"
-        "loads are those of Qwen3-VL's tower, means of the steps; faster: the busiest ranks' work at home over theirs\n"
-        "here; MiB: what travels in a step, all ranks together; pixels stay where the loader decodes by the share"
+        "home: every rank its own images, as without balance; longest: what vision_dp='data' does. busiest: the load\n"
+        "of the busiest rank, by the cost of Qwen3-VL's tower, over the mean and over the least possible; predicted:\n"
+        "how many times faster the encoder stage. MiB: what travels in a step, all ranks together, for --hidden,\n"
+        "--levels and --dtype; with Qwen2.5-VL say --levels 0 and its width"
     )

@@ -6,7 +6,7 @@ import sys
 from docs_blocks import ROOT
 
 EXAMPLES = ROOT / "examples"
-ON_RANKS = ("audit_own_model", "context_parallel", "own_loop", "packed_ring", "vision_dp")
+ON_RANKS = ("audit_own_model", "balanced_towers", "context_parallel", "own_loop", "packed_ring", "vision_dp")
 
 
 def on_a_rank(reference, progress):

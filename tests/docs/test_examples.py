@@ -92,6 +92,16 @@ def test_an_audit_finds_its_fault_and_no_other(printed):
     assert after.startswith("gradients over ranks 0, 1: nothing wrong found; 5 whole")
 
 
+def test_balanced_towers(printed):
+    """The weights of plain data parallelism, fp32; the busiest rank of each step encodes less."""
+    lines = re.findall(r"^(each its own|balanced) .*\s(\d+)\s+(\S+)$", printed["balanced_towers"], re.MULTILINE)
+    busiest = {name: int(patches) for name, patches, _ in lines}
+    apart = {name: float(number) for name, _, number in lines}
+    assert busiest["balanced"] < 0.7 * busiest["each its own"]
+    assert apart["each its own"] == 0
+    assert apart["balanced"] < 1e-5
+
+
 def test_own_loop(printed):
     """Without complete_grad wrong gradients and copies that differ; with it fp32 of one process, and equal bits."""
     found = rows(printed["own_loop"])
