@@ -54,6 +54,7 @@ SAY_BACKEND := import sys, paddle_vl_sp; b = paddle_vl_sp.backend(); print('padd
 # Without a C++ compiler plain Paddle is used, and the next make tries again.
 $(VENV)/.built: $(VENV)/.ready setup.py pyproject.toml $(wildcard custom_ops/*)
 	@command -v $(CXX) > /dev/null || echo "no C++ compiler ($(CXX)): plain Paddle will be used; apt install g++, then make again"
+	@echo "installing paddle_vl_sp into $(VENV), and compiling its operators: one to two minutes"
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@PADDLE_VL_SP_LOG=error $(PY) -W ignore -c "$(SAY_BACKEND)" && touch $@ || true
 
