@@ -1,4 +1,4 @@
-"""A compiler for builds in tests: what it makes is loaded and called, but nobody waits for the fastest code."""
+"""A compiler for builds in tests: what it makes is loaded and called once, and need not be fast."""
 
 import shutil
 

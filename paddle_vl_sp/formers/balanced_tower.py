@@ -61,15 +61,16 @@ def is_any_balanced() -> bool:
 
 
 def stop_balancing_of(inner: Layer) -> None:
+    """And the sharing among the ranks of one batch, whose marks would have the trainer sum whole gradients."""
     _balancing.discard(inner)
+    if shared_tower.is_shared(inner):
+        shared_tower.stop_sharing(inner)
 
 
 def stop_where_not_asked_for() -> None:
     """Of the models that were built so, those whose classes build as upstream again."""
-    for inner in list(_balancing_as_built):
-        if not any(hasattr(vars(cls).get("__init__"), OURS) for cls in type(inner).__mro__):
-            _balancing_as_built.discard(inner)
-            _balancing.discard(inner)
+    for inner in shared_tower.take_built_as_upstream(_balancing_as_built):
+        stop_balancing_of(inner)
 
 
 def takes_part(inner: Layer, given: Mapping[str, Any]) -> bool:

@@ -42,8 +42,6 @@ class SharedTower:
 
     def undo(self) -> bool:
         balanced_tower.stop_balancing_of(self.inner)
-        if shared_tower.is_shared(self.inner):
-            shared_tower.stop_sharing(self.inner)
         return True
 
 

@@ -76,10 +76,18 @@ def refusing_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def stop_where_not_asked_for() -> None:
     """Stops sharing the towers that were shared as they were built, where their classes build as upstream again."""
-    for inner in list(_shared_as_built):
-        if not any(hasattr(vars(cls).get("__init__"), OURS) for cls in type(inner).__mro__):
-            _shared_as_built.discard(inner)
-            stop_sharing(inner)
+    for inner in take_built_as_upstream(_shared_as_built):
+        stop_sharing(inner)
+
+
+def take_built_as_upstream(models: WeakSet[Any]) -> list[Any]:
+    """Out of models that our constructors built, those whose classes have their own again."""
+    taken = [
+        inner for inner in models if not any(hasattr(vars(cls).get("__init__"), OURS) for cls in type(inner).__mro__)
+    ]
+    for inner in taken:
+        models.discard(inner)
+    return taken
 
 
 def stop_sharing(inner: Layer) -> None:

@@ -10,7 +10,7 @@ import pytest
 from paddleformers.trainer.trainer import DEFAULT_CALLBACKS
 
 from paddle_vl_sp import apply_to_paddleformers, apply_to_qwen3_vl, revert
-from paddle_vl_sp.formers import balanced_tower, ending, groups, plugin, tiny
+from paddle_vl_sp.formers import balanced_tower, ending, groups, plugin, shared_tower, tiny
 
 FAMILIES = {"qwen3_vl": tiny.tiny_qwen3_vl, "qwen2_5_vl": tiny.tiny_qwen2_5_vl}
 
@@ -27,9 +27,26 @@ def test_models_built_while_it_is_on(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_under_sequence_parallelism_no_mark_stays(family):
+    """The trainer would sum the tower's gradients by it, which are whole once the tower is not shared."""
+
+    def marked(model):
+        return [p for p in model.model.visual.parameters() if getattr(p, "sequence_parallel", False)]
+
+    is_on = SimpleNamespace(sequence_parallel=True)  # which PaddleFormers builds on several ranks only
+    with apply_to_paddleformers(families=family, vision_dp="data"):
+        with mock.patch.object(shared_tower, "text_config", return_value=is_on):
+            model = FAMILIES[family]()
+        assert shared_tower.is_shared(model.model)
+        assert marked(model)
+    assert not shared_tower.is_shared(model.model)
+    assert not marked(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("samples", [[["image", "video"], ["image"]], [["video"]], [[], []]])
 def test_one_process_is_as_without(family, samples):
-    """Bit for bit, loss and every gradient: there is nobody to share with."""
+    """Bit for bit, loss and every gradient: there is no other rank to share with."""
     batch = tiny.draw_batch(samples, 64, seed=3, frames_apart=family == "qwen3_vl")
     found = []
     for how in (False, "data"):
