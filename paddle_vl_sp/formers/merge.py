@@ -17,6 +17,7 @@ from paddle_vl_sp.backends.dispatch import joint_rows
 from paddle_vl_sp.backends.plain import is_any_of
 from paddle_vl_sp.carried import LoadedPlans
 from paddle_vl_sp.formers import balanced_tower, shared_tower
+from paddle_vl_sp.formers.own_part import OwnPart
 from paddle_vl_sp.interleave import joint_features, order_on_host
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
@@ -39,7 +40,7 @@ class Merged:
     """The embeddings with the main features in their places, and what was found out on the way."""
 
     embeds: Tensor  # [B, S, H]
-    levels: list[Tensor]  # [N, H] each
+    levels: list[Tensor]  # [N, H] each, or [n, H] of this rank's rows
     mask: Tensor  # bool [B, S]
     plan: VisualPlan  # of the uncut sequence
     syncs: int  # host synchronisations that it took
@@ -83,18 +84,29 @@ def kinds_to_merge(model: Layer, given: dict[str, Any]) -> list[str]:
     return kinds or ["image"]
 
 
+def kind_ids(model: Layer, kinds: list[str]) -> dict[str, int]:
+    """kind -> the id of its placeholders"""
+    return {kind: getattr(model.config, f"{kind}_token_id") for kind in kinds}
+
+
 def merge(
-    model: Layer, given: dict[str, Any], kinds: list[str], loaded: LoadedPlans | None, is_counted_later: bool = False
+    model: Layer,
+    given: dict[str, Any],
+    kinds: list[str],
+    loaded: LoadedPlans | None,
+    is_counted_later: bool = False,
+    own: OwnPart | None = None,
 ) -> Merged:
     """Encodes and inserts the features of these kinds.
 
     is_counted_later  somebody else compares the features with the placeholders, so that this plan need not synchronise
+    own               this rank's part, where the tower is shared: the levels are of its rows alone
     """
     ids, embeds = given["input_ids"], given.get("inputs_embeds")
     if embeds is None:
         embeds = model.get_input_embeddings()(ids)
-    features = features_of(model, kinds, given)
-    wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
+    features = features_of(model, kinds, given, own.plans if own else None)
+    wanted = tuple(kind_ids(model, kinds).values())
     mask = is_any_of(ids, wanted)
     num_features = sum(rows[0].shape[0] for rows in features.values())
     padded = is_counted_later and any(len(rows) > 1 for rows in features.values())
@@ -108,7 +120,7 @@ def merge(
         plan = plan_visual(mask, None, layout, sequence_first=False, num_features=num_features, padded=padded)
         syncs = int(not padded)
     plan = plan.to(embeds.place)
-    main, *levels = joined(features, ids, wanted, loaded)
+    main, levels = _joined_apart(features, ids, wanted, loaded, own)
     if not num_features:  # nothing to insert, but a tower that other ranks used stays in the graph
         main, levels = paddle.concat([main, *levels]), []
     merged = replace_rows(embeds, main, plan)
@@ -129,7 +141,10 @@ def hide_pixels(given: dict[str, Any], kinds: list[str], embeds: Tensor) -> None
 def features_of(
     model: Layer, kinds: list[str], given: dict[str, Any], plans: Mapping[str, VisualPlan] | None = None
 ) -> dict[str, list[Tensor]]:
-    """[main, *levels] of each kind; with this rank's plan of each, for a shared tower, only the rows that it uses."""
+    """[main, *levels] of each kind; with this rank's plan of each, for a shared tower, only the rows that it uses.
+
+    Under sequence parallelism this is so for the levels alone.
+    """
     if balanced_tower.takes_part(model, given):
         return _balanced(model, kinds, given)
     return {kind: _encoded(model, kind, given, plans[kind] if plans else None) for kind in kinds}
@@ -184,6 +199,22 @@ def _check_loaded(loaded: LoadedPlans, mask: Tensor, ids: Tensor, wanted: tuple[
         advice = f"give PlanningCollate (image_token_id, video_token_id), here {wanted}, in this order"
         check_order(loaded.order, order_on_host(ids.numpy(), wanted)[0], advice)
     check_positions(loaded.positions, np.flatnonzero(mask.numpy()), LOADER_ADVICE)
+
+
+def _joined_apart(
+    features: dict[str, list[Tensor]],
+    ids: Tensor,
+    wanted: tuple[int, ...],
+    loaded: LoadedPlans | None,
+    own: OwnPart | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """main [N, H] and levels, of the batch or of this rank's part."""
+    if own is None:
+        main, *levels = joined(features, ids, wanted, loaded)
+        return main, levels
+    (main,) = joined({kind: rows[:1] for kind, rows in features.items()}, ids, wanted, loaded)
+    of_levels = {kind: rows[1:] for kind, rows in features.items()}
+    return main, joined(of_levels, own.ids, wanted, None) if all(of_levels.values()) else []
 
 
 def joined(

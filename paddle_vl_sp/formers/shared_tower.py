@@ -172,10 +172,15 @@ def is_shared_over_context(inner: Layer) -> bool:
     return inner in _sharing_over_context
 
 
+def is_shared_over_tensor_parallel(inner: Layer) -> bool:
+    return inner in _sharing
+
+
 def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, plan: VisualPlan | None = None) -> Encoded:
     """encode(pixels, grid), by all ranks together where the tower is shared: features [N, H], maybe with levels.
 
-    plan  of this rank, where the ranks of context parallelism share: only the rows [n, H] that it uses arrive
+    plan  of this rank: of the features that are placed after the cut, only the rows [n, H] that it uses arrive. Those
+          are the levels, and under context parallelism the features too
     """
     if inner in _sharing_over_context:
         step = STEP.get()
@@ -186,8 +191,8 @@ def encoded(inner: Layer, encode: Encode, pixels: Tensor, grid: Tensor, plan: Vi
     if inner not in _sharing:
         return encode(pixels, grid)
     _check_marks(inner.visual)
-    # whole: by the cut's own backward for the main features, by complete_grad for the levels
-    return _encoded(inner, encode, pixels, grid, require_tensor_parallel_group(), "whole")
+    # whole: by the cut's own backward for the features, and without a plan by complete_grad for the levels
+    return _encoded(inner, encode, pixels, grid, require_tensor_parallel_group(), "whole", plan)
 
 
 def _encoded(

@@ -58,6 +58,8 @@ def rows_from_encoders(
 
 def rows_from_here(outs: Sequence[Tensor], wanted: Integers) -> list[Tensor]:
     """The same where this rank has encoded all."""
+    if not outs:
+        return []
     num_rows = outs[0].shape[0]
     if len(wanted) == num_rows:
         return list(outs)

@@ -90,6 +90,7 @@ def encode_shared(
 
         features, levels = encode_shared(tower, pixel_values, grid_thw, group=sp_group, merge_size=2)  # [N, H], L x ..
         (features, levels), own_plan = encode_shared(..., group=sp_group, merge_size=2, plan=plan)  # [n, H], L x ..
+        (features, levels), own_plan = encode_shared(..., plan=plan, grad="whole")  # [N, H], L x [n, H]
 
     encode           a tower with replicated weights: pixels [P, C] and grid [I, 3] of (t, h, w) to features [N, H], or
                      to (features, [levels]), all of one width and dtype; N is P / merge_size**2
@@ -110,7 +111,8 @@ def encode_shared(
                      nothing is gathered. 1, the default, does so for a single image; 0 always shares
     plan             on every rank its own, of the same batch: a row goes to the ranks whose plans use it, and to no
                      other. The result is [n, H], in reading order, for features that are placed after the cut:
-                     gradients are partial, and return to the rank that encoded the row
+                     gradients are partial, and return to the rank that encoded the row. With grad="whole" this is so
+                     for the levels alone: features are placed before the cut, so every rank has all, as without a plan
 
     One small collective exchanges errors, a fingerprint of the batch and the arguments, and the rows' width and dtype;
     one gather moves features and levels together. With plans, another small one says who uses which row, and one
@@ -140,7 +142,8 @@ def encode_shared(
     elif error is not None:
         raise error
     elif wanted is not None and outs is not None:
-        outs = rows_from_here(outs, wanted)
+        to_all = _num_to_all(outs, grad, wanted)
+        outs = outs[:to_all] + rows_from_here(outs[to_all:], wanted)
     assert outs is not None
     result: Encoded = join_result(outs, form)
     return result if plan is None or wanted is None else (result, own_plan(plan, len(wanted)))
@@ -156,15 +159,25 @@ def _exchanged(
     wanted: npt.NDArray[np.int64] | None,
 ) -> list[Tensor]:
     """Features and levels of the whole batch, or the wanted rows, from this rank's outs; None if it skipped."""
-    if work.is_shared:
-        own = outs or no_rows(kind, group)
-        if wanted is None:
-            return gather_rows(own, work.share.rows, group, mode, grad, kind.needs_grad)
-        return rows_from_encoders(own, work.share.rows, wanted, group, kind.needs_grad)
-    assert outs is not None
-    if wanted is not None:
-        return rows_from_here(outs, wanted)
-    return [_OwnGradient.apply(x, group) for x in outs] if grad == "whole" else outs
+    own = outs or no_rows(kind, group)
+    num = _num_to_all(own, grad, wanted)
+    to_all, to_owners = own[:num], own[num:]
+    if not work.is_shared and grad == "whole":
+        to_all = [_OwnGradient.apply(x, group) for x in to_all]
+    elif work.is_shared and to_all:
+        to_all = gather_rows(to_all, work.share.rows, group, mode, grad, kind.needs_grad)
+    if wanted is None or not to_owners:
+        return to_all
+    if not work.is_shared:
+        return to_all + rows_from_here(to_owners, wanted)
+    return to_all + rows_from_encoders(to_owners, work.share.rows, wanted, group, kind.needs_grad)
+
+
+def _num_to_all(outs: list[Tensor], grad: str, wanted: npt.NDArray[np.int64] | None) -> int:
+    """How many of features and levels every rank gets whole; of the others each rank gets the rows that it wants."""
+    if wanted is None:
+        return len(outs)
+    return 1 if grad == "whole" else 0  # features that are placed before the cut
 
 
 def join_result(outs: list[Tensor], form: int) -> Any:
@@ -200,10 +213,10 @@ def _check_choices(idle: str, grad: str, mode: str, plan: VisualPlan | None) -> 
     check_choice("idle", idle, IDLE)
     check_choice("grad", grad, GRADS)
     check_choice("mode", mode, ("auto", *MODES))
-    if plan is not None and (grad, mode) != ("partial", "auto"):
+    if plan is not None and grad == "partial" and mode != "auto":
         raise ValueError(
-            f"encode_shared with a plan moves rows in its own way, with partial gradients, got grad={grad!r} and "
-            f"mode={mode!r}: leave both out"
+            f"encode_shared with a plan moves rows in its own way, got mode={mode!r}: leave it out, or say "
+            'grad="whole" where the features are placed before the cut and only the levels go by the plan'
         )
 
 

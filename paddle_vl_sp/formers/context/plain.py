@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import paddle
 from paddle import Tensor
 from paddle.nn import Layer
@@ -16,13 +15,12 @@ from paddle_vl_sp.backends.plain import is_any_of
 from paddle_vl_sp.formers import balanced_tower, shared_tower
 from paddle_vl_sp.formers.context.attention import INDICES
 from paddle_vl_sp.formers.context.step import Step
-from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kinds_to_merge
-from paddle_vl_sp.plan import VisualPlan, check_feature_count, plan_visual
+from paddle_vl_sp.formers.merge import KINDS, features_of, joined, kind_ids, kinds_to_merge
+from paddle_vl_sp.formers.own_part import OwnPart
+from paddle_vl_sp.plan import VisualPlan, check_feature_count
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.rows import replace_rows
 from paddle_vl_sp.vision.owners import own_plan
-
-Integers = npt.NDArray[np.int64]
 
 PADDING = -1  # no placeholder
 
@@ -50,15 +48,12 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
     embeds = model.get_input_embeddings()(own_ids)  # [B, S_local, H]
     placed = None
     if kinds:
-        wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
-        whole = step.padded(ids, PADDING)
-        plan = plan_visual(whole, wanted, step.layout, sequence_first=False)
+        own = OwnPart(step.padded(ids, PADDING), kind_ids(model, kinds), step.layout)
         sends_rows = shared_tower.is_shared_over_context(model) and not balanced_tower.is_balanced(model)
-        encode = _own_features if sends_rows else _all_features
-        (main, *levels), used = encode(model, kinds, given, step, whole, plan)
-        placed = Placed(levels, is_any_of(own_ids, wanted), used.to(embeds.place))
+        (main, *levels), used = (_own_features if sends_rows else _all_features)(model, given, step, own)
+        placed = Placed(levels, is_any_of(own_ids, own.wanted), used.to(embeds.place))
         embeds = replace_rows(embeds, main, placed.plan)
-        note_forward(plan, num_levels=len(levels), group=step.group)
+        note_forward(own.plan, num_levels=len(levels), group=step.group)
         given |= dict.fromkeys([KINDS[kind][0] for kind in kinds])
     given |= {
         "input_ids": None,
@@ -73,28 +68,17 @@ def place(model: Layer, given: dict[str, Any], step: Step) -> Placed | None:
     return placed
 
 
-def _all_features(
-    model: Any, kinds: list[str], given: dict[str, Any], step: Step, whole: Integers, plan: VisualPlan
-) -> tuple[list[Tensor], VisualPlan]:
+def _all_features(model: Any, given: dict[str, Any], step: Step, own: OwnPart) -> tuple[list[Tensor], VisualPlan]:
     """[main, *levels] of the whole batch, each [N, H], which every rank encodes, and the plan that places them."""
-    wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
-    features = joined(features_of(model, kinds, given), step.joined(given["input_ids"]), wanted, None)
-    check_feature_count(int(plan.counts[1]), features[0].shape[0])
-    return (features if features[0].shape[0] else [paddle.concat(features)]), plan
+    features = joined(features_of(model, list(own.kind_ids), given), step.joined(given["input_ids"]), own.wanted, None)
+    check_feature_count(int(own.plan.counts[1]), features[0].shape[0])
+    return (features if features[0].shape[0] else [paddle.concat(features)]), own.plan
 
 
-def _own_features(
-    model: Any, kinds: list[str], given: dict[str, Any], step: Step, whole: Integers, plan: VisualPlan
-) -> tuple[list[Tensor], VisualPlan]:
+def _own_features(model: Any, given: dict[str, Any], step: Step, own: OwnPart) -> tuple[list[Tensor], VisualPlan]:
     """The same of this rank's rows [n, H] alone: the ranks share the tower, and send rows to those that use them."""
-    wanted = tuple(getattr(model.config, f"{kind}_token_id") for kind in kinds)
-    plans = {
-        kind: plan_visual(whole, (kind_id,), step.layout, sequence_first=False)
-        for kind, kind_id in zip(kinds, wanted, strict=True)
-    }
-    own_ids = whole[:, step.layout.positions()]
-    features = joined(features_of(model, kinds, given, plans), own_ids, wanted, None)
-    return features, own_plan(plan, features[0].shape[0])
+    features = joined(features_of(model, list(own.kind_ids), given, own.plans), own.ids, own.wanted, None)
+    return features, own_plan(own.plan, features[0].shape[0])
 
 
 def _positions(model: Any, given: dict[str, Any]) -> Tensor:

@@ -13,9 +13,9 @@ from paddle import Tensor
 from paddle.nn import Layer
 
 from paddle_vl_sp.carried import Handover, LoadedPlans, OfMask
-from paddle_vl_sp.comm.collectives import Group
+from paddle_vl_sp.comm.collectives import Group, has_peers
 from paddle_vl_sp.comm.grads import complete_grad
-from paddle_vl_sp.formers import shared_tower, tiny
+from paddle_vl_sp.formers import balanced_tower, shared_tower, tiny
 from paddle_vl_sp.formers.balanced_tower import balanced_init
 from paddle_vl_sp.formers.context.forward import outer_forward
 from paddle_vl_sp.formers.context.plain import place, rows_of_tensor_rank
@@ -33,23 +33,25 @@ from paddle_vl_sp.formers.contracts import (
 from paddle_vl_sp.formers.deepstack import OWN_ROWS, OwnRows, deepstack
 from paddle_vl_sp.formers.groups import require_tensor_parallel_group
 from paddle_vl_sp.formers.known import MODELS, Called, Family, Replaced
-from paddle_vl_sp.formers.merge import KINDS, LOADER_ADVICE, hide_pixels, kinds_to_merge, merge
+from paddle_vl_sp.formers.merge import KINDS, LOADER_ADVICE, Merged, hide_pixels, kind_ids, kinds_to_merge, merge
 from paddle_vl_sp.formers.model_view import ModelView
 from paddle_vl_sp.formers.norms import text_init
+from paddle_vl_sp.formers.own_part import OwnPart
 from paddle_vl_sp.layout import SeqLayout
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.report import note_forward
 from paddle_vl_sp.verify import check_loaded, checking
+from paddle_vl_sp.vision.owners import own_plan
 
 
 @dataclass(frozen=True, eq=False)
 class Visual(OfMask):
     """What the model's forward knows of the mask that it hands to the text model."""
 
-    plan: VisualPlan  # of the uncut sequence
+    plan: VisualPlan  # of the tokens that the mask is of: all, or this rank's part where the tower is shared
     loaded: LoadedPlans | None
     syncs: int  # host synchronisations so far
-    is_part: bool = False  # context parallelism: mask and plan are of this rank's part of the sequence
+    is_part: bool = False  # context parallelism: mask and plan are of its rank's part of the sequence
     reached: list[bool] = field(default_factory=list)  # by PaddleFormers' text model, which completes the levels
 
 
@@ -71,15 +73,37 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         kinds = kinds_to_merge(self, call.arguments)
         if not kinds:
             return original(self, *args, **kwargs)
-        merged = merge(self, call.arguments, kinds, loaded, is_counted_later=_is_cut(self))
+        own = _own_part(self, call.arguments, kinds)
+        merged = merge(self, call.arguments, kinds, loaded, is_counted_later=_is_cut(self), own=own)
         if loaded and checking():
             _check_loaded(loaded, merged.mask)
         hide_pixels(call.arguments, kinds, merged.embeds)
         if not merged.plan.num_features:
             return original(*call.args, **call.kwargs)
-        return _with_levels(original, call, Visual(merged.mask, merged.plan, loaded, merged.syncs), merged.levels)
+        visual = _visual_of_part(own, merged) if own else Visual(merged.mask, merged.plan, loaded, merged.syncs)
+        return _with_levels(original, call, visual, merged.levels)
 
     return forward
+
+
+def _own_part(model: Layer, given: dict[str, Any], kinds: list[str]) -> OwnPart | None:
+    """Where the tensor-parallel ranks share the tower: each gets the levels of its part of the flattened batch."""
+    if not shared_tower.is_shared_over_tensor_parallel(model) or balanced_tower.is_balanced(model):
+        return None
+    group = require_tensor_parallel_group()
+    tokens = given["input_ids"].numpy().reshape(1, -1)
+    return OwnPart(tokens, kind_ids(model, kinds), SeqLayout(tokens.size, sp_size=group.nranks, sp_rank=group.rank))
+
+
+def _visual_of_part(own: OwnPart, merged: Merged) -> Visual:
+    """Of the mask [B, S] the part [1, S_local] that the levels are of, which PaddleFormers' own code takes as well."""
+    layout = own.layout
+    begin = layout.sp_rank * layout.local_len
+    mask = merged.mask.reshape([1, -1])[:, begin : begin + layout.local_len]
+    syncs = merged.syncs + 1  # to read the ids
+    note_forward(own.plan, num_levels=len(merged.levels), group=require_tensor_parallel_group(), syncs=syncs)
+    plan = own_plan(own.plan, len(own.plan.update_indices)).to(mask.place)
+    return Visual(mask, plan, None, syncs)
 
 
 def _cut_forward(original: Callable[..., Any], call: inspect.BoundArguments, step: Step) -> Any:
@@ -102,7 +126,8 @@ def text_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         mask, levels = given.get("visual_pos_masks"), given.get("deepstack_visual_embeds")
         if mask is None or levels is None or not len(levels) or mask.ndim != 2 or mask.dtype != paddle.bool:
             return original(*call.args, **call.kwargs)
-        plan, levels = _of_this_rank(mask, list(levels), self.config.sequence_parallel)
+        group = require_tensor_parallel_group() if self.config.sequence_parallel else None
+        plan, levels = _of_this_rank(mask, list(levels), group, _is_own_part(mask, given, group))
         given["deepstack_visual_embeds"] = levels
         visual = VISUAL.get()
         with OWN_ROWS.given(OwnRows(mask, plan, is_part=visual is not None and visual.is_part)):
@@ -140,19 +165,30 @@ def _check_loaded(loaded: LoadedPlans, mask: Tensor) -> None:
     check_loaded(loaded.update, loaded.gather, tokens, layout, False, LOADER_ADVICE)
 
 
-def _of_this_rank(mask: Tensor, levels: list[Tensor], sequence_parallel: bool) -> tuple[VisualPlan, list[Tensor]]:
+def _is_own_part(mask: Tensor, given: dict[str, Any], group: Group | None) -> bool:
+    """Whether the mask is of this rank's part of the tokens, as where the tower is shared, and not of all."""
+    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if not has_peers(group) or tokens is None:
+        return False
+    return bool(mask.size * group.nranks == tokens.shape[0] * tokens.shape[1])
+
+
+def _of_this_rank(
+    mask: Tensor, levels: list[Tensor], group: Group | None, is_own_part: bool
+) -> tuple[VisualPlan, list[Tensor]]:
     """The plan of the text model's hidden states; under sequence parallelism, a cut of the flattened batch [B * S]."""
     visual = VISUAL.get()
     if visual is not None and visual.is_for(mask):
         visual.reached.append(True)
     else:  # another caller's mask, or a replay in the backward
         visual = None
-    group = require_tensor_parallel_group() if sequence_parallel else None
-    plan, syncs = _own_plan(mask, levels[0].shape[0], visual, group)
+    plan, syncs = _own_plan(mask, levels[0].shape[0], visual, None if is_own_part else group)
     syncs += visual.syncs if visual else 0
-    if not (visual and visual.is_part):  # which is counted where it is placed
+    if not is_own_part and not (visual and visual.is_part):  # those are counted where they are placed
         note_forward(plan, num_levels=len(levels), group=group, syncs=syncs)
-    return plan, levels if group is None else complete_grad(levels, plan, group)
+    if group is None or is_own_part:  # whose gradients return to the ranks that encoded the rows
+        return plan, levels
+    return plan, complete_grad(levels, plan, group)
 
 
 def _own_plan(mask: Tensor, num_features: int, visual: Visual | None, group: Group | None) -> tuple[VisualPlan, int]:
