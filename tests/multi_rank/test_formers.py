@@ -114,9 +114,9 @@ def of_frozen(ranks, part):
     return ranks.errors(frozen(ranks.model(), part), ["several"], wanted)
 
 
-def of_loaded_plans(ranks):
+def of_loaded_plans(ranks, model):
     """The same batches with plans from the data loader: loss and gradients against those without, bit for bit."""
-    model, equal = ranks.model(), {}
+    equal = {}
     for kind, batch in ranks.batches.items():
         collate = PlanningCollate(dict, (tiny.IMAGE, tiny.VIDEO), ranks.nranks, "flattened", tiny.MERGE)
         without, given = ranks.step(model, batch), ranks.step(model, collate(batch))
@@ -125,10 +125,10 @@ def of_loaded_plans(ranks):
     return equal
 
 
-def checked(ranks):
+def checked(ranks, model):
     os.environ["PADDLE_VL_SP_CHECK"] = "1"
     try:
-        return ranks.errors(ranks.model(), SOME)
+        return ranks.errors(model, SOME)
     finally:
         del os.environ["PADDLE_VL_SP_CHECK"]
 
@@ -142,8 +142,31 @@ def of_shared_tower(ranks):
         seen, tower = [], model.visual.forward
         model.visual.forward = lambda pixels, grid_thw: (seen.append(grid_thw.shape[0]), tower(pixels, grid_thw))[1]
         ranks.step(model, ranks.batches["several"])
+        images = sum(seen)
+        levels = {kind: rows_of_levels(ranks, model, ranks.batches[kind]) for kind in MORE}
+        loaded = of_loaded_plans(ranks, model)
+        with_checks = checked(ranks, model)
     still = any(p.sequence_parallel for p in model.visual.parameters())
-    return errors | {"images": sum(seen), "marked": marked, "still marked": still}
+    facts = {"images": images, "marked": marked, "still marked": still, "levels": levels}
+    return errors | facts | {"loaded": loaded, "checked": with_checks}
+
+
+def rows_of_levels(ranks, model, batch):
+    """The rows of every level that the text model gets, and the visual tokens of this rank's part, and of the batch."""
+    rows, text = [], type(model.language_model)
+    ours = text.forward
+
+    def forward(self, *args, **named):
+        rows.extend(level.shape[0] for level in named.get("deepstack_visual_embeds") or ())
+        return ours(self, *args, **{**named, "return_dict": True})
+
+    text.forward = forward
+    try:
+        ranks.step(model, batch)
+    finally:
+        text.forward = ours
+    visual = np.isin(batch["input_ids"].numpy(), (tiny.IMAGE, tiny.VIDEO)).reshape(ranks.nranks, -1)
+    return rows, int(visual[ranks.rank].sum()), int(visual.sum())
 
 
 def of_shared_tower_built_after(ranks):
@@ -289,8 +312,8 @@ def measure(nranks, weights, wanted, steps):
         told["full recompute"] = ranks.errors(recomputed(ranks.model()), SOME)
         told["frozen language model"] = of_frozen(ranks, "language_model")
         told["frozen tower"] = of_frozen(ranks, "visual")
-        told["checked"] = checked(ranks)
-        told["loaded"] = of_loaded_plans(ranks)
+        told["checked"] = checked(ranks, ranks.model())
+        told["loaded"] = of_loaded_plans(ranks, ranks.model())
         told["by the trainer"] = by_the_trainer(ranks)
         told["vision dp"] = of_shared_tower(ranks)
         told["vision dp, built after"] = of_shared_tower_built_after(ranks)
@@ -381,6 +404,25 @@ def test_vision_dp_shares_the_images(told):
         for case in ("vision dp", "vision dp, built after"):
             assert rank[case]["marked"]
             assert not rank[case]["still marked"]
+
+
+def test_vision_dp_sends_a_level_to_those_that_use_it(told):
+    """Each of three levels arrives as this rank's rows alone, also where those are none."""
+    for rank in told:
+        for kind, (rows, own, _) in rank["vision dp"]["levels"].items():
+            assert rows == ([] if kind == "text" else [own] * 3)
+    for kind in ("one", "several", "both"):
+        assert sum(rank["vision dp"]["levels"][kind][1] for rank in told) == told[0]["vision dp"]["levels"][kind][2] > 0
+    assert min(rank["vision dp"]["levels"]["one"][1] for rank in told) == 0
+
+
+def test_vision_dp_with_loader_plans_and_with_checks(told):
+    """Bit-exact with and without the loader's plans; fp32 rounding where upstream adds every level beside."""
+    for rank in told:
+        assert rank["vision dp"]["loaded"] == dict.fromkeys(SAMPLES, True)
+        for kind in SOME:
+            assert rank["vision dp"]["checked"][kind]["tower"] < RIGHT
+            assert rank["vision dp"]["checked"][kind]["language"] < RIGHT
 
 
 def test_layers_on_paddlefleet(told):

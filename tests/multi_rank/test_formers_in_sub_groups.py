@@ -32,7 +32,7 @@ def measure():
         found = {"place": (ranks.group.ranks, ranks.rank)}
         with apply_to_qwen3_vl():
             found["patched"] = ranks.errors(ranks.model(), SOME)
-            found["loaded"] = of_loaded_plans(ranks)
+            found["loaded"] = of_loaded_plans(ranks, ranks.model())
             found["vision dp"] = of_shared_tower(ranks)
     dist.barrier()
     return found

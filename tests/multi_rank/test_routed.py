@@ -12,8 +12,9 @@ import pytest
 from paddle.distributed.fleet.utils import recompute
 
 from groups import world
-from paddle_vl_sp import SeqLayout, add_rows, plan_visual, replace_rows
+from paddle_vl_sp import SeqLayout, add_rows, complete_grad, plan_visual, replace_rows
 from paddle_vl_sp.comm import exchange
+from paddle_vl_sp.comm.grads import sum_parameter_grads
 from paddle_vl_sp.comm.routed import exchange_rows
 from paddle_vl_sp.testing.subgroup import SubGroup
 from paddle_vl_sp.vision.parallel import encode_shared
@@ -239,6 +240,71 @@ def hold_plan(batch, cut, placing, group=None, encoding=lambda model: model, aga
     return own
 
 
+def placed_apart(encode, mask, layout):
+    """Features before the cut, whose gradient is the same on every rank, and two levels after it."""
+    everything = plan_visual(mask, None, SeqLayout(LENGTH), sequence_first=False).to("cpu")
+    (features, levels), own = encode()
+    rng = np.random.default_rng(4)
+    whole = paddle.to_tensor(rng.normal(size=[*mask.shape, HIDDEN]).astype("float32"))
+    whole = replace_rows(whole, features, everything) * paddle.to_tensor(rng.normal(size=whole.shape).astype("float32"))
+    shape = (mask.shape[0], layout.local_len, HIDDEN)
+    rng = np.random.default_rng([8, world().rank])
+    hidden, weight = (paddle.to_tensor(rng.normal(size=shape).astype("float32")) for _ in range(2))
+    for level in levels:
+        hidden = add_rows(paddle.tanh(hidden), level, own)
+    (whole.sum() + (hidden * weight).sum()).backward()
+    return features, levels, hidden
+
+
+def hold_levels(batch, cut, placing, group=None, **options):
+    """grad="whole" with a plan and without, where complete_grad sums the levels': all by bits, the tower's sum by 1e-5.
+
+    The sum, since without a plan a tower that every rank runs keeps other rows of the levels' gradients.
+    """
+    group = group or world()
+    grid, layout = np.array(BATCHES[batch], np.int64).reshape(-1, 3), layouts_of(group.nranks)[cut][group.rank]
+    mask, told, found = mask_of(grid, placing, layout), (batch, cut, placing, options), []
+    plan = plan_visual(mask, None, layout, sequence_first=False).to("cpu")
+    options = {"group": group, "merge_size": MERGE, "grad": "whole", "replicate_below": 0, **options}
+    for is_routed in (False, True):
+        model, x = tower(), pixels(grid)
+
+        def encode(model=model, x=x, is_routed=is_routed):
+            if is_routed:
+                return encode_shared(model, x, grid, plan=plan, **options)
+            features, levels = encode_shared(model, x, grid, **options)
+            return (features, complete_grad(levels, plan, group)), plan
+
+        outs = placed_apart(encode, mask, layout)
+        sum_parameter_grads(model, group)
+        found.append((outs, {name: each.grad for name, each in model.named_parameters()}))
+    ((features, levels, hidden), right), ((got, own, own_hidden), grads) = found
+    assert got.numpy().tobytes() == features.numpy().tobytes(), told
+    assert own_hidden.numpy().tobytes() == hidden.numpy().tobytes(), told
+    for level, rows in zip(own, levels, strict=True):
+        assert level.numpy().tobytes() == rows.numpy()[plan.gather_indices.numpy()].tobytes(), told
+    for name, wanted in right.items():
+        assert (grads[name] is None) == (wanted is None), (name, told)
+        if wanted is not None:
+            assert np.allclose(grads[name].numpy(), wanted.numpy(), rtol=1e-5, atol=1e-5), (name, told)
+
+
+def levels_alone_go_to_their_owners():
+    for batch, placing in itertools.product(BATCHES, ("scattered", "front")):
+        for cut in ("contiguous", "zigzag"):
+            hold_levels(batch, cut, placing)
+        hold_levels(batch, "contiguous", placing, replicate_below=10**6)  # every rank encodes all
+    for policy, idle in (("longest", "skip"), ("count", "dummy")):
+        hold_levels("uneven", "zigzag", "scattered", policy=policy, idle=idle)
+    group, grid = world(), np.array(BATCHES["uneven"])
+    plan = plan_visual(mask_of(grid, "front", SeqLayout(LENGTH)), None, SeqLayout(LENGTH), sequence_first=False)
+    for encode, form in ((lambda x, g: tower()(x, g)[0], None), (lambda x, g: (tower()(x, g)[0], []), [])):
+        found, _ = encode_shared(encode, pixels(grid), grid, plan=plan, group=group, merge_size=MERGE, grad="whole")
+        features, levels = (found, None) if form is None else found
+        assert levels == form
+        assert features.numpy().tobytes() == tower()(pixels(grid), grid)[0].numpy().tobytes()
+
+
 def own_rows_are_those_of_all_rows():
     for batch, placing in itertools.product(BATCHES, ("scattered", "front")):
         for cut in layouts_of(world().nranks):
@@ -353,9 +419,9 @@ def wrong_plans_on_one_rank_are_everyones_error():
     same_error_everywhere(lambda: call(plan=short if is_odd else plan), group, words)
     same_error_everywhere(lambda: call(plan=None if is_odd else plan), group, "same batch and pass the same arguments")
     wrong = {"grad": "whole"} if is_odd else {}
-    same_error_everywhere(lambda: call(**wrong), group, "with partial gradients, got grad='whole' and mode='auto'")
+    same_error_everywhere(lambda: call(**wrong), group, "same batch and pass the same arguments")
     wrong = {"mode": "sum"} if is_odd else {}
-    same_error_everywhere(lambda: call(**wrong), group, "with partial gradients, got grad='partial' and mode='sum'")
+    same_error_everywhere(lambda: call(**wrong), group, "moves rows in its own way, got mode='sum'")
     assert call()[1].num_features == len(plan.gather_indices)
 
 
@@ -365,6 +431,7 @@ ON_ANY = [
     by_one_collective_where_there_is_one,
     wrong_rows_on_one_rank_are_everyones_error,
     own_rows_are_those_of_all_rows,
+    levels_alone_go_to_their_owners,
     every_sharing,
     recomputed,
     sixteen_bits,

@@ -12,6 +12,7 @@ owners    all rows to all ranks, and rows to their owners alone, over real proce
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -169,45 +170,60 @@ def page_of_images(rng: np.random.Generator, images: int, unit: int) -> tuple[Co
     return grid, np.pad(mask, (0, -len(mask) % unit))[None]
 
 
+CUTS = {
+    ("contiguous", "partial"): "contiguous",
+    ("zigzag", "partial"): "zigzag",
+    ("contiguous", "whole"): "contiguous, features before it",
+}
+
+
 def counted_owners(images: int, width: int, levels: int, repeats: int) -> list[tuple[str, str, list[float]]]:
-    """(cut, way, [bytes sent in forward and backward, seconds, rows that this rank then holds, N]); on every rank."""
+    """(cut, way, [bytes sent in forward and backward, seconds, rows that this rank then holds of each, N]); on a rank.
+
+    Before the cut, features enter the whole sequence on every rank, and levels this rank's part, as in the plain models
+    under sequence parallelism.
+    """
     import paddle
     import paddle.distributed as dist
 
-    from paddle_vl_sp import SeqLayout, encode_shared, plan_visual, replace_rows
+    from paddle_vl_sp import SeqLayout, complete_grad, encode_shared, plan_visual, replace_rows
 
     group, found = dist.get_group(0), []
     grid, mask = page_of_images(np.random.default_rng(0), images, 2 * group.nranks)
     pixels = paddle.randn([int(grid.prod(axis=1).sum()), width // 4])
     pixels.stop_gradient = False
-    hidden = paddle.zeros([1, mask.shape[1] // group.nranks, width])
+    hidden, uncut = (paddle.zeros([1, length, width]) for length in (mask.shape[1] // group.nranks, mask.shape[1]))
+    everything = plan_visual(mask, None, SeqLayout(mask.shape[1]), sequence_first=False).to("cpu")
 
     def encode(x: paddle.Tensor, _: object) -> tuple[paddle.Tensor, list[paddle.Tensor]]:
         rows = x.reshape([-1, width])
         return rows * 2, [rows * (level + 3) for level in range(levels)]
 
-    for cut in ("contiguous", "zigzag"):
+    for cut, grad in (("contiguous", "partial"), ("zigzag", "partial"), ("contiguous", "whole")):
         layout = SeqLayout(mask.shape[1], cp_size=group.nranks, cp_rank=group.rank, cp_mode=cut)
         plan = plan_visual(mask, None, layout, sequence_first=False).to("cpu")
+        start, of_features = (hidden, None) if grad == "partial" else (uncut, everything)
         placed = []
         for way in ("all rows", "owners"):
-            options = {"plan": plan} if way == "owners" else {}
             seconds = []
             for _ in range(repeats):
                 dist.barrier(group)
                 begin = time.perf_counter()
                 with Counted() as counted:
-                    result = encode_shared(encode, pixels, grid, group=group, merge_size=2, **options)
-                    (features, by_level), own = result if options else (result, plan)
-                    out = replace_rows(hidden, features, own)
-                    for level in by_level:
+                    share = functools.partial(encode_shared, encode, pixels, grid, group=group, merge_size=2, grad=grad)
+                    (features, by_level), own = share(plan=plan) if way == "owners" else (share(), plan)
+                    if grad == "whole" and way == "all rows":
+                        by_level = complete_grad(by_level, plan, group)
+                    first = replace_rows(start, features, of_features or own)
+                    out = replace_rows(hidden, by_level[0], own)
+                    for level in by_level[1:]:
                         out = out + replace_rows(hidden, level, own)
-                    out.sum().backward()
+                    (first.sum() + out.sum()).backward()
                 seconds.append(time.perf_counter() - begin)
-            placed.append(out.numpy())
-            numbers = [counted.sent, float(np.median(seconds)), features.shape[0], plan.num_features]
-            found.append((cut, way, numbers))
-        assert (placed[0] == placed[1]).all()
+            placed.append((first.numpy(), out.numpy()))
+            held = (features.shape[0] + levels * by_level[0].shape[0]) / (levels + 1)
+            found.append((CUTS[cut, grad], way, [counted.sent, float(np.median(seconds)), held, plan.num_features]))
+        assert all((one == other).all() for one, other in zip(*placed, strict=True))
     return found
 
 
