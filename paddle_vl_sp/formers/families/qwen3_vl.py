@@ -51,7 +51,7 @@ class Visual(OfMask):
     plan: VisualPlan  # of the tokens that the mask is of: all, or this rank's part where the tower is shared
     loaded: LoadedPlans | None
     syncs: int  # host synchronisations so far
-    is_part: bool = False  # context parallelism: mask and plan are of its rank's part of the sequence
+    is_part: bool = False  # context parallelism: the mask is of a part of the sequence, which upstream does not know
     reached: list[bool] = field(default_factory=list)  # by PaddleFormers' text model, which completes the levels
 
 
