@@ -10,7 +10,7 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
-from grid import grid_of
+from grid import grid_of, sub_group
 from groups import world
 from paddle_vl_sp import RunReport, apply_to_paddleformers, stop_balancing
 from paddle_vl_sp.formers import balanced_tower, groups, tiny
@@ -150,6 +150,23 @@ def test_training_ends_at_the_weights_of_data_parallelism(nranks):
     if nranks == 2:
         assert all(rank["model"] == [False, True, True, False] for rank in found)
         assert all(rank["generation"] for rank in found)
+
+
+def data_and_sharding():
+    """fleet's two axes of data, which make one group; gradients are averaged over it."""
+    grid_of(dp_degree=2, sharding_degree=2)
+    with mock.patch.object(dist, "new_group", sub_group):
+        ranks = groups.data_group().ranks
+    return plain("qwen2_5_vl") | {"ranks": ranks, "again": groups.data_group().ranks}
+
+
+def test_data_parallelism_and_sharding_are_one_group():
+    """fp32 rounding, over both axes; the ranks of either alone would leave the largest images where they are."""
+    for rank in run_ranks(data_and_sharding, 4, timeout=240):
+        assert rank["ranks"] == rank["again"] == [0, 1, 2, 3]
+        assert rank["weights"] < RIGHT
+        assert rank["losses"] < RIGHT
+        assert len(rank["report"]["vision_patches_encoded"]) == 4
 
 
 def two_times_two(families, context):
