@@ -1,5 +1,6 @@
 """A group of one, or none: nobody to talk to, everything is as it came, and errors are raised as they are."""
 
+import functools
 from unittest import mock
 
 import paddle
@@ -12,6 +13,7 @@ from paddle_vl_sp import (
     check_replicas,
     complete_grad,
     encode_shared,
+    plan_visual,
     plan_visual_local,
     sum_parameter_grads,
     sync_replicas,
@@ -87,6 +89,23 @@ def test_the_tower_encodes_all(group):
     assert (got[0].numpy() == wanted[0].numpy()).all()
     with pytest.raises(ValueError, match="grid_thw has 24 patches but pixel_values 23 rows"):
         encode_shared(tower, pixels[:-1], grid, group=group, merge_size=tiny_tower.MERGE)
+
+
+@alone
+def test_by_a_plan_levels_are_those_of_its_rows(group):
+    """Exact: of features that enter before the cut all rows, of levels three of six; without levels, features alone."""
+    tower, grid = tiny_tower.tower(), paddle.to_tensor([[1, 4, 4], [1, 2, 4]])
+    pixels = tiny_tower.pixels(grid.tolist())
+    layout = SeqLayout(8, sp_size=2, sp_rank=1)
+    plan = plan_visual(paddle.to_tensor([[9, 9, 1, 9, 9, 1, 9, 9]]), (9,), layout, sequence_first=False)
+    wanted, by_level = tower(pixels, grid)
+    share = functools.partial(encode_shared, group=group, merge_size=tiny_tower.MERGE, grad="whole", plan=plan)
+    (features, levels), own = share(tower, pixels, grid)
+    assert (features.numpy() == wanted.numpy()).all()
+    assert all((x.numpy() == whole.numpy()[3:]).all() for x, whole in zip(levels, by_level, strict=True))
+    assert own.gather_indices.tolist() == [0, 1, 2]
+    features, _ = share(lambda *given: tower(*given)[0], pixels, grid)
+    assert (features.numpy() == wanted.numpy()).all()
 
 
 def test_levels_of_another_dtype_are_refused():
