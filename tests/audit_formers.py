@@ -10,8 +10,7 @@ from paddleformers.transformers.segment_parallel_utils import split_inputs_seque
 
 from audit_models import around, same, summed, times
 from paddle_vl_sp.attention import ContextParallel
-from paddle_vl_sp.formers import apply_to_qwen2_5_vl, apply_to_qwen3_vl, tiny
-from paddle_vl_sp.formers.families import qwen3_vl
+from paddle_vl_sp.formers import apply_to_qwen2_5_vl, apply_to_qwen3_vl, text_levels, tiny
 
 SEQ_LEN, SAMPLES = 48, [["image"], ["image", "image"]]
 MERGER = "model.visual.deepstack_merger_list.{}.linear_fc2.weight"
@@ -57,16 +56,16 @@ def formers_model(family, fault="", group=None, samples=SAMPLES, seed=2):
             if fault == "marked tower" and ".visual." in name:
                 parameter.sequence_parallel = True
         batch["position_ids"] = tiny.positions(model, batch)
-        complete_grad = qwen3_vl.complete_grad
+        complete_grad = text_levels.complete_grad
         if family == "qwen3_vl":
-            qwen3_vl.complete_grad = partial(_completed, complete_grad, fault)
+            text_levels.complete_grad = partial(_completed, complete_grad, fault)
         else:
             tower = model.visual.forward
             model.visual.forward = lambda *given, **named: _features(tower(*given, **named), fault)
         try:
             yield (lambda: model(**batch).loss), model
         finally:
-            qwen3_vl.complete_grad = complete_grad
+            text_levels.complete_grad = complete_grad
 
 
 def _completed(complete_grad, fault, levels, plan, group):

@@ -11,8 +11,7 @@ from training import BUILDERS, SAMPLES, batches, loss_of, recomputed, train, ups
 from arrays import same_bits
 from paddle_vl_sp.backends import dispatch
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.formers import apply_to_qwen3_vl, tiny
-from paddle_vl_sp.formers.families import qwen3_vl
+from paddle_vl_sp.formers import apply_to_qwen3_vl, text_levels, tiny
 from paddle_vl_sp.testing import FakeGroup
 
 FEW = 5  # one batch of every kind
@@ -366,9 +365,9 @@ def test_the_rank_within_the_group_says_which_rows(monkeypatch, rank, ranks):
     """Exact: the group's place counts, not a global rank; of the flattened batch, as the plain classes cut it."""
     mask = np.random.default_rng(0).random((2, 8)) < 0.5
     number, own = int(mask.sum()), slice(8 * rank, 8 * rank + 8)
-    monkeypatch.setattr(qwen3_vl, "require_tensor_parallel_group", lambda: FakeGroup(rank, 2, ranks))
     monkeypatch.setattr("paddle.distributed.get_rank", lambda *_: ranks[rank])
-    plan, _ = qwen3_vl._of_this_rank(paddle.to_tensor(mask), [paddle.ones([number, 3])], sequence_parallel=True)
+    levels, group = [paddle.ones([number, 3])], FakeGroup(rank, 2, ranks)
+    plan, _ = text_levels._of_this_rank(paddle.to_tensor(mask), levels, group, is_own_part=False)
     assert plan.row_shape == (1, 8)
     assert plan.update_indices.tolist() == np.flatnonzero(mask.ravel()[own]).tolist()
     assert plan.gather_indices.tolist() == (np.cumsum(mask) - 1)[own][mask.ravel()[own]].tolist()

@@ -12,8 +12,8 @@ import pytest
 
 from fleet_parts import build_layer, fleet_config
 from paddle_vl_sp.comm import collectives
-from paddle_vl_sp.formers import PlanningCollate, apply_to_paddleformers, apply_to_qwen3_vl, tiny
-from paddle_vl_sp.formers.families import qwen3_vl, qwen3_vl_fleet
+from paddle_vl_sp.formers import PlanningCollate, apply_to_paddleformers, apply_to_qwen3_vl, text_levels, tiny
+from paddle_vl_sp.formers.families import qwen3_vl_fleet
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
@@ -320,9 +320,9 @@ def measure(nranks, weights, wanted, steps):
         told["vision dp, wrapped"] = of_wrapped_shared_tower(ranks)
         told["collectives"] = collectives_in_backward(ranks)
         told["drift patched"] = replicas(ranks, steps)
-        complete, qwen3_vl.complete_grad = qwen3_vl.complete_grad, lambda levels, plan, group: list(levels)
+        complete, text_levels.complete_grad = text_levels.complete_grad, lambda levels, plan, group: list(levels)
         told["without complete_grad"] = ranks.errors(ranks.model())
-        qwen3_vl.complete_grad = complete
+        text_levels.complete_grad = complete
     told["fleet layer"] = of_fleet_layer(ranks)
     told["reverted"] = ranks.errors(ranks.model(), ["several"])
     return told
