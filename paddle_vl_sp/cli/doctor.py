@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     if isinstance(paddle, Check):
         checks.append(paddle)
     else:
-        checks += [check_paddle(), *_quietly("operators", check_operators)]
+        checks += [check_paddle(), *_quietly("operators", check_operators), *_quietly("PaddleFleet", check_fleet_copy)]
         if not arguments.no_upstream and importable("paddleformers"):
             checks += _quietly(SUBJECT, check_model_class)
             checks += _quietly("upstream", check_upstream)
@@ -129,6 +129,14 @@ def _backend(operators: Check) -> Check:
     if operators.state != PASS:
         return Check(WARN, "backend", "plain Paddle, since there are no operators that fit")
     return Check(WARN, "backend", f"plain Paddle, more slowly: {found.reason}", load.rebuild())
+
+
+def check_fleet_copy() -> Iterator[Check]:
+    """A line where PaddleFleet has models of its own, which nothing here changes; imports neither."""
+    from paddle_vl_sp.formers import fleet_copy
+
+    if fleet_copy.is_installed():
+        yield Check(WARN, fleet_copy.COPY, f"PaddleFleet has models of its own: {fleet_copy.LEFT}", fleet_copy.ADVICE)
 
 
 def check_upstream() -> Iterator[Check]:

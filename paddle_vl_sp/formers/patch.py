@@ -21,6 +21,7 @@ from paddle_vl_sp.formers.context.install import deviations, install
 from paddle_vl_sp.formers.context.setting import as_setting
 from paddle_vl_sp.formers.ending import stop_together
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
+from paddle_vl_sp.formers.fleet_copy import COPY, is_installed, refuse_model, say_what_is_left
 from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, UNSUPPORTED, Line, PatchReport
@@ -73,8 +74,8 @@ def apply_to_paddleformers(
     if switched_off():
         logger.info("PaddleFormers is left as it is: %s=0", ENABLED)
         return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted))
-    if model is not None and not isinstance(model, Layer):
-        raise ValueError(f"model must be a model, got {model!r}; families are named by families=")
+    if model is not None:
+        _check_model(model)
     check_choice("vision_dp", vision_dp, (False, True, "data"))
     over_data = vision_dp == "data"
     is_shared = bool(vision_dp) and model is None
@@ -102,6 +103,7 @@ def apply_to_paddleformers(
         raise
     if families is None:
         lines += [Line(name, f"{MODELS}.{name}", UNSUPPORTED, why) for name, why in NOT_SUPPORTED.items()]
+    lines += say_what_is_left()
     report = PatchReport(tuple(lines), functools.partial(undo_changes, made))
     if not report.replaced:
         logger.warning("nothing of PaddleFormers is replaced: %s", report.in_a_line())
@@ -174,11 +176,18 @@ def _named(families: str | Sequence[str] | None) -> tuple[Family, ...]:
     return tuple(family for name in dict.fromkeys(names) for family in FAMILIES[name])
 
 
+def _check_model(model: Layer) -> None:
+    if not isinstance(model, Layer):
+        raise ValueError(f"model must be a model, got {model!r}; families are named by families=")
+    refuse_model(model)
+
+
 def _require_paddleformers() -> None:
     if importlib.util.find_spec("paddleformers") is None:
+        unchanged = f"; {COPY}, which PaddleFleet has instead, is not changed" if is_installed() else ""
         raise ImportError(
             "this changes PaddleFormers' classes, and paddleformers is not installed: "
-            'pip install "paddleformers==1.2.0" "pyarrow<26"'
+            f'pip install "paddleformers==1.2.0" "pyarrow<26"{unchanged}'
         )
 
 

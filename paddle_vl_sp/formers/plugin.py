@@ -16,7 +16,6 @@ PADDLE_VL_SP_AUDIT=1, strict    the gradients are audited before the first step,
 """
 
 from paddle_vl_sp.formers.audit import audit_if_asked
-from paddle_vl_sp.formers.callback import report_if_asked
 from paddle_vl_sp.formers.patch import apply_to_paddleformers
 from paddle_vl_sp.formers.workflow import plan_if_asked
 from paddle_vl_sp.settings import CONTEXT_PARALLEL, FAMILIES, STRICT, VISION_DP, is_on, names_in, setting
@@ -28,6 +27,8 @@ apply_to_paddleformers(
     vision_dp={"0": False, "1": True}.get(setting(VISION_DP), setting(VISION_DP)),
     context_parallel=None if asked == "0" else asked,
 )
+from paddle_vl_sp.formers.callback import report_if_asked  # noqa: E402 - its trainer, after the call that asks for it
+
 plan_if_asked()
 report_if_asked()
 audit_if_asked()

@@ -14,7 +14,7 @@ STATES = (REPLACED, LEFT_ALONE, ABSENT, UNSUPPORTED)
 class Line:
     """One method, class or module: what became of it and why."""
 
-    family: str  # the name of a Family, or "model"
+    family: str  # the name of a Family, "model", or "PaddleFleet's own"
     name: str
     state: str
     why: str

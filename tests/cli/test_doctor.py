@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
-from commands import PACKAGE, call, call_json, call_without
+from commands import PACKAGE, call, call_json, call_without, python
 from paddleformers.transformers.qwen3_vl import modeling
 
 from paddle_vl_sp.backends import load
@@ -179,6 +179,28 @@ def test_methods_on_paddlefleet_are_judged_too():
         assert checks[f"gpt_layer_specs.{name}"].state == PASS
     for name in ("PaddleFleet's embedding", "PaddleFleet's LM head"):
         assert checks[name].message.startswith("known; models would be made of a subclass")
+
+
+def test_paddlefleets_own_models_are_named(tmp_path):
+    """A WARN where it has them, by its files alone; no line where it has none. The fake cannot be imported."""
+    package = tmp_path / "paddlefleet"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    assert "paddlefleet.transformers" not in by_subject(call_json("doctor", "--no-upstream", cwd=tmp_path)[1]["checks"])
+    (package / "transformers").mkdir()
+    (package / "transformers" / "__init__.py").touch()
+    code, found = call_json("doctor", "--no-upstream", cwd=tmp_path)
+    check = by_subject(found["checks"])["paddlefleet.transformers"]
+    assert (code, check["state"]) == (0, WARN)
+    assert "this release changes those of paddleformers.transformers alone" in check["message"]
+    assert check["fix"].startswith("build models from paddleformers.transformers of PaddleFormers 1.2.0")
+
+
+def test_the_plugin_without_paddleformers_says_what_is_missing():
+    """The sentence of `apply_to_paddleformers`, and not that of an import in it."""
+    run = "import runpy, sys; sys.modules['paddleformers'] = None; runpy.run_module('paddle_vl_sp.formers.plugin')"
+    done = python(run)
+    assert "ImportError: this changes PaddleFormers' classes, and paddleformers is not installed" in done.stderr
 
 
 def test_the_switch_is_named(monkeypatch):

@@ -21,6 +21,7 @@ from paddle_vl_sp.formers import (
     apply_to_paddleformers,
     apply_to_qwen2_5_vl,
     apply_to_qwen3_vl,
+    fleet_copy,
     norms,
     revert,
     shared_tower,
@@ -109,7 +110,8 @@ def test_report_is_a_value_that_reads():
 def test_what_is_not_supported_is_in_the_report():
     """By name and with the reason, in the table, not in the log's line; modules that PaddleFormers has."""
     report = apply_to_paddleformers()
-    assert set(report.names("not supported")) == {f"paddleformers.transformers.{name}" for name in NOT_SUPPORTED}
+    named = set(report.names("not supported")) - {fleet_copy.COPY}  # of the PaddleFleet that is installed
+    assert named == {f"paddleformers.transformers.{name}" for name in NOT_SUPPORTED}
     for name, why in NOT_SUPPORTED.items():
         assert why in str(report)
         assert why not in report.in_a_line()
