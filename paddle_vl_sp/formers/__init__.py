@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from paddle_vl_sp.carried import plans_of_all_ranks
 from paddle_vl_sp.formers.causes import name_causes
 from paddle_vl_sp.formers.changes import revert
+from paddle_vl_sp.formers.found import UpstreamChanged
 from paddle_vl_sp.formers.loader import PlanningCollate
 from paddle_vl_sp.formers.patch import (
-    UpstreamChanged,
     apply_to_paddleformers,
     apply_to_qwen2_5_vl,
     apply_to_qwen3_next,

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace as replace_field
-from typing import Any
+from collections.abc import Sequence
 
 from paddle.nn import Layer
 
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.backends.load import backend as backend_in_use
-from paddle_vl_sp.formers.admission import Judgement, judge
-from paddle_vl_sp.formers.changes import Change, balance, replace, share, swap, undo_changes
+from paddle_vl_sp.formers.changes import Change, balance, replace, share, undo_changes
 from paddle_vl_sp.formers.context.forward import uncut_forward
-from paddle_vl_sp.formers.context.install import deviations, install
+from paddle_vl_sp.formers.context.install import install
 from paddle_vl_sp.formers.context.setting import as_setting
 from paddle_vl_sp.formers.ending import stop_together
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED
 from paddle_vl_sp.formers.fleet_copy import COPY, is_installed, refuse_model, say_what_is_left
-from paddle_vl_sp.formers.known import KNOWN_VERSIONS, MODELS, Family, Replaced, formers_version
+from paddle_vl_sp.formers.found import judged_by_family, loaded
+from paddle_vl_sp.formers.known import MODELS, Family
 from paddle_vl_sp.formers.norms import mark_head_norms
-from paddle_vl_sp.formers.report import ABSENT, LEFT_ALONE, REPLACED, UNSUPPORTED, Line, PatchReport
+from paddle_vl_sp.formers.replacing import TOWER, change_family
+from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, UNSUPPORTED, Line, PatchReport
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
-OPTIONAL = ("paddlefleet", "paddlefleet_ops")  # without them some families are not there
-TOWER, SEQUENCE = "the tower's work", "the sequence"
-
 _announced: set[str] = set()
-
-
-class UpstreamChanged(RuntimeError):
-    """A method that would be replaced, or that ours calls, is not the one that is known."""
 
 
 def apply_to_paddleformers(
@@ -83,12 +74,12 @@ def apply_to_paddleformers(
     is_cut = setting is not None
     lines: list[Line] = []
     with_methods = [family for family in wanted if family.methods(is_shared, is_cut) or family.swapped]
-    found = _loaded(with_methods, lines, strict, were_named=families is not None)
-    judged = _judged(found, is_shared, is_cut, strict)
+    found = loaded(with_methods, lines, strict, were_named=families is not None)
+    judged = judged_by_family(found, is_shared, is_cut, strict)
     made: list[Change] = []
     try:
         for family, module in found:
-            lines += _change(family, module, judged[family.name], is_shared, is_cut, made, over_data)
+            lines += change_family(family, module, judged[family.name], is_shared, is_cut, made, over_data)
         if setting is not None:
             _refuse_other_families(wanted, made)
             install(setting, made)
@@ -191,43 +182,6 @@ def _require_paddleformers() -> None:
         )
 
 
-def _judged(found: Sequence[tuple[Family, Any]], is_shared: bool, is_cut: bool, strict: bool) -> dict[str, Judgement]:
-    """By family. What is refused is an error if strict, and under context parallelism, where its model would
-    train whole on every rank, and its gradients would be summed over the axis all the same.
-    """
-    judged = {family.name: judge(family, module, is_shared, is_cut) for family, module in found}
-    refused: dict[str, list[str]] = {family.unit: [] for family, _ in found}
-    for family, _ in found:
-        refused[family.unit] += judged[family.name].refused
-    judged = {family.name: replace_field(judged[family.name], refused=refused[family.unit]) for family, _ in found}
-    refused |= {"criterion": [deviation.why for deviation in deviations()] if is_cut else []}
-    if any(refused.values()):
-        if is_cut:
-            raise UpstreamChanged(f"{_describe(refused)}; leave context_parallel out, or name other families")
-        if strict:
-            raise UpstreamChanged(f"{_describe(refused)}; with strict=False these classes are left alone")
-        logger.warning("%s; these classes are left alone", _describe(refused))
-    return judged
-
-
-def _change(
-    family: Family,
-    module: Any,
-    judgement: Judgement,
-    is_shared: bool,
-    is_cut: bool,
-    made: list[Change],
-    over_data: bool,
-) -> list[Line]:
-    lines = _replace_all(family, family.methods(is_shared, is_cut, over_data), module, judgement, made)
-    lines += _swap_all(family, judgement, made)
-    if is_shared and not family.shared:
-        lines.append(Line(family.name, TOWER, LEFT_ALONE, "not shared: it has no sequence parallelism"))
-    if is_cut and not family.cut:
-        lines.append(Line(family.name, SEQUENCE, LEFT_ALONE, "not cut: it has no context parallelism"))
-    return lines
-
-
 def _refuse_other_families(wanted: Sequence[Family], made: list[Change]) -> None:
     """A model of a family that was not named would train whole on every rank of the axis."""
     for family in (family for families in FAMILIES.values() for family in families if family not in wanted):
@@ -253,83 +207,6 @@ def switched_off() -> bool:
     return not is_on(ENABLED)
 
 
-def _loaded(wanted: Sequence[Family], lines: list[Line], strict: bool, were_named: bool) -> list[tuple[Family, Any]]:
-    """The families with their modules. Those that need another package get a line, and so do those that this release
-    lacks, or this Paddle has nothing for, unless they were named.
-    """
-    found: list[tuple[Family, Any]] = []
-    for family in wanted:
-        if family.part_of and family.part_of not in {other.name for other, _ in found}:
-            continue  # what it is part of has the line
-        try:
-            found.append((family, importlib.import_module(family.module)))
-        except Exception as error:
-            needs_more = family.is_optional or str(getattr(error, "name", "")).partition(".")[0] in OPTIONAL
-            needs_more |= not were_named and _is_not_there(family, error)
-            if strict and not needs_more:
-                raise UpstreamChanged(
-                    f"{family.module} of PaddleFormers {formers_version()} cannot be imported: {error}; with "
-                    "strict=False its classes are left alone"
-                ) from error
-            lines.append(Line(family.name, family.module, ABSENT, str(error)))
-    return found
-
-
-def _is_not_there(family: Family, error: Exception) -> bool:
-    """Whether this PaddleFormers has no such module, or this Paddle lacks what it imports."""
-    name = str(getattr(error, "name", None) or "")
-    if isinstance(error, ModuleNotFoundError):
-        return name.startswith(f"{MODELS}.") and f"{family.module}.".startswith(f"{name}.")
-    return isinstance(error, ImportError) and name.partition(".")[0] == "paddle"
-
-
-def _replace_all(
-    family: Family, methods: Sequence[Replaced], module: Any, judgement: Judgement, made: list[Change]
-) -> list[Line]:
-    lines = []
-    for method in methods:
-        if judgement.refused:
-            lines.append(Line(family.name, method.name, LEFT_ALONE, "; ".join(judgement.refused)))
-            continue
-        owner_name, _, name = method.name.partition(".")
-        replacement = replace(getattr(module, owner_name), name, method.make)
-        if replacement is not None:
-            made.append(replacement)
-        why = _first_line(method.make) if replacement else "was already"
-        lines.append(Line(family.name, method.name, REPLACED, _with_admission(why, judgement)))
-    return lines
-
-
-def _swap_all(family: Family, judgement: Judgement, made: list[Change]) -> list[Line]:
-    """The classes that models built from now on are made of; a line says where one is not there."""
-    lines = []
-    for swapped in family.swapped:
-        module, _, owner_name = swapped.where.partition(":")
-        name = swapped.label
-        if judgement.refused:
-            lines.append(Line(family.name, name, LEFT_ALONE, "; ".join(judgement.refused)))
-            continue
-        try:
-            owner: Any = importlib.import_module(module)
-            replacement = swap(getattr(owner, owner_name) if owner_name else owner, swapped.name, swapped.make)
-        except (ImportError, AttributeError, KeyError) as error:
-            lines.append(Line(family.name, name, ABSENT, f"{type(error).__name__}: {error}"))
-            continue
-        if replacement is not None:
-            made.append(replacement)
-        why = _first_line(swapped.make) if replacement else "was already"
-        lines.append(Line(family.name, name, REPLACED, _with_admission(why, judgement)))
-    return lines
-
-
-def _with_admission(why: str, judgement: Judgement) -> str:
-    return f"{why}; admitted: {judgement.admitted}" if judgement.admitted else why
-
-
-def _first_line(make: Callable[..., Any]) -> str:
-    return (make.__doc__ or "").partition("\n")[0]
-
-
 def _share(model: Layer, made: list[Change]) -> Line:
     shared = share(model)
     if shared is None:
@@ -341,11 +218,6 @@ def _share(model: Layer, made: list[Change]) -> Line:
 def _balance(model: Layer, made: list[Change]) -> Line:
     made.append(balance(model))
     return Line("model", TOWER, REPLACED, "balanced over the data-parallel ranks")
-
-
-def _describe(changed: dict[str, list[str]]) -> str:
-    changes = "; ".join(why for family in changed.values() for why in family)
-    return f"PaddleFormers {formers_version()} is not as known (versions {', '.join(KNOWN_VERSIONS)}): {changes}"
 
 
 def _check_backend(wanted: str) -> None:

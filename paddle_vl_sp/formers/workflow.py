@@ -12,9 +12,10 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.carried import fail_in_the_next_forward
 from paddle_vl_sp.formers.changes import Replacement, replace
+from paddle_vl_sp.formers.found import UpstreamChanged
 from paddle_vl_sp.formers.known import OURS
 from paddle_vl_sp.formers.loader import PlanningCollate
-from paddle_vl_sp.formers.patch import UpstreamChanged, switched_off
+from paddle_vl_sp.formers.patch import switched_off
 from paddle_vl_sp.formers.shared_tower import is_merging
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import LOADER_PLANS, is_on
