@@ -47,7 +47,7 @@ class Model(nn.Layer):
         plan = vlsp.plan_visual(batch["input_ids"], (IMAGE,), layout, sequence_first=True, num_features=main.shape[0])
         if completes:
             main, *levels = vlsp.complete_grad([main, *levels], plan, group)
-        share = shard_batch(batch, layout, shift_labels=True)  # this rank's ids and labels [B, S_local]
+        share = shard_batch(batch, layout, shift_labels=True)  # [B, S_local]; a label becomes the token that follows
         hidden = vlsp.replace_rows(self.embed(share["input_ids"].t()), main, plan)  # [S_local, B, H]
         for i, layer in enumerate(self.layers):
             hidden = hidden + nn.functional.gelu(layer(hidden))

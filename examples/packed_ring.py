@@ -45,10 +45,10 @@ def packed_batch():
 def step(way, group):
     """The logits of the whole batch, the loss, and every gradient, on a rank of the group; None is one process."""
     cut = {"cp_size": group.nranks, "cp_rank": group.rank} if group else {}
-    layout = padded_layout(
-        CU_SEQLENS[-1], cu_seqlens=CU_SEQLENS, **cut
-    )  # every document padded to what the cut divides
-    share = shard_batch(packed_batch(), layout, cu_seqlens=CU_SEQLENS, shift_labels=True)  # [1, S_local] each
+    layout = padded_layout(CU_SEQLENS[-1], cu_seqlens=CU_SEQLENS, **cut)  # pads every document to what the cut divides
+    # [1, S_local] each. shift_labels: the label at a position becomes the token that follows, within each document and
+    # before the cut; data sets of PaddleFormers have done that already
+    share = shard_batch(packed_batch(), layout, cu_seqlens=CU_SEQLENS, shift_labels=True)
 
     def attention(q, k, v):
         if way == "own part only":

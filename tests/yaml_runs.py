@@ -16,6 +16,11 @@ from paddle_vl_sp.settings import CONTEXT_PARALLEL, REPORT
 TESTS = Path(__file__).parent
 LIMIT = 240
 LAST = "train_steps_per_second"
+EXAMPLES = TESTS.parent / "examples"
+ON_A_CPU = (  # what YAMLs for GPUs need there: flashmask has no kernel, and under sdpa packed samples see each other
+    "device=cpu compute_type=float32 amp_master_grad=false max_grad_norm=0.0 tensor_parallel_output=false "
+    "_attn_implementation=sdpa packing=false"
+)
 DATA = "VLSP_DATA_PARALLEL"  # among the switches: the ranks have batches of their own
 
 
@@ -40,6 +45,25 @@ def environment(rank, nranks, endpoints):
 
 
 def trained(folder, yaml, model_type, name, nranks, switches):
+    settings = []
+    if CONTEXT_PARALLEL in switches:
+        settings += [f"sep_parallel_size={nranks}"]
+    elif DATA in switches:
+        settings += switches[DATA].split()
+    else:
+        settings += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
+    if {CONTEXT_PARALLEL, DATA} & switches.keys() or nranks == 1:
+        settings += ["do_eval=true", "evaluation_strategy=steps"]
+    tensor_parallel = 1 if {CONTEXT_PARALLEL, DATA} & switches.keys() else nranks
+    return launched(folder, yaml, model_type, name, (nranks, tensor_parallel), switches, settings)
+
+
+def launched(folder, yaml, model_type, name, sizes, switches, settings):
+    """(weights at the end by rank, the log of the first rank) of a YAML with settings behind it.
+
+    sizes: the number of ranks, and how many of them are tensor-parallel
+    """
+    nranks, tensor_parallel = sizes
     sockets = [socket.socket() for _ in range(nranks)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -51,24 +75,10 @@ def trained(folder, yaml, model_type, name, nranks, switches):
         "VLSP_START": folder / "start.npz",
         "VLSP_END": folder / name,
         "VLSP_CHECKPOINT": folder / "checkpoint",
-        "VLSP_TENSOR_PARALLEL": 1 if {CONTEXT_PARALLEL, DATA} & switches.keys() else nranks,
+        "VLSP_TENSOR_PARALLEL": tensor_parallel,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "paddleformers.cli.launcher",
-        "train",
-        str(yaml),
-        f"output_dir={folder / 'out' / name}",
-    ]
-    if CONTEXT_PARALLEL in switches:
-        command += [f"sep_parallel_size={nranks}"]
-    elif DATA in switches:
-        command += switches[DATA].split()
-    else:
-        command += [f"tensor_model_parallel_size={nranks}", f"sequence_parallel={str(nranks > 1).lower()}"]
-    if {CONTEXT_PARALLEL, DATA} & switches.keys() or nranks == 1:
-        command += ["do_eval=true", "evaluation_strategy=steps"]
+    command = [sys.executable, "-m", "paddleformers.cli.launcher", "train", str(yaml)]
+    command += [f"output_dir={folder / 'out' / name}", *settings]
     processes = [
         subprocess.Popen(
             command,
@@ -89,6 +99,18 @@ def trained(folder, yaml, model_type, name, nranks, switches):
         # gloo may abort a process that ends after its peers: what the run does last, it has done
         assert code == 0 or (code == -signal.SIGABRT and LAST in log), f"{name}: {codes}\n{log[-3000:]}"
     return [dict(np.load(f"{given['VLSP_END']}-{rank}.npz")) for rank in range(nranks)], logs[0]
+
+
+def example(folder, name, ranks, switches, settings):
+    """The same of an example on two ranks, with the checkpoint and data of a folder where others have trained."""
+    paths = {
+        "custom_register_path": TESTS / "cpu_plugin.py",
+        "model_name_or_path": folder / "checkpoint",
+        "train_dataset_path": folder / "train.jsonl",
+    }
+    settings = [f"{key}={path}" for key, path in paths.items()] + [ranks, *ON_A_CPU.split(), *settings.split()]
+    sizes = (2, 2 if ranks.startswith("tensor") else 1)
+    return launched(folder, EXAMPLES / f"{name}.yaml", "qwen2_5_vl", name, sizes, switches, settings)
 
 
 def distances(one, ranks, tower, cut):

@@ -253,7 +253,7 @@ MIDDLE = """
 ## PaddleFormers
 
 `doctor` judges the code of each family of models that can be imported without PaddleFleet: [known, admitted or
-refused](paddleformers.md#other-releases-of-paddleformers). *passes*: losses and gradients of the plain Qwen3-VL and
+refused](other-releases.md). *passes*: losses and gradients of the plain Qwen3-VL and
 Qwen2.5-VL classes are PaddleFormers' own, by tests that are written for one release. For other releases `doctor
 --contracts` tries the clauses of each family. Where it *lacks* one, which cannot be imported there, the report of
 `apply_to_paddleformers()` has a line for it; named by `families=` it is an error.

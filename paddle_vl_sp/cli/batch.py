@@ -153,15 +153,15 @@ def _mask_in(arrays: dict[str, npt.NDArray[Any]], ids: Sequence[int]) -> Mask:
     return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
 
 
-def grids_in(grids: npt.NDArray[Any], name: str) -> list[Grid]:
+def grids_in(grids: npt.NDArray[Any], name: str, merge: int = MERGE) -> list[Grid]:
     """Of images or videos, [I, 3]."""
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
         got = f"{grids.dtype} {list(grids.shape)}"
         raise UsageError(f"{name} is whole numbers [I, 3], frames, height and width, got {got}")
     found = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-    wrong = [grid for grid in found if min(grid) < 1 or grid[1] % MERGE or grid[2] % MERGE]
+    wrong = [grid for grid in found if min(grid) < 1 or grid[1] % merge or grid[2] % merge]
     if wrong:
-        raise UsageError(f"{name} has {wrong[0]}; height and width are in patches, multiples of {MERGE}")
+        raise UsageError(f"{name} has {wrong[0]}; height and width are in patches, multiples of {merge}")
     return found
 
 

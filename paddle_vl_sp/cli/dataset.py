@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.cli import Answer, UsageError
-from paddle_vl_sp.cli.batch import CHANNELS, FRAMES, GRIDS, MAX_RANKS, MERGE, PATCH, arrays_in, grids_in
+from paddle_vl_sp.cli.batch import GRIDS, MAX_RANKS, arrays_in, grids_in
+from paddle_vl_sp.cli.model_sizes import ModelSizes
 from paddle_vl_sp.cli.terminal import table
 from paddle_vl_sp.vision.homes import BalancedShare, balance_images
-from paddle_vl_sp.vision.share import tower_alpha
 
-ALPHA = tower_alpha(1152, 4304)  # of Qwen3-VL's tower
 POLICIES = ("home", "count", "contiguous", "longest")
 NUMBERS = "images_per_sample"
 MAX_STEPS = 1000
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split-frames", action="store_true", help="share videos by frames")
 
 
-def run(arguments: argparse.Namespace, row_bytes: int) -> Answer:
+def run(arguments: argparse.Namespace, sizes: ModelSizes, row_bytes: int) -> Answer:
     """row_bytes: of a feature row with its levels."""
     within, batch = arguments.cp * arguments.sp, arguments.batch or 1
     if min(arguments.dp, within, batch, arguments.steps) < 1 or arguments.dp * within > MAX_RANKS:
@@ -45,18 +44,21 @@ def run(arguments: argparse.Namespace, row_bytes: int) -> Answer:
             f"--dp, --sp, --cp, --batch and --steps must be at least 1, and their ranks at most {MAX_RANKS}, got "
             f"{arguments.dp}, {arguments.sp}, {arguments.cp}, {batch} and {arguments.steps}"
         )
-    samples = _samples_in(arguments.dataset)
+    samples = _samples_in(arguments.dataset, sizes.merge)
     steps = list(_steps(samples, arguments.dp, batch, min(arguments.steps, MAX_STEPS)))
     shares = {
-        policy: [balance_images(step, MERGE, ALPHA, policy, arguments.split_frames, within) for step in steps]
+        policy: [
+            balance_images(step, sizes.merge, sizes.alpha, policy, arguments.split_frames, within) for step in steps
+        ]
         for policy in POLICIES
     }
+    pixel_bytes = sizes.pixels * 2  # of bf16
     costs: dict[str, Any] = {
         "ranks": {"dp": arguments.dp, "within": within},
         "samples": len(samples),
         "images": sum(map(len, samples)),
         "steps": len(steps),
-        "policies": [_summary(policy, shares[policy], shares["home"], row_bytes) for policy in POLICIES],
+        "policies": [_summary(policy, shares[policy], shares["home"], pixel_bytes, row_bytes) for policy in POLICIES],
     }
     parts = [_head(costs, batch), _policies(costs["policies"])]
     if arguments.out is not None:
@@ -68,14 +70,14 @@ def run(arguments: argparse.Namespace, row_bytes: int) -> Answer:
     return Answer(costs, "\n\n".join(parts))
 
 
-def _samples_in(path: Path) -> list[Integers]:
+def _samples_in(path: Path, merge: int) -> list[Integers]:
     """The grids [I, 3] of every sample."""
     arrays = arrays_in(path, "dataset")
     try:
         name = GRIDS[0]
         if name not in arrays or NUMBERS not in arrays:
             raise UsageError(f"it has {', '.join(arrays) or 'nothing'}; needed are {name} and {NUMBERS}")
-        grids = np.array(grids_in(arrays[name], name), dtype=np.int64).reshape(-1, 3)
+        grids = np.array(grids_in(arrays[name], name, merge), dtype=np.int64).reshape(-1, 3)
         numbers = arrays[NUMBERS]
         if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers) or numbers.min() < 0:
             raise UsageError(f"{NUMBERS} is whole numbers [D], got {numbers.dtype} {list(numbers.shape)}")
@@ -94,11 +96,13 @@ def _steps(samples: list[Integers], copies: int, batch: int, most: int) -> Itera
         yield [np.concatenate([samples[sample] for sample in own]) for own in step]
 
 
-def _summary(policy: str, shares: list[BalancedShare], home: list[BalancedShare], row_bytes: int) -> dict[str, Any]:
+def _summary(
+    policy: str, shares: list[BalancedShare], home: list[BalancedShare], pixel_bytes: int, row_bytes: int
+) -> dict[str, Any]:
+    """pixel_bytes: of a patch."""
     busiest = np.array([share.loads.max() for share in shares], dtype=float)
     least = np.array([share.least_load for share in shares])
-    pixels = CHANNELS * FRAMES * PATCH**2 * 2  # of bf16
-    moved = [share.moved_patches * pixels for share in shares]
+    moved = [share.moved_patches * pixel_bytes for share in shares]
     sent = [share.sent_rows * row_bytes for share in shares]
     return {
         "policy": policy,
@@ -137,7 +141,7 @@ def _policies(policies: list[dict[str, Any]]) -> str:
     return (
         f"{table(head, rows)}\n"
         "home: every rank its own images, as without balance; longest: what vision_dp='data' does. busiest: the load\n"
-        "of the busiest rank, by the cost of Qwen3-VL's tower, over the mean and over the least possible; predicted:\n"
+        "of the busiest rank, by the cost of the model's tower, over the mean and over the least possible; predicted:\n"
         "how many times faster the encoder stage. MiB: what travels in a step, all ranks together, for --hidden,\n"
-        "--levels and --dtype; with Qwen2.5-VL say --levels 0 and its width"
+        "--levels and --dtype. The model is Qwen3-VL's, with a width of 4096, or that of --model"
     )

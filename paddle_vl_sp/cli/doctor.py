@@ -6,7 +6,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from paddle_vl_sp.backends.record import architectures, build_info, is_built_for, why_no_cuda
@@ -15,6 +15,7 @@ from paddle_vl_sp.cli.installation import (
     FAIL,
     FLEET,
     FORMERS,
+    ON_FLEET,
     PADDLE,
     PASS,
     WARN,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
 OLDEST = (3, 3)
+UPSTREAM = "upstream, "  # and the family's name: the subject of one that cannot be imported
 MOST_PARAMETERS = 60  # letters of a method's parameters that are shown
 
 
@@ -190,9 +192,13 @@ def check_contracts() -> Iterator[Check]:
 
 def _absent(family: Family, why: str) -> Check:
     """Some families need more than PaddleFormers installs; any other that is not there stops `apply_to_...`."""
-    subject, message = f"upstream, {family.name}", f"{family.module} cannot be imported: {why}"
-    if "paddlefleet" in why:
-        return Check(WARN, subject, message, FLEET if importable("paddlefleet") else "")  # paddlefleet's line has it
+    subject, message = f"{UPSTREAM}{family.name}", f"{family.module} cannot be imported: {why}"
+    if ON_FLEET in why:
+        return (
+            Check(WARN, subject, message, FLEET)
+            if importable(ON_FLEET)
+            else Check(WARN, subject, message, "", ON_FLEET)
+        )
     if family.is_optional:
         return Check(WARN, subject, message, f"if you train {family.name}, install what this names")
     return Check(FAIL, subject, message, FORMERS)
@@ -267,8 +273,17 @@ def _quietly(subject: str, checks: Callable[[], Iterator[Check]]) -> list[Check]
         return [Check(FAIL, subject, message, "fix what is reported above; otherwise report this")]
 
 
+def _with_consequences(check: Check, checks: Sequence[Check]) -> Check:
+    following = [other for other in checks if other.because == check.subject]
+    families = [other.subject.removeprefix(UPSTREAM) for other in following if other.subject.startswith(UPSTREAM)]
+    others = [other.message for other in following if not other.subject.startswith(UPSTREAM)]
+    named = [f"{check.message}: {', '.join(families)}" if families else check.message, *others]
+    return replace(check, message="; ".join(named))
+
+
 def _report(checks: Sequence[Check]) -> str:
-    """A line for each, with its fix below."""
+    """A line for each, with its fix below; what follows from another one is in that one's line."""
+    checks = [_with_consequences(check, checks) for check in checks if not check.because]
     width = max(len(check.subject) for check in checks)
     lines = []
     for check in checks:

@@ -11,6 +11,7 @@ import numpy as np
 from paddle_vl_sp.cli import Answer, UsageError, dataset
 from paddle_vl_sp.cli import batch as batches
 from paddle_vl_sp.cli.batch import MERGE, Batch
+from paddle_vl_sp.cli.model_sizes import ModelSizes, sizes_in
 from paddle_vl_sp.cli.terminal import coloured, table
 from paddle_vl_sp.plan import VisualPlan, plan_visual
 from paddle_vl_sp.vision.share import POLICIES, imbalance, share_images, tower_alpha, vision_items
@@ -25,18 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batches.add_arguments(parser)
     dataset.add_arguments(parser)
     model = parser.add_argument_group("the model")
-    model.add_argument("--hidden", type=int, default=4096, help="width of the hidden states (default 4096)")
+    model.add_argument("--model", type=Path, metavar="FOLDER", help="with --dataset: its config.json has all sizes")
+    model.add_argument("--hidden", type=int, help="width of the hidden states (default the model's, else 4096)")
     model.add_argument("--dtype", choices=list(BYTES), default="bf16", help="of the hidden states (default bf16)")
-    model.add_argument("--levels", type=int, default=3, help="deepstack layers (default 3)")
+    model.add_argument("--levels", type=int, help="deepstack layers (default the model's, else 3)")
 
 
 def run(arguments: argparse.Namespace) -> Answer:
-    if arguments.hidden < 1 or arguments.levels < 0:
-        raise UsageError(f"--hidden must be at least 1 and --levels 0, got {arguments.hidden} and {arguments.levels}")
+    if arguments.model is not None and arguments.dataset is None:
+        raise UsageError("--model is for --dataset; a batch takes --hidden and --levels")
+    sizes = ModelSizes() if arguments.model is None else sizes_in(arguments.model)
+    hidden = _first(arguments.hidden, sizes.hidden, 4096)
+    levels = _first(arguments.levels, sizes.levels, 3)
+    if hidden < 1 or levels < 0:
+        raise UsageError(f"--hidden must be at least 1 and --levels 0, got {hidden} and {levels}")
     if arguments.dataset is not None:
-        return dataset.run(arguments, (arguments.levels + 1) * arguments.hidden * BYTES[arguments.dtype])
+        return dataset.run(arguments, sizes, (levels + 1) * hidden * BYTES[arguments.dtype])
     batch = batches.batch_of(arguments)
-    costs = costs_of(batch, arguments.hidden * BYTES[arguments.dtype], arguments.levels)
+    costs = costs_of(batch, hidden * BYTES[arguments.dtype], levels)
     parts = [str(batch), _ranks(costs), _vision(costs["vision_dp"]), _pairs(costs)]
     if arguments.out is not None:
         from paddle_vl_sp.cli.picture import draw_batch
@@ -45,6 +52,10 @@ def run(arguments: argparse.Namespace) -> Answer:
         costs["out"] = str(arguments.out)
         parts.append(f"picture: {arguments.out}")
     return Answer(costs, "\n\n".join(parts))
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 def costs_of(batch: Batch, row_bytes: int, levels: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PADDLE = (
     "so that operators are built for it"
 )
 FORMERS = 'pip install "paddleformers==1.2.0" "pyarrow<26"'
+ON_FLEET = "paddlefleet"  # the package
 FLEET = (
     "if you train on it, see PaddleFormers' installation page for paddlefleet's index: "
     "https://github.com/PaddlePaddle/PaddleFormers"
@@ -33,12 +34,16 @@ FLEET = (
 
 @dataclass(frozen=True)
 class Check:
-    """FAIL: something would raise or be wrong, and only that is exit code 1; WARN: it works, slower or with less."""
+    """FAIL: something would raise or be wrong, and only that is exit code 1; WARN: it works, slower or with less.
+
+    because  the subject that it follows from, whose line names it in the report
+    """
 
     state: str
     subject: str
     message: str
     fix: str = ""
+    because: str = ""
 
 
 def installed(package: str) -> str:
@@ -60,7 +65,7 @@ def check_versions() -> Iterator[Check]:
     yield _switches()
     yield Check(PASS, "numpy", installed("numpy"))
     yield _package("paddleformers", "nothing to replace; everything else works", FORMERS)
-    yield _package("paddlefleet", "paddle_vl_sp.fleet, and PaddleFormers' classes on it, cannot be used", FLEET)
+    yield _package(ON_FLEET, "paddle_vl_sp.fleet, and PaddleFormers' classes on it, cannot be used", FLEET)
 
 
 def check_conflicts() -> Iterator[Check]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from paddle_vl_sp.cli.installation import PASS, WARN, Check
+from paddle_vl_sp.cli.installation import ON_FLEET, PASS, WARN, Check, importable
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"  # in the config.json of every Qwen3-VL
 PLAIN = f"{ARCHITECTURE}Deprecated"
@@ -19,10 +19,11 @@ def check_model_class() -> Iterator[Check]:
     try:
         cls = auto.class_of(ARCHITECTURE)
     except ImportError as error:
-        if "paddlefleet" not in str(error):
+        if ON_FLEET not in str(error):
             raise
-        message = f"{BUILT} would build that on PaddleFleet, and fail without it; your own code can build {PLAIN}"
-        yield Check(WARN, SUBJECT, message, f"install paddlefleet, or build {PLAIN} in your own code")
+        message = f"{BUILT} would build Qwen3-VL on PaddleFleet, and fail without it; your own code can build {PLAIN}"
+        because = "" if importable(ON_FLEET) else ON_FLEET
+        yield Check(WARN, SUBJECT, message, f"install paddlefleet, or build {PLAIN} in your own code", because)
     except (AttributeError, KeyError) as error:
         message = f"this PaddleFormers does not say which: {type(error).__name__}: {error}"
         yield Check(WARN, SUBJECT, message, "look at type(model).__name__ of your model")

@@ -256,8 +256,8 @@ def launches(segments, size, rank):
     ],
 )
 def test_launches_do_not_grow_with_the_number_of_segments(segments, size, expected):
-    """Exact: docs/attention.md's table. One call a step each way; on one rank nothing else runs, and nothing is merged,
-    cast or copied."""
+    """Exact: docs/attention-costs.md's table. One call a step each way; on one rank nothing else runs, no merge, cast
+    or copy."""
     counts = [launches(segments, size, rank) for rank in range(size)]
     assert max(counts, key=lambda each: sum(each[:2]))[:2] == expected
     assert all(each[2:] == (size, size) for each in counts)

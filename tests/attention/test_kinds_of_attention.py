@@ -131,7 +131,7 @@ def test_an_explicit_kind_must_succeed():
 
 
 def test_what_is_sent_is_that_of_the_formulas():
-    """Exact: docs/attention.md's table, 8192 positions a rank, 32 and 8 heads of 128, MiB forward and backward."""
+    """Exact, as in docs/attention-costs.md: 8192 positions a rank, 32 and 8 heads of 128, MiB forward and backward."""
     attention = Attention(32, 8, 8192)
     for ranks, ring, ulysses in ((2, 32 + 96, 80 + 80), (4, 96 + 288, 120 + 120), (16, 480 + 1440, 180 + 180)):
         assert attention.sent("ring", 1, ranks) * 8192 * 2 == ring * 2**20

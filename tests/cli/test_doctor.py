@@ -50,8 +50,24 @@ def test_what_is_healthy_passes():
         assert (checks["operators"]["state"], checks["backend"]["state"]) == (PASS, PASS)
     fixes = [check["fix"] for check in found["checks"] if check["state"] != PASS]
     without = {check["subject"] for check in found["checks"] if check["state"] != PASS and not check["fix"]}
-    assert all(subject.startswith("upstream, ") for subject in without - {"backend"})  # other lines have these fixes
+    following = {check["subject"] for check in found["checks"] if check["because"]}
+    assert without <= {"backend", *following}  # other lines have these fixes
     assert len({*filter(None, fixes)}) == len([*filter(None, fixes)])
+
+
+def test_what_follows_from_a_missing_package_is_in_its_line(monkeypatch, capsys):
+    """One WARN line for paddlefleet, which names every class that cannot be used; in JSON each has its own."""
+    if installation.importable("paddlefleet"):
+        pytest.skip("paddlefleet is installed")
+    for name in [name for name in sys.modules if name.endswith("modeling_fleet")]:  # of another test's stand-in
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["doctor"]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARN") and "leet" in line]
+    assert len(warned) == 1
+    following = [check for check in call_json("doctor")[1]["checks"] if check["because"] == "paddlefleet"]
+    assert len(following) > 3
+    for check in following:
+        assert check["subject"].removeprefix("upstream, ") in warned[0] or check["message"] in warned[0]
 
 
 def class_line():
@@ -65,7 +81,7 @@ def test_the_class_that_is_built_for_qwen3_vl_is_named(monkeypatch):
         for name in [name for name in sys.modules if name.endswith("modeling_fleet")]:  # of another test's stand-in
             monkeypatch.delitem(sys.modules, name)
         state, message = class_line()
-        assert (state, "would build that on PaddleFleet, and fail without it" in message) == (WARN, True)
+        assert (state, "would build Qwen3-VL on PaddleFleet, and fail without it" in message) == (WARN, True)
         assert message.endswith("your own code can build Qwen3VLForConditionalGenerationDeprecated")
     from stub_paddlefleet import stubbed_paddlefleet
 

@@ -61,3 +61,60 @@ def test_a_file_without_the_arrays(tmp_path):
     np.savez(tmp_path / "other.npz", mask=np.ones([1, 4]))
     assert "it has mask; needed are image_grid_thw and images_per_sample" in asked(tmp_path / "other.npz").stdout
     assert "cannot be read" in asked(tmp_path / "absent.npz").stdout
+
+
+SIZES = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "spatial_merge_size": 2}
+
+
+def configured(folder, **vision):
+    """A folder with a model's config.json."""
+    (folder / "config.json").write_text(json.dumps({"vision_config": SIZES | {"patch_size": 14} | vision}))
+    return folder
+
+
+def test_the_sizes_of_a_model(tmp_path):
+    """Exact: bytes of pixels and rows by its patch, width and levels; flags are above it; loads by its tower."""
+    found = {
+        name: json.loads(asked(saved(tmp_path), "--model", str(configured(tmp_path, **vision)), *more).stdout)
+        for name, vision, more in (
+            ("Qwen2.5-VL's", {}, ()),
+            ("with levels", {"deepstack_visual_indexes": [1, 2]}, ()),
+            ("by flags", {}, ("--hidden", "7168", "--levels", "0")),
+            ("another tower", {"hidden_size": 16, "intermediate_size": 16}, ()),
+        )
+    }
+    moved = {name: policies["policies"][1] for name, policies in found.items()}
+    plain = moved["Qwen2.5-VL's"]
+    assert plain["pixel_bytes"] > 0
+    assert plain["pixel_bytes"] % (3 * 2 * 14 * 14 * 2) == 0
+    assert plain["row_bytes"] % (3584 * 2) == 0
+    assert moved["with levels"]["row_bytes"] == 3 * plain["row_bytes"]
+    assert moved["by flags"]["row_bytes"] == 2 * plain["row_bytes"]
+    assert moved["another tower"]["imbalance"] > plain["imbalance"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "its vision_config needs whole numbers from 1 as patch_size, spatial_merge_size, hidden_size"),
+        ('{"vision_config": {"patch_size": 0}}', "as patch_size, "),
+        ("[1]", "is not the configuration of a model"),
+        ("{", "is not the configuration of a model"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    found = asked(saved(tmp_path), "--model", str(tmp_path))
+    assert found.returncode == 2
+    assert words in found.stdout
+
+
+def test_a_folder_without_a_configuration(tmp_path):
+    found = asked(saved(tmp_path), "--model", str(tmp_path / "none"))
+    assert (found.returncode, "it is the folder with a model's config.json" in found.stdout) == (2, True)
+
+
+def test_a_model_is_for_a_data_set(tmp_path):
+    found = call("inspect", "--seq", "64", "--model", str(configured(tmp_path)))
+    assert found.returncode == 2
+    assert "--model is for --dataset" in found.stderr

@@ -31,8 +31,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TRANSLATED = ("README.md", "docs/paddleformers.md", "docs/troubleshooting.md")  # into pages with the same blocks
 CHINESE = ".zh-CN.md"
+TRANSLATED = tuple(  # into pages with the same blocks
+    page.relative_to(ROOT).as_posix().replace(CHINESE, ".md")
+    for folder in (ROOT, ROOT / "docs")
+    for page in sorted(folder.glob(f"*{CHINESE}"))
+)
 DOUBLE = ROOT / "tests" / "fleet" / "double"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r"<!-- (.*?) -->\n\Z")

@@ -163,13 +163,13 @@ def test_export_static(capsys):
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_a_yaml_is_what_paddleformers_takes(name):
-    """By its own parser, which refuses unknown keys; the plugin's path is relative to the repository."""
+    """By its own parser, which refuses unknown keys; it trains; the plugin's path is relative to the repository."""
     yaml = pytest.importorskip("yaml")
     parser = pytest.importorskip("paddleformers.cli.hparams.parser")
     said = yaml.safe_load((EXAMPLES / name).read_text())
     assert (ROOT / said.pop("custom_register_path")).is_file()
     model, data, _, _, training = parser._parse_train_args(dict(said))
-    assert (model.stage, data.packing, training.bf16) == ("VL-SFT", True, True)
+    assert (model.stage, data.packing, training.bf16, training.do_train) == ("VL-SFT", True, True, True)
     assert training.sequence_parallel == ("tp_sp" in name)
     assert data.template in parser_templates()
 

@@ -14,7 +14,7 @@ VERDICTS = ("known", "admitted", "refused")
 COMMIT, FINGERPRINT = re.compile(r"[0-9a-f]{10}"), re.compile(r"[0-9a-f]{16}")
 SAID = {  # what a page says of the numbers; the Chinese page has the same ones (test_names.py)
     "docs/models.md": ("on {all} public texts",),
-    "docs/paddleformers.md": (
+    "docs/other-releases.md": (
         "on {methods} texts of these methods",
         "{methods_known} known, {methods_admitted} admitted, {methods_refused} refused",
         "on {classes} texts of PaddleFleet's classes, {GPTEmbedding} of `GPTEmbedding` and {GPTLMHead} of `GPTLMHead`",

@@ -1,4 +1,4 @@
-"""The figures of docs/paddleformers.md on the whole fleet class: all settings on 2 and 4 ranks, into a CSV and a table.
+"""The figures of docs/what-is-fixed.md on the whole fleet class: all settings on 2 and 4 ranks, into a CSV and a table.
 
 python tests/fleet_whole/table.py docs/fleet-qwen3-vl.csv     needs paddlefleet; a quarter of an hour on two cores
 python tests/fleet_whole/table.py docs/fleet-qwen3-vl.csv --read      the table of a CSV that is there

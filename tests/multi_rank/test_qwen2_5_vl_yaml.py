@@ -1,11 +1,13 @@
 """Qwen2.5-VL by `paddleformers-cli train x.yaml` on two CPU ranks, with the plugin and switches only, against one rank.
 
 PaddleFormers' own example of sequence-parallel VL training is of this model, which needs no PaddleFleet. The same under
-context parallelism, with `sep_parallel_size: 2` in the YAML.
+context parallelism, with `sep_parallel_size: 2` in the YAML. And this repository's examples for GPUs, with what a CPU
+needs.
 """
 
 import re
 
+import numpy as np
 import pytest
 
 import yaml_runs
@@ -24,8 +26,13 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return yaml_runs.trained_in_all_ways(tmp_path_factory.mktemp("yaml"), "qwen2_5_vl", RUNS)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("yaml")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return yaml_runs.trained_in_all_ways(folder, "qwen2_5_vl", RUNS)
 
 
 @pytest.mark.parametrize("name", ["plugin", "all switches"])
@@ -58,3 +65,27 @@ def test_data_parallel_ranks_balance_their_towers(found):
 def test_context_parallel_the_weights_are_those_of_one_rank(found):
     """fp32, after AdamW: all weights equal bit for bit on both ranks, within 1e-5 of one rank's; evaluation too."""
     yaml_runs.check_context_parallel(found["one rank"], found["context parallel"])
+
+
+SMALLER = (
+    "max_steps=2 max_seq_len=192 gradient_accumulation_steps=4 learning_rate=1e-3 warmup_steps=0 adam_epsilon=1e-3"
+)
+
+
+def test_the_examples_for_gpus_train_with_few_other_settings(found, folder):
+    """By the examples' YAMLs, under tensor-parallel sequence parallelism and under context parallelism: fp32, what each
+    parameter learned is the same to 1e-4."""
+    start = dict(np.load(folder / "start.npz"))
+    cut, log = yaml_runs.example(
+        folder, "sft_qwen2_5_vl_tp_sp", "tensor_model_parallel_size=2", {VISION_DP: "1"}, SMALLER
+    )
+    shared, other_log = yaml_runs.example(
+        folder, "sft_context_parallel", "sep_parallel_size=2", {CONTEXT_PARALLEL: "auto"}, SMALLER
+    )
+    assert all("global_step: 2" in each for each in (log, other_log))
+    for rank, weights in enumerate(cut):
+        for name, begin in start.items():
+            begin, end = (tiny.cut(name, value, rank, 2) for value in (begin, shared[rank][name]))
+            learned = np.linalg.norm(end - begin)
+            assert learned > 0, name
+            assert np.linalg.norm(weights[name] - end) < 1e-4 * learned, name
