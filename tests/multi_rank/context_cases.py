@@ -12,7 +12,7 @@ import paddle.distributed as dist
 from grid import grid_of, two_times_two
 from paddle_vl_sp import audit_gradients
 from paddle_vl_sp.attention import ContextParallel
-from paddle_vl_sp.formers import apply_to_paddleformers, tiny
+from paddle_vl_sp.formers import apply_to_paddleformers, own_part, tiny
 from paddle_vl_sp.formers.audit import audit_step
 from paddle_vl_sp.formers.context import plain
 from paddle_vl_sp.formers.context.bounds import boundaries
@@ -211,7 +211,7 @@ def _within(case, grid, weights, loss, right):
 
 def a_wrong_plan():
     """Every feature row one position too early."""
-    return mock.patch.object(plain, "plan_visual", _turned)
+    return mock.patch.object(own_part, "plan_visual", _turned)
 
 
 def _turned(*args, **kwargs):
@@ -219,7 +219,7 @@ def _turned(*args, **kwargs):
     return VisualPlan.from_indices(plan.update_indices - 1, plan.gather_indices, plan.row_shape, plan.num_features)
 
 
-real_plan = plain.plan_visual
+real_plan = own_part.plan_visual
 
 
 def positions_of_the_first():
