@@ -69,4 +69,7 @@ void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& p
 int take_rows_cuda(const Rows& features, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape,
                    void* stream);
 
+// to = from, both of one type; on a device the framework copies
+void copy_rows_cpu(const Rows& to, const ConstRows& from, const RowShape& shape);
+
 }  // namespace vlsp

@@ -5,6 +5,7 @@
 
 #include "half.h"
 #include "rows.h"
+#include "stream.h"
 #include "this_cpu.h"
 
 namespace vlsp {
@@ -83,14 +84,16 @@ void fill_map(const Pairs& pairs, const RowShape& shape, const Map& map) {
   });
 }
 
-// Writes all rows of `to`: copies of hidden or, by change(to, hidden, first, count), what a stretch of rows
-// becomes whose features are elements first to first + count.
+// Writes all rows of `to`: copies of hidden or, by change(piece, hidden, first, count), what a stretch of
+// elements becomes whose features are elements first to first + count. `piece` is a part of `to`, or memory
+// in the cache.
 template <class T, class Change>
 void merge(T* to, const ConstRows& hidden, const Pairs& pairs, const RowShape& shape, const Map& map,
            const Change& change) {
   if (shape.width == 0) return;
   const T* old = static_cast<const T*>(hidden.data);
   fill_map(pairs, shape, map);
+  const Written written(shape.num_rows * shape.width * sizeof(T));
   int64_t row = 0;
   while (row < shape.num_rows) {
     const int64_t feature = map[row];
@@ -99,9 +102,11 @@ void merge(T* to, const ConstRows& hidden, const Pairs& pairs, const RowShape& s
       ++length;
     const int64_t at = row * shape.width, count = length * shape.width;
     if (feature < 0) {
-      std::memcpy(to + at, old + at, count * sizeof(T));
+      written.copy(to + at, old + at, count);
     } else {
-      change(to + at, old + at, feature * shape.width, count);
+      written.make(to + at, count, [&](T* piece, int64_t begin, int64_t length) {
+        change(piece, old + at + begin, feature * shape.width + begin, length);
+      });
     }
     row += length;
   }
@@ -187,6 +192,16 @@ void take_rows_cpu(const Rows& features, const ConstRows& hidden, const Pairs& p
       next = std::max(next, feature + length);
     });
     zero_up_to(shape.num_features);
+  });
+}
+
+void copy_rows_cpu(const Rows& to, const ConstRows& from, const RowShape& shape) {
+  with_type(to.type, [&](auto element) {
+    const int64_t count = shape.num_rows * shape.width;
+    const Written written(count * sizeof(element));
+    if (count == 0) return;
+    written.copy(static_cast<decltype(element)*>(to.data), static_cast<const decltype(element)*>(from.data),
+                 count);
   });
 }
 

@@ -150,11 +150,18 @@ std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather
   return {hidden_grad, feature_grad};
 }
 
+Tensor copied(const Tensor& x) {
+  if (x.is_gpu()) return x.copy_to(x.place(), false);
+  Tensor copy = paddle::empty_like(x);
+  copy_rows_cpu(written(copy), read(x), {x.numel(), 0, 1});
+  return copy;
+}
+
 // Autograd may add the gradients of other users of `hidden` into the tensor that is returned for it. So that
 // is out_grad itself only where nothing else refers to it.
 std::vector<Tensor> add_rows_grad(const Tensor& update, const Tensor& gather, const Tensor& like_features,
                                   const Tensor& out_grad, int feature_type) {
-  return {is_unshared(out_grad) ? out_grad : out_grad.copy_to(out_grad.place(), false),
+  return {is_unshared(out_grad) ? out_grad : copied(out_grad),
           take_rows(out_grad, update, gather, like_features, feature_type)};
 }
 

@@ -15,7 +15,7 @@ from paddle import Tensor
 from paddle.static import InputSpec
 
 from paddle_vl_sp.backends import dispatch, load, operators, plain
-from paddle_vl_sp.backends.checks import check_rows
+from paddle_vl_sp.backends.checks import check_ir, check_rows
 from paddle_vl_sp.backends.operators import interval_table
 from paddle_vl_sp.layout import SeqLayout, length_multiple
 from paddle_vl_sp.log import logger
@@ -88,6 +88,7 @@ class IndexBuilder(paddle.nn.Layer):  # type: ignore[misc]
         return [tokens, InputSpec([None, 3], "int64", "intervals")] if self.packed else [tokens]
 
     def forward(self, tokens: Tensor, intervals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        check_ir()
         if (intervals is not None) != self.packed:
             got = "no table" if intervals is None else "a table"
             raise ValueError(
@@ -140,7 +141,7 @@ def save(layer: IndexBuilder | DeepstackAdd, path: str, input_spec: list[InputSp
         save(adder, "deepstack_add", adder.input_spec(width=4096, dtype="bfloat16"))
         adder = paddle.jit.load("deepstack_add")
     """
-    if not paddle.get_flags("FLAGS_enable_pir_api")["FLAGS_enable_pir_api"]:
+    if not paddle.framework.use_pir_api():
         raise ValueError("the old IR is not supported: unset FLAGS_enable_pir_api=0 to save programs")
     paddle.jit.save(layer, path, input_spec=layer.input_spec() if input_spec is None else input_spec)
 

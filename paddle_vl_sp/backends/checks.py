@@ -13,6 +13,7 @@ def check_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor)
 
     A size is -1 where it comes with the data of a graph that is being traced.
     """
+    check_ir()
     for name, x in (("hidden", hidden), ("features", features)):
         if not hasattr(x, "stop_gradient"):
             raise ValueError(f"{name} must be a Paddle tensor, got {type(x).__name__}: paddle.to_tensor(...) makes one")
@@ -25,6 +26,12 @@ def check_rows(hidden: Tensor, features: Tensor, update: Tensor, gather: Tensor)
         if x.dtype != paddle.int64:
             raise ValueError(f"the plan's indices must be int64, got {x.dtype}: astype('int64') them")
     return shape, feature_shape
+
+
+def check_ir() -> None:
+    """Paddle's own IR (PIR) if a graph is being traced: under the old one the operators would end the process."""
+    if not paddle.in_dynamic_mode() and not paddle.framework.use_pir_api():
+        raise ValueError("the old IR is not supported: unset FLAGS_enable_pir_api=0")
 
 
 def _known(shape: Sequence[object]) -> list[int]:

@@ -12,6 +12,7 @@ from paddle import Tensor
 from paddle.jit.sot import psdb
 
 from paddle_vl_sp.backends import load, plain
+from paddle_vl_sp.backends.checks import check_ir
 from paddle_vl_sp.backends.copies import on_place
 from paddle_vl_sp.layout import SeqLayout
 
@@ -30,6 +31,7 @@ def build_plan(
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor | npt.NDArray[np.int64]]:
     """update, gather and counts [2]: a tensor for a padded plan, else a numpy array."""
+    check_ir()
     chosen = _implementation(tokens)
     if padded:
         update, gather, counts = chosen.build_plan(tokens, ids, layout, sequence_first, num_features, True)

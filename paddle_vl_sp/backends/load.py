@@ -125,13 +125,13 @@ def _load_operators(folder: Path) -> dict[str, str]:
             f"the operators were built for Paddle {info.get('paddle')} ({info.get('commit')}), "
             f"this is {running['paddle']} ({running['commit']})"
         )
-    try:
-        load_op_meta_info_and_register_op(str(library))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OperatorsUnavailable(f"{library.name} does not load: {error}") from error
     from paddle_vl_sp.backends import operators
 
-    operators.set_up(library)
+    try:
+        load_op_meta_info_and_register_op(str(library))
+        operators.set_up(library)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OperatorsUnavailable(f"{library.name} does not load: {error}") from error
     return info
 
 

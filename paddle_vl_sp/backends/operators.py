@@ -151,7 +151,11 @@ def _element_type(x: Tensor) -> int:
 
 def set_up(library: Path) -> None:
     """What the operators cannot know by themselves."""
-    ctypes.CDLL(str(library)).vlsp_set_creates_graph(_creates_graph)
+    loaded = ctypes.CDLL(str(library))
+    loaded.vlsp_set_creates_graph(_creates_graph)
+    loaded.vlsp_set_second_gradients_in_graphs.restype = ctypes.c_bool
+    if not loaded.vlsp_set_second_gradients_in_graphs(_spoils_second_gradients):
+        raise RuntimeError("this Paddle does not let them differentiate their gradients in static graphs")
     learn_references(library)
 
 
@@ -161,7 +165,18 @@ def _is_creating_graph() -> bool:
     return caller is not None and bool(caller.f_locals.get("create_graph"))
 
 
-_creates_graph = ctypes.CFUNCTYPE(ctypes.c_bool)(_is_creating_graph)  # kept, since the library calls it
+def _is_built_by_to_static() -> bool:
+    """Whether to_static builds the graph, and lets common subexpressions be eliminated in it."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("paddle.jit.dy2static"):
+            return bool(paddle.get_flags("FLAGS_enable_cse_in_dy2st")["FLAGS_enable_cse_in_dy2st"])
+        frame = frame.f_back
+    return False
+
+
+_creates_graph = ctypes.CFUNCTYPE(ctypes.c_bool)(_is_creating_graph)  # kept, since the library calls them
+_spoils_second_gradients = ctypes.CFUNCTYPE(ctypes.c_bool)(_is_built_by_to_static)
 
 
 def learn_references(library: Path) -> None:
