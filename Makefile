@@ -67,7 +67,8 @@ wheel: $(VENV)/.ready
 	PADDLE_VL_SP_BUILD=require $(WHEEL) dist/*.tar.gz
 	@ls -l dist
 
-# The C++ kernels under the address and undefined-behaviour sanitizers, with the AVX2 clones and without.
+# The C++ kernels under the address and undefined-behaviour sanitizers: with the AVX2 clones, and without, where arrays
+# of every size are written past the cache.
 sanitize: build/native/kernels_test build/native/kernels_test_baseline
 	build/native/kernels_test
 	build/native/kernels_test_baseline
@@ -78,7 +79,7 @@ build/native/kernels_test: $(NATIVE_DEPS)
 
 build/native/kernels_test_baseline: $(NATIVE_DEPS)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) -DVLSP_BASELINE_ONLY $(NATIVE_TESTS) $(NATIVE_SOURCES) -o $@
+	$(CXX) $(SANITIZE) -DVLSP_BASELINE_ONLY -DVLSP_STREAM_FROM=1 $(NATIVE_TESTS) $(NATIVE_SOURCES) -o $@
 
 bench-native: build/native/kernels_test build/native/kernels_bench
 	build/native/kernels_test

@@ -13,6 +13,11 @@
 namespace vlsp {
 
 constexpr int64_t kCacheLine = 64;
+#if defined(VLSP_STREAM_FROM)  // a test, whose arrays are small
+constexpr int64_t kSmallestStreamed = VLSP_STREAM_FROM;
+#else
+constexpr int64_t kSmallestStreamed = int64_t{16} << 20;
+#endif
 
 #if defined(__SSE2__)
 
@@ -80,7 +85,6 @@ class Written {
   }
 
  private:
-  static constexpr int64_t kSmallestStreamed = int64_t{16} << 20;
   static constexpr int64_t kFewestLines = 8;  // shorter stretches are mostly the broken lines at their ends
 
   // Calls part(begin, size, is_lines) for the whole lines of a stretch and for what is before and after them.

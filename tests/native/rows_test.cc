@@ -151,7 +151,7 @@ void check_elements(const char* what, int64_t number, Array& got, Array& before,
       "before the array", number, 0, 0, 0);
 }
 
-enum class Operation { kReplace, kAdd, kZero, kAddInPlace, kTake };
+enum class Operation { kReplace, kAdd, kZero, kCopy, kAddInPlace, kTake };
 
 // What it writes: a copy of `target`, of the same skew, or `target` itself.
 void run(Operation operation, Array& target, Array& source, const Input& input) {
@@ -167,6 +167,7 @@ void run(Operation operation, Array& target, Array& source, const Input& input) 
   if (operation == Operation::kReplace) replace_rows_cpu(to_out, old, from, pairs, input.shape, map.data());
   if (operation == Operation::kAdd) add_rows_cpu(to_out, old, from, pairs, input.shape, map.data());
   if (operation == Operation::kZero) zero_rows_cpu(to_out, old, pairs, input.shape, map.data());
+  if (operation == Operation::kCopy) copy_rows_cpu(to_out, old, input.shape);
   target = out;
 }
 
@@ -184,7 +185,7 @@ void check_operation(Operation operation, const Input& input, Array hidden, Arra
   std::vector<uint8_t> written(target.count(), takes);
   std::vector<std::pair<int64_t, int64_t>> moved;  // (target, source) elements
   for (int64_t i = 0; i < static_cast<int64_t>(input.update.size()); ++i) {
-    if (!input.inside(i)) continue;
+    if (operation == Operation::kCopy || !input.inside(i)) continue;
     for (int64_t k = 0; k < input.shape.width; ++k) {
       const int64_t row = input.update[i] * input.shape.width + k;
       const int64_t feature = input.gather[i] * input.shape.width + k;
@@ -202,7 +203,7 @@ void check_operation(Operation operation, const Input& input, Array hidden, Arra
   Array before = target;
   run(operation, target, source, input);
   check_elements(takes ? "take" : "row", number, target, before, want, written);
-  if (operation == Operation::kZero) return;
+  if (operation == Operation::kZero || operation == Operation::kCopy) return;
   check(source.bytes == source_before.bytes, "source left alone", number, 0, 0, 0);
   if (adds(operation) || source.type != target.type) return;
   for (const auto& [to, from] : moved) {
@@ -222,8 +223,8 @@ int64_t test_rows(int64_t num_inputs) {
     const ElementType feature_type = kTypes[number / 4 % 4];
     const Array hidden = random_array(random, hidden_type, input.shape.num_rows * input.shape.width);
     const Array features = random_array(random, feature_type, input.shape.num_features * input.shape.width);
-    for (Operation operation :
-         {Operation::kReplace, Operation::kAdd, Operation::kZero, Operation::kAddInPlace, Operation::kTake}) {
+    for (Operation operation : {Operation::kReplace, Operation::kAdd, Operation::kZero, Operation::kCopy,
+                                Operation::kAddInPlace, Operation::kTake}) {
       check_operation(operation, input, hidden, features, number);
       ++cases;
     }

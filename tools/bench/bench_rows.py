@@ -128,9 +128,10 @@ def main() -> None:
         f"B {args.batch}, S {args.seq}, {args.sp} ranks, H {args.hidden}, float32, {own} of {everywhere} visual rows"
     )
     forward = [Contender(name, way, inputs.prepare) for name, way in all_ways.items()]
-    lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds, UPSTREAM)
     all_rows = plan.row_shape[0] * plan.row_shape[1]
     on_a_copy = (2 * all_rows + own) * row
+    forward.insert(0, copied(on_a_copy, "on a copy, its bytes, copied"))
+    lines = race(forward[-1], forward[:-1], copied(3 * own * row), args.rounds, UPSTREAM)
     note = f"must move {3 * own * row >> 20} MiB: read two rows, write one; on a copy {on_a_copy >> 20} MiB"
     show(f"deepstack add, forward: {shape}", lines, f"{note}\n{left_out}" if left_out else note)
 
@@ -138,10 +139,13 @@ def main() -> None:
         return lambda hidden, features: inputs.backward(way, hidden, features)
 
     both = [Contender(name, with_backward(way), inputs.prepare) for name, way in all_ways.items()]
-    moved = (3 * own + own + everywhere) * row
+    backward = (own + everywhere) * row  # read own rows, write a gradient for every feature
+    moved, kept = 3 * own * row + backward, 2 * all_rows * row
+    both.insert(0, copied(on_a_copy + backward + kept, "on a copy, its bytes, copied"))
     lines = race(both[-1], both[:-1], copied(moved), args.rounds, UPSTREAM)
     note = (
-        f"must move {moved >> 20} MiB; the gradient, which is kept here, is copied too: {2 * all_rows * row >> 20} MiB"
+        f"must move {moved >> 20} MiB; on a copy {on_a_copy + backward >> 20} MiB; the gradient, which is kept here, is "
+        f"copied too: {kept >> 20} MiB"
     )
     show(f"deepstack add, forward and backward: {shape}", lines, note)
     write_json(args.json)

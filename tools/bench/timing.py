@@ -93,10 +93,10 @@ def race(ours: Contender, others: list[Contender], floor: Contender, rounds: int
     ]
 
 
-def copied(num_bytes: int) -> Contender:
+def copied(num_bytes: int, name: str = "its bytes, copied") -> Contender:
     """The floor: as many bytes, half of them read and half written by a copy."""
     source, target = (np.ones(num_bytes // 2, dtype=np.uint8) for _ in range(2))
-    return Contender("floor: its bytes, copied", lambda: np.copyto(target, source))
+    return Contender(f"floor: {name}", lambda: np.copyto(target, source))
 
 
 def add_table(title: str, note: str) -> list[dict[str, object]]:
