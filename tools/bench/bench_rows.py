@@ -144,8 +144,8 @@ def main() -> None:
     both.insert(0, copied(on_a_copy + backward + kept, "on a copy, its bytes, copied"))
     lines = race(both[-1], both[:-1], copied(moved), args.rounds, UPSTREAM)
     note = (
-        f"must move {moved >> 20} MiB; on a copy {on_a_copy + backward >> 20} MiB; the gradient, which is kept here, is "
-        f"copied too: {kept >> 20} MiB"
+        f"must move {moved >> 20} MiB; on a copy {on_a_copy + backward >> 20} MiB; the gradient, which is kept here, "
+        f"is copied too: {kept >> 20} MiB"
     )
     show(f"deepstack add, forward and backward: {shape}", lines, note)
     write_json(args.json)
