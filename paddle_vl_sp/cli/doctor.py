@@ -194,11 +194,8 @@ def _absent(family: Family, why: str) -> Check:
     """Some families need more than PaddleFormers installs; any other that is not there stops `apply_to_...`."""
     subject, message = f"{UPSTREAM}{family.name}", f"{family.module} cannot be imported: {why}"
     if ON_FLEET in why:
-        return (
-            Check(WARN, subject, message, FLEET)
-            if importable(ON_FLEET)
-            else Check(WARN, subject, message, "", ON_FLEET)
-        )
+        because = "" if importable(ON_FLEET) else ON_FLEET
+        return Check(WARN, subject, message, "" if because else FLEET, because)
     if family.is_optional:
         return Check(WARN, subject, message, f"if you train {family.name}, install what this names")
     return Check(FAIL, subject, message, FORMERS)
