@@ -37,6 +37,8 @@ class OwnPart:
     @cached_property
     def plans(self) -> dict[str, VisualPlan]:
         """Of each kind's features alone, which is how they are encoded."""
+        if len(self.kind_ids) == 1:
+            return dict.fromkeys(self.kind_ids, self.plan)
         return {kind: self._plan((kind_id,)) for kind, kind_id in self.kind_ids.items()}
 
     @property

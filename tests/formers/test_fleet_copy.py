@@ -1,4 +1,4 @@
-"""PaddleFleet's own copy of PaddleFormers' models is not changed, and nobody is left to believe that it is."""
+"""PaddleFleet's own copy of PaddleFormers' models is left as it is, and that is said."""
 
 import logging
 import sys

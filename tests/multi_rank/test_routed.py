@@ -208,13 +208,24 @@ def trained(encode, layout, mask, plan, sequence_first, again=lambda f, *x: f(*x
     return hidden, first.grad, features, levels
 
 
+def drawn(batch, cut, placing, group):
+    """Grids, this rank's layout, the mask [B, LENGTH] and this rank's plan."""
+    grid, layout = np.array(BATCHES[batch], np.int64).reshape(-1, 3), layouts_of(group.nranks)[cut][group.rank]
+    mask = mask_of(grid, placing, layout)
+    return grid, layout, mask, plan_visual(mask, None, layout, sequence_first=cut == "sequence parallel").to("cpu")
+
+
+def hold_own_rows(own, of_all, plan, told):
+    """By bits, in features or levels: the rows that the plan uses."""
+    for got, rows in zip(own, of_all, strict=True):
+        assert got.numpy().tobytes() == rows.numpy()[plan.gather_indices.numpy()].tobytes(), told
+
+
 def hold_plan(batch, cut, placing, group=None, encoding=lambda model: model, again=lambda f, *x: f(*x), **options):
     """With a plan and without: hidden states by bits, gradients of pixels, of every parameter and of hidden states."""
     group = group or world()
-    grid, layout = np.array(BATCHES[batch], np.int64).reshape(-1, 3), layouts_of(group.nranks)[cut][group.rank]
-    mask, told = mask_of(grid, placing, layout), (batch, cut, placing, options)
-    sequence_first = cut == "sequence parallel"
-    plan = plan_visual(mask, None, layout, sequence_first=sequence_first).to("cpu")
+    grid, layout, mask, plan = drawn(batch, cut, placing, group)
+    told, sequence_first = (batch, cut, placing, options), cut == "sequence parallel"
     found = []
     options = {"group": group, "merge_size": MERGE, "replicate_below": 0, **options}
     for is_routed in (False, True):
@@ -231,8 +242,7 @@ def hold_plan(batch, cut, placing, group=None, encoding=lambda model: model, aga
         found.append((hidden, grads, [features, *levels]))
     (whole, right, of_all), (hidden, grads, own) = found
     assert hidden.numpy().tobytes() == whole.numpy().tobytes(), told
-    for got, rows in zip(own, of_all, strict=True):
-        assert got.numpy().tobytes() == rows.numpy()[plan.gather_indices.numpy()].tobytes(), told
+    hold_own_rows(own, of_all, plan, told)
     for name, wanted in right.items():
         assert (grads[name] is None) == (wanted is None), (name, told)
         if wanted is not None:
@@ -262,9 +272,8 @@ def hold_levels(batch, cut, placing, group=None, **options):
     The sum, since without a plan a tower that every rank runs keeps other rows of the levels' gradients.
     """
     group = group or world()
-    grid, layout = np.array(BATCHES[batch], np.int64).reshape(-1, 3), layouts_of(group.nranks)[cut][group.rank]
-    mask, told, found = mask_of(grid, placing, layout), (batch, cut, placing, options), []
-    plan = plan_visual(mask, None, layout, sequence_first=False).to("cpu")
+    grid, layout, mask, plan = drawn(batch, cut, placing, group)
+    told, found = (batch, cut, placing, options), []
     options = {"group": group, "merge_size": MERGE, "grad": "whole", "replicate_below": 0, **options}
     for is_routed in (False, True):
         model, x = tower(), pixels(grid)
@@ -281,8 +290,7 @@ def hold_levels(batch, cut, placing, group=None, **options):
     ((features, levels, hidden), right), ((got, own, own_hidden), grads) = found
     assert got.numpy().tobytes() == features.numpy().tobytes(), told
     assert own_hidden.numpy().tobytes() == hidden.numpy().tobytes(), told
-    for level, rows in zip(own, levels, strict=True):
-        assert level.numpy().tobytes() == rows.numpy()[plan.gather_indices.numpy()].tobytes(), told
+    hold_own_rows(own, levels, plan, told)
     for name, wanted in right.items():
         assert (grads[name] is None) == (wanted is None), (name, told)
         if wanted is not None:

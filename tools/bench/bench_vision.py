@@ -199,7 +199,7 @@ def counted_owners(images: int, width: int, levels: int, repeats: int) -> list[t
         rows = x.reshape([-1, width])
         return rows * 2, [rows * (level + 3) for level in range(levels)]
 
-    for cut, grad in (("contiguous", "partial"), ("zigzag", "partial"), ("contiguous", "whole")):
+    for (cut, grad), name in CUTS.items():
         layout = SeqLayout(mask.shape[1], cp_size=group.nranks, cp_rank=group.rank, cp_mode=cut)
         plan = plan_visual(mask, None, layout, sequence_first=False).to("cpu")
         start, of_features = (hidden, None) if grad == "partial" else (uncut, everything)
@@ -222,7 +222,7 @@ def counted_owners(images: int, width: int, levels: int, repeats: int) -> list[t
                 seconds.append(time.perf_counter() - begin)
             placed.append((first.numpy(), out.numpy()))
             held = (features.shape[0] + levels * by_level[0].shape[0]) / (levels + 1)
-            found.append((CUTS[cut, grad], way, [counted.sent, float(np.median(seconds)), held, plan.num_features]))
+            found.append((name, way, [counted.sent, float(np.median(seconds)), held, plan.num_features]))
         assert all((one == other).all() for one, other in zip(*placed, strict=True))
     return found
 
