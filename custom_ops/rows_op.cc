@@ -6,6 +6,7 @@
 // unknown while a graph is built, is the height of the input like_features [N, 0].
 
 #include "grad_mode.h"
+#include "huge_pages.h"
 #include "paddle_op.h"
 #include "rows.h"
 #include "unshared.h"
@@ -93,6 +94,15 @@ Where check(const Tensor& hidden, const Tensor& features, const Tensor& update, 
           {width ? hidden.numel() / width : 0, features.shape()[0], width}};
 }
 
+// All of which a kernel will write.
+Tensor empty_rows(const Shape& shape, DataType type, const paddle::Place& place) {
+  Tensor rows = paddle::empty(shape, type, place);
+  if (rows.is_cpu()) ask_for_huge_pages(rows.data(), rows.numel() * phi::SizeOf(type));
+  return rows;
+}
+
+Tensor empty_rows_like(const Tensor& x) { return empty_rows(x.shape(), x.dtype(), x.place()); }
+
 // Memory for a Map.
 Tensor empty_map(const RowShape& shape, const paddle::Place& place) {
   return paddle::empty({shape.num_rows}, DataType::INT64, place);
@@ -102,7 +112,7 @@ Tensor empty_map(const RowShape& shape, const paddle::Place& place) {
 Tensor take_rows(const Tensor& rows, const Tensor& update, const Tensor& gather, const Tensor& like_features,
                  int feature_type) {
   const Shape shape = feature_shape(rows.shape(), like_features.shape());
-  Tensor features = paddle::empty(shape, data_type(feature_type), rows.place());
+  Tensor features = empty_rows(shape, data_type(feature_type), rows.place());
   const Where where = check(rows, features, update, gather);
   kTakeRows.launch(rows, written(features), read(rows), where.pairs, where.shape);
   return features;
@@ -116,7 +126,7 @@ std::vector<Tensor> merge_rows(const Tensor& hidden,                        // [
                                const Tensor& update, const Tensor& gather,  // [n]
                                const Tensor& like_features, int feature_type) {
   const Where where = check(hidden, features, update, gather);
-  Tensor out = paddle::empty_like(hidden);
+  Tensor out = empty_rows_like(hidden);
   Tensor map = empty_map(where.shape, hidden.place());
   kernel.launch(hidden, written(out), read(hidden), read(features), where.pairs, where.shape,
                 map.data<int64_t>());
@@ -143,7 +153,7 @@ std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather
                                       const Tensor& out_grad, int feature_type) {
   const Tensor feature_grad = take_rows(out_grad, update, gather, like_features, feature_type);
   const Where where = check(out_grad, feature_grad, update, gather);
-  Tensor hidden_grad = paddle::empty_like(out_grad);
+  Tensor hidden_grad = empty_rows_like(out_grad);
   Tensor map = empty_map(where.shape, out_grad.place());
   kZeroRows.launch(out_grad, written(hidden_grad), read(out_grad), where.pairs, where.shape,
                    map.data<int64_t>());
@@ -152,7 +162,7 @@ std::vector<Tensor> replace_rows_grad(const Tensor& update, const Tensor& gather
 
 Tensor copied(const Tensor& x) {
   if (x.is_gpu()) return x.copy_to(x.place(), false);
-  Tensor copy = paddle::empty_like(x);
+  Tensor copy = empty_rows_like(x);
   copy_rows_cpu(written(copy), read(x), {x.numel(), 0, 1});
   return copy;
 }

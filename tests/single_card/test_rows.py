@@ -1,5 +1,9 @@
 """replace_rows and add_rows: movement bit-exact, sums rounded once; gradients those of the reference and of a limit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -354,6 +358,42 @@ class TestGradientsWithoutACopy:
             finally:
                 paddle.disable_static()
         assert not gradient_is_copied(inplace=False)
+
+
+HUGE_PAGES = """
+import re, sys
+from pathlib import Path
+
+import paddle
+
+from paddle_vl_sp import SeqLayout, add_rows, plan_visual, replace_rows
+
+def asked(tensor):  # the flag "hg" of its mapping
+    at = tensor.data_ptr() + (1 << 21)
+    maps = Path("/proc/self/smaps").read_text()
+    for begin, end, flags in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", maps, re.M | re.S):
+        if int(begin, 16) <= at < int(end, 16):
+            return "hg" in flags.split()
+
+plan = plan_visual(paddle.ones([1, 64], dtype="bool"), None, SeqLayout(64), sequence_first=False)
+hidden, features, grad = (paddle.ones(shape) for shape in [[1, 64, 1 << 17], [64, 1 << 17], [1, 64, 1 << 17]])
+hidden.stop_gradient = features.stop_gradient = False
+out = {"add": add_rows, "replace": replace_rows}[sys.argv[1]](hidden, features, plan)
+grads = paddle.grad([out], [hidden, features], [grad])
+print(*map(asked, [hidden, grad, out, *grads]))
+"""
+
+
+@pytest.mark.skipif(load.backend().name != "op", reason="no custom operators: the header of this report says why")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a Linux without huge pages")
+@pytest.mark.parametrize("name", ROWS)
+def test_large_results_ask_for_huge_pages(name):
+    """In a process whose memory is mapped anew. Paddle's own tensors do not, as the gradient that add passes on."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    command = [sys.executable, "-W", "ignore", "-c", HUGE_PAGES, name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"False False True {name == 'replace'} True"
 
 
 @pytest.mark.usefixtures("implementation")

@@ -20,27 +20,33 @@ import paddle
 from paddle_vl_sp import backend
 
 # glibc maps every larger block anew and gives it back at once: without this, large tensors measure page faults.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "OMP_NUM_THREADS": "1"}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 SYNCHRONISING_METHODS = ("item", "numpy", "tolist", "__int__", "__float__", "__bool__", "__index__")
 SYNCHRONISING_FUNCTIONS = ("nonzero", "masked_select")
 TABLES: list[dict[str, object]] = []  # what --json writes: a title, a note, and lines of a name and numbers
 
 
 def parse_sizes(doc: str | None, **sizes: int | list[int]) -> argparse.Namespace:
-    """The command line: an option for each size, a list takes several, and --json."""
+    """The command line: an option for each size, a list takes several, False is a switch; and --json."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in sizes.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=value, nargs="+" if isinstance(value, list) else None)
+        if value is False:
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, type=int, default=value, nargs="+" if isinstance(value, list) else None)
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     return parser.parse_args()
 
 
-def start_race() -> None:
-    """Says what runs, in a process whose allocator keeps its memory: starts this program again, unless it is one."""
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    print(f"{machine()}\npaddle_vl_sp: {backend()}")
+def start_race(new_memory: bool = False) -> None:
+    """Says what runs, in a process whose allocator keeps its memory or not: starts this program again to get one."""
+    wanted = {"OMP_NUM_THREADS": "1"} | ({} if new_memory else KEEP_MEMORY)
+    others = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    if os.environ != others | wanted:
+        os.execve(sys.executable, [sys.executable, *sys.argv], others | wanted)
+    memory = "mapped anew for each large tensor, glibc's default" if new_memory else "kept by the allocator"
+    print(f"{machine()}, memory {memory}\npaddle_vl_sp: {backend()}")
 
 
 @dataclass(frozen=True)
