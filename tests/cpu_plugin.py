@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 from paddleformers.cli.train.sft.sft_trainer import SFTTrainer
 
+import gloo_threads
 from paddle_vl_sp.cli.plugin_path import PLUGIN
 from paddle_vl_sp.formers import tiny
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu
@@ -28,6 +29,7 @@ MODEL = os.environ["VLSP_MODEL"]
 ON_FLEET = MODEL == "qwen3_vl"
 
 paddle.set_device("cpu")
+gloo_threads.give_way(RANK)
 enable_tensor_parallel_on_cpu()
 
 modeling = importlib.import_module(f"paddleformers.transformers.{MODEL}.modeling{'_fleet' if ON_FLEET else ''}")

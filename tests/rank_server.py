@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+
+import gloo_threads
 
 NUM_SERVERS = 2
 OF_PADDLEFORMERS = ("scipy.special", "transformers", "pandas", "datasets")  # what takes longest of its imports
@@ -120,6 +123,7 @@ def serve():
             importlib.import_module(name)
     assert not [name for name in sys.modules if name.startswith(("paddle_vl_sp", "paddleformers", "paddlefleet"))]
     paddle.set_device("cpu")
+    gc.freeze()  # else each collection of a fork copies the pages of what is loaded here
     before, children = list(sys.path), set()
     while True:
         ready = select.select([sys.stdin], [], [], 0.01 if children else None)[0]
@@ -164,6 +168,7 @@ def become(request, path):
     random.seed()
     numpy.random.seed()
     paddle.seed(random.getrandbits(32))
+    gloo_threads.give_way(int(arguments[1]))
     try:
         exec(code, {"__name__": "__main__"})
     except BaseException:
