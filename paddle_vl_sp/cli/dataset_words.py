@@ -31,7 +31,7 @@ def _counted(number: int, name: str) -> str:
 def token_table(costs: dict[str, Any]) -> str:
     ranks = costs["ranks"]
     names = {
-        "of_a_copy": "images of a copy's batch",
+        "of_a_copy": "in the batch of a copy",
         "home": "encoded by a rank, home",
         "longest": "encoded by a rank, longest",
     }

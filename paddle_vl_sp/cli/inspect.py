@@ -1,4 +1,4 @@
-"""inspect: what a batch costs each rank under a layout, as numbers and as a picture. Numbers need numpy only."""
+"""inspect: what a batch costs each rank under a layout, or a data set each copy. Numbers need numpy only."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_grids_are_those_of_paddleformers(name, tmp_path, monkeypatch):
     image_of = pytest.importorskip("PIL.Image").new
     sizes, settings = SETTINGS[name]
     processor = type("Processor", (), {"image_processor": made_by(**settings), "model_input_names": ()})()
-    plugin = plugins.get_mm_plugin("qwen3_vl", image_token="<i>", video_token="<v>")
+    plugin = plugins.get_mm_plugin(f"qwen{2 if sizes == QWEN2_5 else 3}_vl", image_token="<i>", video_token="<v>")
     monkeypatch.setattr(plugin, "_img_download", lambda size: image_of("RGB", size[::-1]))
     drawn = np.random.default_rng(1).integers(20, 1400, (12, 2)).tolist()
     images = [*map(tuple, drawn), (448, 448), (720, 1280), (1280, 720), (10, 12), (20, 7000), (7000, 20), (768, 768)]
