@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dataset.add_arguments(parser)
     model = parser.add_argument_group("the model")
     model.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="its config.json has all sizes; without, Qwen3-VL's"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="its config.json has all sizes, its preprocessor_config.json a .jsonl's; without, Qwen3-VL's",
     )
     model.add_argument("--hidden", type=int, help="width of the hidden states (default the model's, else 4096)")
     model.add_argument("--dtype", choices=list(BYTES), default="bf16", help="of the hidden states (default bf16)")

@@ -46,7 +46,7 @@ def _sample(text: bytes, number: int) -> dict[str, Any]:
     try:
         sample = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"line {number} is not JSON: {error}") from None
+        raise UsageError(f"line {number} is not JSON ({error}): a line is {FORM}") from None
     if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list):
         raise UsageError(f"line {number} has no messages: a line is {FORM}")
     images = sample.get("images") or []
