@@ -18,7 +18,7 @@ from paddle_vl_sp.cli.streams import Writer
 
 COMMANDS = {  # each a module of its name, with _ for -
     "doctor": "what is installed, which implementation is in use, what does not fit together, and how to fix it",
-    "inspect": "what a batch costs each rank under a layout, as numbers and as a picture",
+    "inspect": "what a batch costs each rank under a layout, or a data set each copy, as numbers and as a picture",
     "selftest": "checks rows, gradients and collectives against slow answers, on this machine's devices and ranks",
     "plugin-path": "where the file for PaddleFormers' custom_register_path is",
 }

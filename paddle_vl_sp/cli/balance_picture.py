@@ -16,7 +16,7 @@ MOST_BARS = 64
 
 
 def draw_balance(path: Path, title: str, shares: Mapping[str, Sequence[BalancedShare]]) -> None:
-    """shares: by policy, of the same steps."""
+    """shares: by policy, of the same steps, which have images."""
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.2)})
@@ -39,15 +39,22 @@ def _draw_step(panel: Any, home: Sequence[BalancedShare], longest: Sequence[Bala
     panel.set(xlabel="rank", ylabel="load of the encoder, mean = 1", title=f"The median step{shown}")
     panel.set_ylim(0, 1.25 * float((home[step].loads / (home[step].loads.mean() or 1)).max() or 1))
     panel.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
+    _whole_numbers_below(panel)
 
 
 def _draw_steps(panel: Any, shares: Mapping[str, Sequence[BalancedShare]]) -> None:
     """Of each policy the busiest rank over the mean, the worst step first."""
     for name, steps in shares.items():
         sorted_steps = sorted((share.imbalance for share in steps), reverse=True)
-        panel.plot(
-            np.arange(len(steps)), sorted_steps, color=COLOURS[name], label=f"{name}: {np.mean(sorted_steps):.2f}"
-        )
-    panel.set(xlabel="step, the worst first", ylabel="busiest rank over the mean", title="Every step, by who encodes")
+        label, marker = f"{name}: {np.mean(sorted_steps):.2f}", "o" if len(steps) == 1 else None
+        panel.plot(np.arange(len(steps)), sorted_steps, marker=marker, color=COLOURS[name], label=label)
+    panel.set(xlabel="step, the worst first", ylabel="busiest rank over the mean", title="Every step with images")
     panel.set_ylim(bottom=0.95)
     panel.legend(frameon=False, fontsize=8)
+    _whole_numbers_below(panel)
+
+
+def _whole_numbers_below(panel: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -12,17 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_vl_sp.cli import UsageError
+from paddle_vl_sp.cli.model_sizes import QWEN3_VL, Grid, ModelSizes
 from paddle_vl_sp.layout import CP_MODES, REMAINDERS, SeqLayout, layouts_of_all_ranks
 
-PATCH, MERGE, FRAMES = 16, 2, 2  # of Qwen3-VL: pixels of a patch, patches of a token, frames of a temporal patch
-CHANNELS = 3
 QWEN3_VL_IDS = (151655, 151656)
 MASKS = ("mask", "visual_pos_masks")
 GRIDS = ("image_grid_thw", "video_grid_thw")
 CUTS = ("sequence", "flattened")
 MAX_TOKENS, MAX_RANKS, MAX_COUNTED = 1 << 27, 4096, 1 << 36  # some seconds and GB; counted: by every rank all tokens
 
-Grid = tuple[int, int, int]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -32,6 +30,7 @@ class Batch:
     grids: list[Grid]  # (t, h, w) in patches, of all images and videos; empty where they are not known
     layouts: list[SeqLayout]  # of every rank, cp after cp, sp within
     flattened: int | None = None  # B, where the mask is [1, B * S]
+    sizes: ModelSizes = QWEN3_VL
 
     @property
     def samples(self) -> int:
@@ -82,14 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cut.add_argument("--remainder", choices=REMAINDERS, default="error", help="for lengths that do not divide")
 
 
-def batch_of(arguments: argparse.Namespace) -> Batch:
-    made_up = [name for name in ("seq", "batch", "images", "video") if getattr(arguments, name) is not None]
+def batch_of(arguments: argparse.Namespace, sizes: ModelSizes = QWEN3_VL) -> Batch:
     if arguments.npz is None:
-        mask, grids, cu_seqlens = *_made_up(arguments), None
-    elif made_up:
-        raise UsageError(f"--npz has the whole batch: leave out --{', --'.join(made_up)}")
+        mask, grids, cu_seqlens = *_made_up(arguments, sizes), None
     else:
-        mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids))
+        mask, grids, cu_seqlens = _from_file(arguments.npz, _ids(arguments.ids), sizes)
     ranks = arguments.cp * arguments.sp
     if ranks > MAX_RANKS or ranks * mask.size > MAX_COUNTED:
         raise UsageError(
@@ -101,7 +97,7 @@ def batch_of(arguments: argparse.Namespace) -> Batch:
         if arguments.cp > 1:
             raise UsageError(f"--cut flattened is a cut of sequence parallelism: leave out --cp, got {arguments.cp}")
         mask = mask.reshape([1, -1])
-    return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens), samples)
+    return Batch(mask, grids, _layouts(arguments, mask.shape[1], cu_seqlens), samples, sizes)
 
 
 def _layouts(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[int] | None) -> list[SeqLayout]:
@@ -114,22 +110,23 @@ def _layouts(arguments: argparse.Namespace, seq_len: int, cu_seqlens: Sequence[i
         raise UsageError(str(error).replace("remainder='front'", "--remainder front")) from error
 
 
-def _from_file(path: Path, ids: Sequence[int]) -> tuple[Mask, list[Grid], list[int] | None]:
-    arrays = arrays_in(path, "npz")
+def _from_file(path: Path, ids: Sequence[int], sizes: ModelSizes) -> tuple[Mask, list[Grid], list[int] | None]:
     try:
+        arrays = arrays_in(path)
         mask = _mask_in(arrays, ids)
-        grids = [grid for name in GRIDS if name in arrays for grid in grids_in(arrays[name], name)]
-        if grids and sum(map(num_tokens, grids)) != mask.sum():
+        grids = [grid for name in GRIDS if name in arrays for grid in grids_in(arrays[name], name, sizes.merge)]
+        num_tokens = sum(map(sizes.num_tokens, grids))
+        if grids and num_tokens != mask.sum():
             raise UsageError(
-                f"the grids make {sum(map(num_tokens, grids))} visual tokens, the ids or mask have {mask.sum()}: "
-                "check --ids, or leave the grids out"
+                f"the grids make {num_tokens} visual tokens, the ids or mask have {mask.sum()}: "
+                "check --ids and --model, or leave the grids out"
             )
         return mask, grids, _bounds_in(arrays, mask)
     except UsageError as error:
         raise UsageError(f"--npz {path}: {error}") from None
 
 
-def arrays_in(path: Path, flag: str) -> dict[str, npt.NDArray[Any]]:
+def arrays_in(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         file = np.load(path)
         if isinstance(file, np.ndarray):
@@ -138,7 +135,7 @@ def arrays_in(path: Path, flag: str) -> dict[str, npt.NDArray[Any]]:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises many kinds for a broken file
         raise UsageError(
-            f'--{flag} {path} cannot be read ({error}): numpy.savez("{path.stem}.npz", name=array) makes one that can'
+            f'it cannot be read ({error}): numpy.savez("{path.stem}.npz", name=array) makes one that can'
         ) from error
 
 
@@ -153,7 +150,7 @@ def _mask_in(arrays: dict[str, npt.NDArray[Any]], ids: Sequence[int]) -> Mask:
     return np.isin(found, ids) if name == "input_ids" else found.astype(bool)
 
 
-def grids_in(grids: npt.NDArray[Any], name: str, merge: int = MERGE) -> list[Grid]:
+def grids_in(grids: npt.NDArray[Any], name: str, merge: int) -> list[Grid]:
     """Of images or videos, [I, 3]."""
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
         got = f"{grids.dtype} {list(grids.shape)}"
@@ -176,11 +173,6 @@ def _bounds_in(arrays: dict[str, npt.NDArray[Any]], mask: Mask) -> list[int] | N
     return bounds
 
 
-def num_tokens(grid: Grid) -> int:
-    t, h, w = grid
-    return t * h * w // MERGE**2
-
-
 def _ids(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
@@ -188,9 +180,7 @@ def _ids(text: str) -> list[int]:
         raise UsageError(f"--ids must be numbers with commas between, got {text!r}") from None
 
 
-def _made_up(arguments: argparse.Namespace) -> tuple[Mask, list[Grid]]:
-    if arguments.seq is None:
-        raise UsageError("there is no batch: give --npz FILE, or --seq with --images or --video, as --images 448x448")
+def _made_up(arguments: argparse.Namespace, sizes: ModelSizes) -> tuple[Mask, list[Grid]]:
     batch = 1 if arguments.batch is None else arguments.batch
     if batch < 1 or arguments.seq < 1:
         raise UsageError(f"--batch and --seq must be at least 1, got {batch} and {arguments.seq}")
@@ -205,25 +195,25 @@ def _made_up(arguments: argparse.Namespace) -> tuple[Mask, list[Grid]]:
         if len(given) not in (1, batch):
             raise UsageError(f"--{name} is given {len(given)} times for {batch} samples: once, or once for each")
         for sample, text in zip(per_sample, given * batch if len(given) == 1 else given, strict=True):
-            sample += [_grid(size, name) for size in text.split(",") if size]
-    mask = np.stack([_placed(arguments.seq, grids, sample) for sample, grids in enumerate(per_sample)])
+            sample += [_grid(size, name, sizes) for size in text.split(",") if size]
+    lengths = [[sizes.num_tokens(grid) for grid in grids] for grids in per_sample]
+    mask = np.stack([_placed(arguments.seq, own, sample) for sample, own in enumerate(lengths)])
     return mask, [grid for grids in per_sample for grid in grids]
 
 
-def _grid(text: str, name: str) -> Grid:
-    """A size in pixels as patches, to the nearest whole token.  448x720  ->  (1, 28, 44)"""
+def _grid(text: str, name: str, sizes: ModelSizes) -> Grid:
+    """A size in pixels as patches, to the nearest whole token.  448x720 of patches of 16  ->  (1, 28, 44)"""
     form = "FxHxW" if name == "video" else "HxW"
-    sizes = [int(number) if number.isdecimal() else 0 for number in text.lower().split("x")]
-    if len(sizes) != len(form.split("x")) or min(sizes) < 1:
+    given = [int(number) if number.isdecimal() else 0 for number in text.lower().split("x")]
+    if len(given) != len(form.split("x")) or min(given) < 1:
         raise UsageError(f"--{name} takes {form} in pixels, got {text!r}")
-    frames = sizes[0] if name == "video" else 1
-    height, width = (max(1, round(size / (PATCH * MERGE))) * MERGE for size in sizes[-2:])
-    return (-(-frames // FRAMES), height, width)
+    frames = given[0] if name == "video" else 1
+    height, width = (max(1, round(size / (sizes.patch * sizes.merge))) * sizes.merge for size in given[-2:])
+    return (-(-frames // sizes.frames), height, width)
 
 
-def _placed(seq_len: int, grids: list[Grid], sample: int) -> Mask:
+def _placed(seq_len: int, lengths: list[int], sample: int) -> Mask:
     """Images in a row with equally much text before, between and after:  . v v . v v .  [S]"""
-    lengths = [num_tokens(grid) for grid in grids]
     text = seq_len - sum(lengths)
     if text < 0:
         raise UsageError(f"sample {sample} has {sum(lengths)} visual tokens, more than --seq {seq_len}: make it longer")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from paddle_vl_sp.cli import Answer, UsageError
-from paddle_vl_sp.cli.batch import GRIDS, MAX_RANKS, arrays_in, grids_in
+from paddle_vl_sp.cli.batch import MAX_RANKS
+from paddle_vl_sp.cli.data_files import NUMBERS, DataSet, Grids, Integers, data_set_in
+from paddle_vl_sp.cli.dataset_words import head, policy_table, token_table
 from paddle_vl_sp.cli.model_sizes import ModelSizes
-from paddle_vl_sp.cli.terminal import table
 from paddle_vl_sp.vision.homes import BalancedShare, balance_images
 
 POLICIES = ("home", "count", "contiguous", "longest")
-NUMBERS = "images_per_sample"
 MAX_STEPS = 1000
-
-Integers = npt.NDArray[np.int64]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         type=Path,
         metavar="FILE",
-        help=f"an .npz with image_grid_thw [I, 3] of all samples, one after the other, and {NUMBERS} [D]",
+        help="PaddleFormers' .jsonl, with --model; or an .npz with image_grid_thw [I, 3] of all samples, one after the "
+        f"other, and {NUMBERS} [D]",
     )
     data.add_argument("--dp", type=int, default=1, help="data-parallel copies, of --sp x --cp ranks each (default 1)")
     data.add_argument("--steps", type=int, default=100, help="steps that are looked at (default 100)")
@@ -39,67 +37,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, sizes: ModelSizes, row_bytes: int) -> Answer:
     """row_bytes: of a feature row with its levels."""
     within, batch = arguments.cp * arguments.sp, arguments.batch or 1
-    if min(arguments.dp, within, batch, arguments.steps) < 1 or arguments.dp * within > MAX_RANKS:
-        raise UsageError(
-            f"--dp, --sp, --cp, --batch and --steps must be at least 1, and their ranks at most {MAX_RANKS}, got "
-            f"{arguments.dp}, {arguments.sp}, {arguments.cp}, {batch} and {arguments.steps}"
-        )
-    samples = _samples_in(arguments.dataset, sizes.merge)
-    steps = list(_steps(samples, arguments.dp, batch, min(arguments.steps, MAX_STEPS)))
+    _check_sizes(arguments)
+    data = data_set_in(arguments.dataset, arguments.model, sizes)
+    steps, shrunk = _drawn_steps(data, arguments)
     shares = {
         policy: [
             balance_images(step, sizes.merge, sizes.alpha, policy, arguments.split_frames, within) for step in steps
         ]
         for policy in POLICIES
     }
-    pixel_bytes = sizes.pixels * 2  # of bf16
+    full = {policy: [share for share in own if len(share.items)] for policy, own in shares.items()}
+    if not full["home"]:
+        raise UsageError(
+            f"--dataset {arguments.dataset}: none of the {len(steps)} steps has an image: nothing to share"
+        )
+    pixel_bytes = sizes.numbers_of_a_patch * 2  # of bf16
     costs: dict[str, Any] = {
         "ranks": {"dp": arguments.dp, "within": within},
-        "samples": len(samples),
-        "images": sum(map(len, samples)),
+        "samples": len(data.images),
+        "images": sum(data.images),
         "steps": len(steps),
-        "policies": [_summary(policy, shares[policy], shares["home"], pixel_bytes, row_bytes) for policy in POLICIES],
+        "steps_without_images": len(steps) - len(full["home"]),
+        "shrunk_images": shrunk,
+        "visual_tokens": _tokens(steps, shares, sizes),
+        "policies": [_summary(policy, full[policy], full["home"], pixel_bytes, row_bytes) for policy in POLICIES],
     }
-    parts = [_head(costs, batch), _policies(costs["policies"])]
+    parts = [head(costs, batch), token_table(costs), policy_table(costs)]
     if arguments.out is not None:
         from paddle_vl_sp.cli.balance_picture import draw_balance
 
-        draw_balance(arguments.out, parts[0], shares)
+        draw_balance(arguments.out, parts[0].splitlines()[0], full)
         costs["out"] = str(arguments.out)
         parts.append(f"picture: {arguments.out}")
     return Answer(costs, "\n\n".join(parts))
 
 
-def _samples_in(path: Path, merge: int) -> list[Integers]:
-    """The grids [I, 3] of every sample."""
-    arrays = arrays_in(path, "dataset")
-    try:
-        name = GRIDS[0]
-        if name not in arrays or NUMBERS not in arrays:
-            raise UsageError(f"it has {', '.join(arrays) or 'nothing'}; needed are {name} and {NUMBERS}")
-        grids = np.array(grids_in(arrays[name], name, merge), dtype=np.int64).reshape(-1, 3)
-        numbers = arrays[NUMBERS]
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers) or numbers.min() < 0:
-            raise UsageError(f"{NUMBERS} is whole numbers [D], got {numbers.dtype} {list(numbers.shape)}")
-        if numbers.sum() != len(grids):
-            raise UsageError(f"{NUMBERS} is {int(numbers.sum())} in all, and there are {len(grids)} grids")
-    except UsageError as error:
-        raise UsageError(f"--dataset {path}: {error}") from None
-    return np.split(grids, np.cumsum(numbers)[:-1])
+def _check_sizes(arguments: argparse.Namespace) -> None:
+    sizes = [
+        arguments.dp,
+        arguments.sp,
+        arguments.cp,
+        1 if arguments.batch is None else arguments.batch,
+        arguments.steps,
+    ]
+    if min(sizes) < 1 or int(np.prod(sizes[:3], dtype=object)) > MAX_RANKS or arguments.steps > MAX_STEPS:
+        raise UsageError(
+            f"--dp, --sp, --cp, --batch and --steps must be at least 1, their ranks at most {MAX_RANKS}, and the steps "
+            f"at most {MAX_STEPS}, got {', '.join(map(str, sizes))}"
+        )
 
 
-def _steps(samples: list[Integers], copies: int, batch: int, most: int) -> Iterator[list[Integers]]:
-    """The grids of every copy's batch, step by step, in a drawn order; small data sets come round again."""
-    order = np.random.default_rng(0).permutation(len(samples))
-    number = min(max(len(samples) // (copies * batch), 1), most)
-    for step in np.resize(order, [number, copies, batch]):
-        yield [np.concatenate([samples[sample] for sample in own]) for own in step]
+def _drawn_steps(data: DataSet, arguments: argparse.Namespace) -> tuple[list[list[Integers]], int | None]:
+    """The grids of every copy's batch, step by step, in a drawn order; and how many images are shrunk, if it is known.
+
+    Of a data set with more steps, only the samples that are looked at are read.
+    """
+    samples, copies, batch = len(data.images), arguments.dp, arguments.batch or 1
+    number = samples // (copies * batch)
+    if not number:
+        raise UsageError(
+            f"--dp {copies} x --batch {batch} is {copies * batch} samples a step, and --dataset {arguments.dataset} "
+            f"has {samples}: a step must be smaller"
+        )
+    order = np.random.default_rng(0).permutation(samples)
+    drawn = order[: min(number, arguments.steps) * copies * batch].reshape(-1, copies, batch)
+    looked_at = np.arange(samples) if number <= arguments.steps else np.sort(drawn, axis=None)
+    found: Grids = data.read(looked_at.tolist())
+    grids = dict(zip(looked_at.tolist(), found.of_samples, strict=True))
+    steps = [[np.concatenate([grids[sample] for sample in own]) for own in step] for step in drawn.tolist()]
+    return steps, found.shrunk
+
+
+def _tokens(
+    steps: Sequence[Sequence[Integers]], shares: Mapping[str, Sequence[BalancedShare]], sizes: ModelSizes
+) -> dict[str, Any]:
+    """The fewest, the mean and the most in a step, of all that are looked at."""
+    patches: dict[str, list[Any]] = {"of_a_copy": [[own.prod(axis=1).sum() for own in step] for step in steps]}
+    patches |= {policy: [share.patches_encoded for share in shares[policy]] for policy in ("home", "longest")}
+    tokens = {name: np.array(each) // sizes.merge**2 for name, each in patches.items()}  # [steps, copies or ranks]
+    return {
+        name: {"fewest": int(each.min()), "mean": float(each.mean()), "most": int(each.max())}
+        for name, each in tokens.items()
+    }
 
 
 def _summary(
     policy: str, shares: list[BalancedShare], home: list[BalancedShare], pixel_bytes: int, row_bytes: int
 ) -> dict[str, Any]:
-    """pixel_bytes: of a patch."""
+    """Of steps that have images. pixel_bytes: of a patch."""
     busiest = np.array([share.loads.max() for share in shares], dtype=float)
     least = np.array([share.least_load for share in shares])
     moved = [share.moved_patches * pixel_bytes for share in shares]
@@ -108,40 +133,8 @@ def _summary(
         "policy": policy,
         "imbalance": float(np.mean([share.imbalance for share in shares])),
         "worst_imbalance": float(np.max([share.imbalance for share in shares])),
-        "over_least": float(np.mean(busiest / np.maximum(least, 1))),
-        "faster": float(sum(share.loads.max() for share in home) / max(busiest.sum(), 1)),
+        "over_least": float(np.mean(busiest / least)),
+        "faster": float(sum(share.loads.max() for share in home) / busiest.sum()),
         "pixel_bytes": float(np.mean(moved)),
         "row_bytes": float(np.mean(sent)),
     }
-
-
-def _head(costs: dict[str, Any], batch: int) -> str:
-    ranks = costs["ranks"]
-    within = f"{ranks['within']} rank{'s' * (ranks['within'] > 1)}"
-    return (
-        f"{costs['samples']} samples with {costs['images']} images; {costs['steps']} steps of {ranks['dp']} copies, "
-        f"{batch} samples and {within} each"
-    )
-
-
-def _policies(policies: list[dict[str, Any]]) -> str:
-    rows = [
-        (
-            p["policy"],
-            p["imbalance"],
-            p["worst_imbalance"],
-            p["over_least"],
-            p["faster"],
-            p["pixel_bytes"] / 2**20,
-            p["row_bytes"] / 2**20,
-        )
-        for p in policies
-    ]
-    head = ("who encodes", "busiest/mean", "worst step", "busiest/least", "predicted x", "pixels MiB", "rows MiB")
-    return (
-        f"{table(head, rows)}\n"
-        "home: every rank its own images, as without balance; longest: what vision_dp='data' does. busiest: the load\n"
-        "of the busiest rank, by the cost of the model's tower, over the mean and over the least possible; predicted:\n"
-        "how many times faster the encoder stage. MiB: what travels in a step, all ranks together, for --hidden,\n"
-        "--levels and --dtype. The model is Qwen3-VL's, with a width of 4096, or that of --model"
-    )

@@ -80,6 +80,49 @@ def test_bytes_by_hand(inspected):
     assert costs["vision_dp"] == []
 
 
+def test_a_flag_with_its_default_is_as_none(inspected):
+    """In every mode."""
+    given = ("--dp", "1", "--steps", "100", "--ids", "151655,151656", "--mode", "zigzag")
+    assert inspected("--seq", "64", *given)[0] == 0
+    assert inspected(*given, mask=MASK)[0] == 0
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a model's config.json; its folder."""
+
+    def write(**vision):
+        sizes = {"patch_size": 14, "spatial_merge_size": 2, "hidden_size": 16, "intermediate_size": 16}
+        config = {"vision_config": sizes | {"out_hidden_size": 8} | vision}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return "--model", str(tmp_path)
+
+    return write
+
+
+def test_tokens_have_the_models_size(inspected, model):
+    """By hand, 448 x 448 pixels: 16 x 16 tokens of 28 pixels, 14 x 14 of 32, 11 x 11 of 42; frames of videos."""
+    batch = ("--seq", "1024", "--images", "448x448", "--video", "8x56x56")
+    for merge, patch, frames, tokens in ((2, 14, 2, 256 + 4 * 4), (2, 16, 4, 196 + 2 * 4), (3, 14, 1, 121 + 8)):
+        flags = model(patch_size=patch, spatial_merge_size=merge, temporal_patch_size=frames)
+        assert inspected(*batch, *flags)[1]["batch"]["visual_tokens"] == tokens
+    assert inspected(*batch)[1]["batch"]["visual_tokens"] == 196 + 4 * 4
+
+
+def test_a_batch_takes_width_levels_and_merge_of_the_model(inspected, model, capsys):
+    """By hand: 8 visual of 16 rows of 8 x 2 bytes; flags are above the model; no level moves nothing."""
+    mask, levels = MASK[:1] | (np.arange(16) < 9), {"deepstack_visual_indexes": [1]}
+    moved = (2 * 16 + 3 * 9) * 2
+    grid = {"mask": mask, "image_grid_thw": [[1, 9, 9]]}
+    _, costs = inspected(*model(spatial_merge_size=3, **levels), **grid)
+    assert costs["deepstack_layer"]["bytes"] == moved * 8
+    _, costs = inspected(*model(spatial_merge_size=3), "--hidden", "4", "--levels", "1", **grid)
+    assert costs["deepstack_layer"]["bytes"] == moved * 4
+    assert inspected(**grid)[0] == 2  # of Qwen3-VL 9 is not a whole number of tokens
+    assert main(["inspect", "--seq", "16", *model()]) == 0
+    assert "the model has no deepstack layer" in capsys.readouterr().out
+
+
 def test_ids_grids_and_packed_sequences_from_a_file(inspected):
     """The mask is made from the ids; loads of every policy sum to the number of ranks, in units of the mean."""
     ids = np.full((1, 32), 7)
@@ -121,7 +164,22 @@ def test_words_have_the_numbers(capsys):
         (("--seq", "16", "--images", "0x32"), "--images takes HxW in pixels, got '0x32'"),
         (("--seq", "64", "--video", "64x64"), "--video takes FxHxW in pixels, got '64x64'"),
         (("--seq", "64", "--batch", "3", "--images", "64x64", "--images", "64x64"), "once, or once for each"),
-        (("--npz", "x.npz", "--seq", "64"), "leave out --seq"),
+        (("--npz", "x.npz", "--seq", "64"), "--seq does not go with --npz: leave out one or the other"),
+        (
+            ("--npz", "b.npz", "--dp", "2", "--steps", "7", "--split-frames"),
+            "--dp, --steps, --split-frames do not go with --npz",
+        ),
+        (("--dataset", "x.npz", "--npz", "y.npz"), "--npz does not go with --dataset"),
+        (
+            ("--dataset", "x.npz", "--seq", "7", "--ids", "5", "--cut", "flattened", "--images", "32x32"),
+            "--ids, --seq, --images, --cut do not go with --dataset",
+        ),
+        (
+            ("--dataset", "x.npz", "--mode", "contiguous", "--remainder", "front", "--video", "2x32x32"),
+            "--video, --mode, --remainder do not go with --dataset",
+        ),
+        (("--seq", "64", "--dp", "2", "--ids", "5"), "--ids, --dp do not go with --seq"),
+        (("--dp", "2"), "there is no batch: give --npz FILE, or --seq with --images or --video"),
         (("--npz", "x.npz", "--ids", "a"), "--ids must be numbers with commas between, got 'a'"),
         (("--npz", "no-such.npz"), "cannot be read"),
         (("--seq", "64", "--sp", "0"), "must be at least 1"),
