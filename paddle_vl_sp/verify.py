@@ -10,10 +10,12 @@ from paddle import Tensor
 
 from paddle_vl_sp.carried import GATHER, ORDER, POSITIONS, UPDATE, own_row
 from paddle_vl_sp.layout import SeqLayout
+from paddle_vl_sp.log import logger
 from paddle_vl_sp.plan import plan_visual
 from paddle_vl_sp.settings import CHECK, is_on
 
 Integers = npt.NDArray[np.int64]
+_said: set[str] = set()
 
 
 class CheckFailed(ValueError, RuntimeError):
@@ -46,6 +48,7 @@ def check_loaded(
         ):
             row = np.asarray(own_row(rows, rank, layout.sp_size))
             _check_indices(f"{key} of rank {rank}", row[row >= 0], expected, advice)
+    _say_once("the plans of the batch are those of its ids")
 
 
 def check_positions(got: Tensor | Integers, expected: Integers, advice: str) -> None:
@@ -63,11 +66,18 @@ def check_result(what: str, ours: Tensor, upstream: Tensor, advice: str) -> None
     else:
         same = (ours == upstream) | (ours.isnan() & upstream.isnan()) if ours.is_floating_point() else ours == upstream
         if bool(same.all()):
-            return
+            return _say_once(f"{what} equals upstream's")
         wrong = int((~same).sum())
         apart = float((ours.astype("float32") - upstream.astype("float32")).abs().max())
         how = f"{wrong} of {ours.size} values differ, by {apart:.3g} at most"
     raise CheckFailed(f"{CHECK}: {what} differs from that of upstream: {how}; {advice}")
+
+
+def _say_once(what: str) -> None:
+    """So that a run without an error shows that something was compared."""
+    if what not in _said:
+        _said.add(what)
+        logger.info("%s=1: %s; this is said once, and compared every time", CHECK, what)
 
 
 def _check_indices(key: str, got: Integers, expected: Integers, advice: str) -> None:

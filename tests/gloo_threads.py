@@ -1,8 +1,8 @@
 """Keeps gloo's threads from the time of the ranks that they serve, where there are more ranks than cores.
 
-A thread of gloo asks the kernel over and over as long as its rank holds a lock that it needs: a quarter of all time that
-ranks took. On the core of its rank, and at a low priority, it lets the rank go on instead. A rank needs no second core,
-since OMP_NUM_THREADS is 1.
+A thread of gloo asks the kernel over and over as long as its rank holds a lock that it needs: a quarter of all the time
+that ranks took. On the core of its rank, and at a low priority, it lets the rank go on instead. A rank needs no second
+core, since OMP_NUM_THREADS is 1.
 """
 
 from __future__ import annotations

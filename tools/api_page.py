@@ -177,15 +177,15 @@ def as_markdown(docstring: str) -> str:
             parts[-1][1].extend(["", *lines])
         else:
             parts.append((is_verbatim, lines))
-    done = (
+    done = [
         fence(textwrap.dedent("\n".join(lines))) if fixed else f"{escaped(' '.join(lines))}\n" for fixed, lines in parts
-    )
-    return "\n".join(done)
+    ]
+    return "\n".join(part for part in done if part.strip())
 
 
 def escaped(text: str) -> str:
     """Signs that Markdown would take for its own, outside of code."""
-    parts = re.split(r"(`[^`]*`)", re.sub(r"\s*::$", ":", text))
+    parts = re.split(r"(`[^`]*`)", re.sub(r"::$", ":", re.sub(r"(^|[.;])\s*::$", r"\1", text)))
     return "".join(part if part.startswith("`") else re.sub(r"([*<])", r"\\\1", part) for part in parts)
 
 

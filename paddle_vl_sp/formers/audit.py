@@ -13,7 +13,7 @@ from paddle_vl_sp.audit import GradientAudit, audit_gradients
 from paddle_vl_sp.audit.state import assign, gradient_of
 from paddle_vl_sp.comm.collectives import Group, all_reduce_sum, has_peers
 from paddle_vl_sp.formers.balanced_tower import is_any_balanced
-from paddle_vl_sp.formers.changes import replace
+from paddle_vl_sp.formers.changes import Change, replace
 from paddle_vl_sp.formers.groups import data_group, topology
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.report import paused
@@ -22,12 +22,14 @@ from paddle_vl_sp.settings import AUDIT, setting
 _audited: WeakSet[Any] = WeakSet()  # trainers
 
 
-def audit_if_asked() -> None:
+def audit_if_asked() -> list[Change]:
     """With PADDLE_VL_SP_AUDIT=1 or strict, every trainer audits its first batch; strict stops on wrong gradients."""
-    if setting(AUDIT) != "0":
-        from paddleformers.trainer import Trainer
+    if setting(AUDIT) == "0":
+        return []
+    from paddleformers.trainer import Trainer
 
-        replace(Trainer, "training_step", auditing)
+    change = replace(Trainer, "training_step", auditing)
+    return [] if change is None else [change]
 
 
 def auditing(original: Callable[..., Any]) -> Callable[..., Any]:

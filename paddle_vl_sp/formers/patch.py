@@ -11,6 +11,7 @@ from paddle.nn import Layer
 
 from paddle_vl_sp.attention import ContextParallel
 from paddle_vl_sp.backends.load import backend as backend_in_use
+from paddle_vl_sp.formers.audit import audit_if_asked
 from paddle_vl_sp.formers.changes import Change, balance, replace, share, undo_changes
 from paddle_vl_sp.formers.context.forward import uncut_forward
 from paddle_vl_sp.formers.context.install import install
@@ -23,6 +24,7 @@ from paddle_vl_sp.formers.known import MODELS, Family
 from paddle_vl_sp.formers.norms import mark_head_norms
 from paddle_vl_sp.formers.replacing import TOWER, change_family
 from paddle_vl_sp.formers.report import LEFT_ALONE, REPLACED, UNSUPPORTED, Line, PatchReport
+from paddle_vl_sp.formers.unread import warn_of_unread
 from paddle_vl_sp.log import logger
 from paddle_vl_sp.settings import BACKEND, ENABLED, SWITCHES, check_choice, is_on
 
@@ -54,6 +56,7 @@ def apply_to_paddleformers(
                unless the value names one, share each sequence; models take the whole batch and cut it themselves
 
     PADDLE_VL_SP=0 leaves everything as it is. PADDLE_VL_SP_CHECK=1 compares every deepstack addition with upstream's.
+    PADDLE_VL_SP_AUDIT=1 audits the first batch of every trainer, also with PADDLE_VL_SP=0.
     PADDLE_VL_SP_PROBE=never refuses all code that is not known, without a trial.
 
     ::
@@ -62,9 +65,11 @@ def apply_to_paddleformers(
     """
     _require_paddleformers()
     wanted = _named(families)
+    warn_of_unread()
     if switched_off():
         logger.info("PaddleFormers is left as it is: %s=0", ENABLED)
-        return PatchReport(tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted))
+        unchanged = tuple(Line(f.name, f.module, LEFT_ALONE, f"{ENABLED}=0") for f in wanted)
+        return PatchReport(unchanged, functools.partial(undo_changes, audit_if_asked()))
     if model is not None:
         _check_model(model)
     check_choice("vision_dp", vision_dp, (False, True, "data"))
@@ -89,6 +94,7 @@ def apply_to_paddleformers(
             lines.append(_balance(model, made) if over_data else _share(model, made))
         if model is not None:
             lines += mark_head_norms(model)
+        made += audit_if_asked()
     except BaseException:
         undo_changes(made)
         raise

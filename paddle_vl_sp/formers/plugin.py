@@ -15,11 +15,12 @@ PADDLE_VL_SP_REPORT=1           a VisualReport in every trainer
 PADDLE_VL_SP_AUDIT=1, strict    the gradients are audited before the first step, also with PADDLE_VL_SP=0
 """
 
-from paddle_vl_sp.formers.audit import audit_if_asked
 from paddle_vl_sp.formers.patch import apply_to_paddleformers
+from paddle_vl_sp.formers.unread import plugin_runs
 from paddle_vl_sp.formers.workflow import plan_if_asked
 from paddle_vl_sp.settings import CONTEXT_PARALLEL, FAMILIES, STRICT, VISION_DP, is_on, names_in, setting
 
+plugin_runs()
 asked = setting(CONTEXT_PARALLEL)
 apply_to_paddleformers(
     families=names_in(FAMILIES),
@@ -31,4 +32,3 @@ from paddle_vl_sp.formers.callback import report_if_asked  # noqa: E402 - its tr
 
 plan_if_asked()
 report_if_asked()
-audit_if_asked()

@@ -270,6 +270,34 @@ def test_switched_off_by_the_environment(monkeypatch):
         apply_to_qwen3_vl()
 
 
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_audits_are_switched_on_and_off_with_the_rest(monkeypatch, switch):
+    """PADDLE_VL_SP_AUDIT=1 without the plugin, and where PADDLE_VL_SP=0 leaves all else as it is."""
+    from paddleformers.trainer import Trainer
+
+    monkeypatch.setenv("PADDLE_VL_SP", switch)
+    monkeypatch.setenv("PADDLE_VL_SP_AUDIT", "1")
+    before = Trainer.training_step
+    with apply_to_qwen3_vl():
+        assert Trainer.training_step is not before
+    assert Trainer.training_step is before
+
+
+def test_switches_of_the_plugin_are_not_ignored_without_a_word(monkeypatch, caplog):
+    """Each that is set and has no effect, with what code of one's own has instead; defaults are no matter."""
+    for switch, value in {"VISION_DP": "data", "REPORT": "1", "STRICT": "1", "LOADER_PLANS": "0"}.items():
+        monkeypatch.setenv(f"PADDLE_VL_SP_{switch}", value)
+    with apply_to_qwen3_vl():
+        pass
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert said == [
+        "paddle_vl_sp: PADDLE_VL_SP_VISION_DP=data has no effect: only the plugin reads it; instead there is "
+        "apply_to_paddleformers(vision_dp=...)",
+        "paddle_vl_sp: PADDLE_VL_SP_REPORT=1 has no effect: only the plugin reads it; instead there is "
+        "report_to(trainer)",
+    ]
+
+
 def test_without_paddleformers_nothing_is_pretended(monkeypatch):
     """An ImportError that says what to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -551,6 +579,7 @@ def test_the_plugins_switches(switch, replaced):
     )
     assert done.stdout.split() == ["OURS", "True", *["OURS", str(replaced)] * 2]
     assert ("the data loader plans" in done.stderr) == replaced
+    assert "has no effect" not in done.stderr
 
 
 STRICT = """

@@ -7,7 +7,7 @@ from paddleformers.transformers.qwen2_5_vl import modeling
 from training import loss_of, recomputed, train
 
 from arrays import same_bits
-from paddle_vl_sp import RunReport
+from paddle_vl_sp import RunReport, verify
 from paddle_vl_sp.formers import CheckFailed, PlanningCollate, apply_to_qwen2_5_vl, merge, shared_tower, tiny
 from paddle_vl_sp.formers.known import OURS
 
@@ -92,13 +92,16 @@ def test_plans_of_the_loader():
             model(**(collate(batch_of("images")) | {"input_ids": longer["input_ids"], "labels": None}))
 
 
-def test_check_compares_the_merge(monkeypatch):
-    """PADDLE_VL_SP_CHECK=1: right merges of one and both kinds pass, a wrong one is an error with numbers."""
+def test_check_compares_the_merge(monkeypatch, caplog):
+    """PADDLE_VL_SP_CHECK=1: right merges of all kinds pass, said once; a wrong one is an error with numbers."""
     monkeypatch.setenv("PADDLE_VL_SP_CHECK", "1")
+    monkeypatch.setattr(verify, "_said", set())
+    caplog.set_level("INFO")
     model = tiny.tiny_qwen2_5_vl()
     with apply_to_qwen2_5_vl():
         for kind in SAMPLES:
             loss_of(model, batch_of(kind))
+        assert caplog.text.count("PADDLE_VL_SP_CHECK=1: the merge equals upstream's; this is said once") == 1
         real = merge.replace_rows
         monkeypatch.setattr(merge, "replace_rows", lambda embeds, main, plan: real(embeds, main.flip(0), plan))
         with pytest.raises(CheckFailed, match=r"the merge differs from that of upstream: \d+ of \d+ values differ"):

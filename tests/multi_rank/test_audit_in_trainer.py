@@ -8,7 +8,6 @@ import paddle
 import pytest
 
 from paddle_vl_sp.formers import apply_to_qwen2_5_vl, revert, tiny
-from paddle_vl_sp.formers.audit import audit_if_asked
 from paddle_vl_sp.settings import AUDIT
 from paddle_vl_sp.testing import run_ranks
 from paddle_vl_sp.testing.tensor_parallel import enable_tensor_parallel_on_cpu, init_tensor_parallel
@@ -81,7 +80,6 @@ def on_ranks(nranks, folder):
         heard = Heard()
         logging.getLogger("paddle_vl_sp").addHandler(heard)
         os.environ[AUDIT] = switch
-        audit_if_asked()
         with apply_to_qwen2_5_vl():
             model = tiny.tiny_qwen2_5_vl(**tiny.tensor_parallel(nranks, SEQ_LEN))
             tiny.load_weights(model, weights, group.rank, nranks)
