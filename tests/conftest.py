@@ -1,5 +1,6 @@
 """Test modules share oracle.py and strategies.py; the report says which implementation is in use."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -31,6 +32,10 @@ LONGEST = ("multi_rank", "fleet_whole", "docs", "gpu", "native", "cli")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.parent.name) if item.path.parent.name in LONGEST else 99)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported is not looked through again at each collection
 
 
 @pytest.fixture(scope="module", autouse=True)

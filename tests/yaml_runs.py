@@ -21,6 +21,9 @@ ON_A_CPU = (  # what YAMLs for GPUs need there: flashmask has no kernel, and und
     "device=cpu compute_type=float32 amp_master_grad=false max_grad_norm=0.0 tensor_parallel_output=false "
     "_attn_implementation=sdpa packing=false"
 )
+SMALLER = (
+    "max_steps=2 max_seq_len=192 gradient_accumulation_steps=4 learning_rate=1e-3 warmup_steps=0 adam_epsilon=1e-3"
+)
 DATA = "VLSP_DATA_PARALLEL"  # among the switches: the ranks have batches of their own
 
 
@@ -101,16 +104,16 @@ def launched(folder, yaml, model_type, name, sizes, switches, settings):
     return [dict(np.load(f"{given['VLSP_END']}-{rank}.npz")) for rank in range(nranks)], logs[0]
 
 
-def example(folder, name, ranks, switches, settings):
-    """The same of an example on two ranks, with the checkpoint and data of a folder where others have trained."""
+def example(folder, model_type, name, nranks, ranks, switches, settings):
+    """The same of an example on few ranks, with the checkpoint and data of a folder where others have trained."""
     paths = {
         "custom_register_path": TESTS / "cpu_plugin.py",
         "model_name_or_path": folder / "checkpoint",
         "train_dataset_path": folder / "train.jsonl",
     }
-    settings = [f"{key}={path}" for key, path in paths.items()] + [ranks, *ON_A_CPU.split(), *settings.split()]
-    sizes = (2, 2 if ranks.startswith("tensor") else 1)
-    return launched(folder, EXAMPLES / f"{name}.yaml", "qwen2_5_vl", name, sizes, switches, settings)
+    settings = [f"{key}={path}" for key, path in paths.items()] + [*ranks.split(), *f"{ON_A_CPU} {settings}".split()]
+    sizes = (nranks, nranks if ranks.startswith("tensor") else 1)
+    return launched(folder, EXAMPLES / f"{name}.yaml", model_type, f"{name}-{nranks}", sizes, switches, settings)
 
 
 def distances(one, ranks, tower, cut):

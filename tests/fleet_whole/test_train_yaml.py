@@ -1,5 +1,8 @@
 """`paddleformers-cli train x.yaml` on two CPU ranks, with the plugin and switches only, against one rank."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 
 pytest.importorskip("paddlefleet", reason="the command line builds the fleet class, over an installed paddlefleet")
@@ -20,8 +23,13 @@ RUNS = {  # name: ranks, switches
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return yaml_runs.trained_in_all_ways(tmp_path_factory.mktemp("yaml"), "qwen3_vl", RUNS)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("yaml")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return yaml_runs.trained_in_all_ways(folder, "qwen3_vl", RUNS)
 
 
 def distances(found, name):
@@ -58,3 +66,19 @@ def test_the_audit_sees_both(found):
     told = found["upstream"][1]
     assert f"{AUDIT}: gradients over ranks 0, 1: " in told
     assert "deepstack features under TP-SP: apply_to_qwen3_vl()" in told
+
+
+@pytest.mark.usefixtures("found")
+def test_the_example_trains_as_on_one_rank(folder):
+    """By the example's YAML with what a CPU needs: fp32, what each parameter learned is that of one rank to 1e-4."""
+    start = dict(np.load(folder / "start.npz"))
+    example = partial(yaml_runs.example, folder, "qwen3_vl", "sft_qwen3_vl_tp_sp", settings=yaml_runs.SMALLER)
+    (one,), _ = example(1, "tensor_model_parallel_size=1 sequence_parallel=false", {})
+    ranks, log = example(2, "tensor_model_parallel_size=2", {AUDIT: "1"})
+    assert "global_step: 2" in log
+    for rank, weights in enumerate(ranks):
+        for name in start:
+            begin, end = (whole.cut(name, each, rank, 2) for each in (start, one))
+            learned = np.linalg.norm(end - begin)
+            assert learned > 0, name
+            assert np.linalg.norm(weights[name] - end) < 1e-4 * learned, name

@@ -26,6 +26,7 @@ from paddle_vl_sp.formers import (
     revert,
     shared_tower,
     tiny,
+    unread,
 )
 from paddle_vl_sp.formers.families import FAMILIES, NOT_SUPPORTED, QWEN3_VL
 from paddle_vl_sp.formers.known import OURS, fingerprint, formers_version
@@ -285,6 +286,8 @@ def test_audits_are_switched_on_and_off_with_the_rest(monkeypatch, switch):
 
 def test_switches_of_the_plugin_are_not_ignored_without_a_word(monkeypatch, caplog):
     """Each that is set and has no effect, with what code of one's own has instead; defaults are no matter."""
+    monkeypatch.setattr("paddle_vl_sp.log._warned", set())
+    monkeypatch.setattr(unread, "_read", [])
     for switch, value in {"VISION_DP": "data", "REPORT": "1", "STRICT": "1", "LOADER_PLANS": "0"}.items():
         monkeypatch.setenv(f"PADDLE_VL_SP_{switch}", value)
     with apply_to_qwen3_vl():

@@ -6,6 +6,7 @@ needs.
 """
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,21 +68,13 @@ def test_context_parallel_the_weights_are_those_of_one_rank(found):
     yaml_runs.check_context_parallel(found["one rank"], found["context parallel"])
 
 
-SMALLER = (
-    "max_steps=2 max_seq_len=192 gradient_accumulation_steps=4 learning_rate=1e-3 warmup_steps=0 adam_epsilon=1e-3"
-)
-
-
 def test_the_examples_for_gpus_train_with_few_other_settings(found, folder):
     """By the examples' YAMLs, under tensor-parallel sequence parallelism and under context parallelism: fp32, what each
     parameter learned is the same to 1e-4."""
     start = dict(np.load(folder / "start.npz"))
-    cut, log = yaml_runs.example(
-        folder, "sft_qwen2_5_vl_tp_sp", "tensor_model_parallel_size=2", {VISION_DP: "1"}, SMALLER
-    )
-    shared, other_log = yaml_runs.example(
-        folder, "sft_context_parallel", "sep_parallel_size=2", {CONTEXT_PARALLEL: "auto"}, SMALLER
-    )
+    example = partial(yaml_runs.example, folder, "qwen2_5_vl", settings=yaml_runs.SMALLER)
+    cut, log = example("sft_qwen2_5_vl_tp_sp", 2, "tensor_model_parallel_size=2", {VISION_DP: "1"})
+    shared, other_log = example("sft_context_parallel", 2, "sep_parallel_size=2", {CONTEXT_PARALLEL: "auto"})
     assert all("global_step: 2" in each for each in (log, other_log))
     for rank, weights in enumerate(cut):
         for name, begin in start.items():
