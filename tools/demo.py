@@ -188,7 +188,7 @@ def pictures(found: list[dict[str, Any]], folder: Path, is_flattened: bool = Tru
         )
     except Problem as error:
         return f"no pictures: {error}"
-    return f"pictures: {', '.join(map(str, paths))}"
+    return f"pictures: {', '.join(str(path.resolve()) for path in paths)}"
 
 
 def quiet_paddleformers() -> None:
