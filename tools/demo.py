@@ -128,7 +128,7 @@ def table(shown: Shown, equal: list[bool], found: list[dict[str, Any]]) -> str:
         ("how far the ranks' copies of the tower are apart, at the end",),
         ("  relative distance", "", *(f"{worst(found, run, 'drift', slice(-1, None)):.2%}" for run in SIDES)),
         ("placing the features in one forward of the plain class; with plans of the data loader, in brackets",),
-        ("  host syncs, on a GPU", "", *counts(found, "syncs")),
+        ("  host syncs: a GPU would wait", "", *counts(found, "syncs")),
         ("  searches for the visual rows", "", *counts(found, "searches")),
     )
     lines = "\n".join(f"  {name:34}{''.join(map(str.rjust, row, WIDTHS))}".rstrip() for name, *row in rows)
