@@ -130,6 +130,16 @@ def distances(one, ranks, tower, cut):
     )
 
 
+def check_learned_alike(start, ranks, others, cut):
+    """What each parameter learned on each rank is, to 1e-4, what it learned in another run, whose weights are whole."""
+    for rank, (weights, whole) in enumerate(zip(ranks, others, strict=True)):
+        for name in start:
+            begin, end = (cut(name, each, rank) for each in (start, whole))
+            learned = np.linalg.norm(end - begin)
+            assert learned > 0, name
+            assert np.linalg.norm(weights[name] - end) < 1e-4 * learned, name
+
+
 def said_syncs(log):
     """The host syncs that the report of the run counted."""
     (count,) = re.findall(r"host syncs to plan: (\d+)", log)

@@ -32,10 +32,12 @@ def found(folder):
     return yaml_runs.trained_in_all_ways(folder, "qwen3_vl", RUNS)
 
 
+part = partial(whole.cut, nranks=2)
+
+
 def distances(found, name):
     (one,), _ = found["one rank"]
-    cut = lambda key, weights, rank: whole.cut(key, weights, rank, 2)  # noqa: E731
-    return yaml_runs.distances(one, found[name][0], ".vision_model.", cut)
+    return yaml_runs.distances(one, found[name][0], ".vision_model.", part)
 
 
 @pytest.mark.parametrize("name", ["plugin", "plans", "plans, checked"])
@@ -76,9 +78,4 @@ def test_the_example_trains_as_on_one_rank(folder):
     (one,), _ = example(1, "tensor_model_parallel_size=1 sequence_parallel=false", {})
     ranks, log = example(2, "tensor_model_parallel_size=2", {AUDIT: "1"})
     assert "global_step: 2" in log
-    for rank, weights in enumerate(ranks):
-        for name in start:
-            begin, end = (whole.cut(name, each, rank, 2) for each in (start, one))
-            learned = np.linalg.norm(end - begin)
-            assert learned > 0, name
-            assert np.linalg.norm(weights[name] - end) < 1e-4 * learned, name
+    yaml_runs.check_learned_alike(start, ranks, [one, one], part)

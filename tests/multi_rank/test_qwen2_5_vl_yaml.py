@@ -36,12 +36,16 @@ def found(folder):
     return yaml_runs.trained_in_all_ways(folder, "qwen2_5_vl", RUNS)
 
 
+def part(name, weights, rank):
+    """Of a whole weight, on one of two tensor-parallel ranks."""
+    return tiny.cut(name, weights[name], rank, 2)
+
+
 @pytest.mark.parametrize("name", ["plugin", "all switches"])
 def test_after_four_steps_the_weights_are_those_of_one_rank(found, name):
     """fp32, after AdamW: the tower's copies equal bit for bit, all parameters within 1e-5; host syncs without plans."""
     (one,), _ = found["one rank"]
-    cut = lambda key, weights, rank: tiny.cut(key, weights[key], rank, 2)  # noqa: E731
-    between, from_one = yaml_runs.distances(one, found[name][0], "model.visual.", cut)
+    between, from_one = yaml_runs.distances(one, found[name][0], "model.visual.", part)
     assert between == 0
     assert from_one < 1e-5
     log = found[name][1]
@@ -76,9 +80,4 @@ def test_the_examples_for_gpus_train_with_few_other_settings(found, folder):
     cut, log = example("sft_qwen2_5_vl_tp_sp", 2, "tensor_model_parallel_size=2", {VISION_DP: "1"})
     shared, other_log = example("sft_context_parallel", 2, "sep_parallel_size=2", {CONTEXT_PARALLEL: "auto"})
     assert all("global_step: 2" in each for each in (log, other_log))
-    for rank, weights in enumerate(cut):
-        for name, begin in start.items():
-            begin, end = (tiny.cut(name, value, rank, 2) for value in (begin, shared[rank][name]))
-            learned = np.linalg.norm(end - begin)
-            assert learned > 0, name
-            assert np.linalg.norm(weights[name] - end) < 1e-4 * learned, name
+    yaml_runs.check_learned_alike(start, cut, shared, part)

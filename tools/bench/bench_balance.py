@@ -28,7 +28,7 @@ from paddle_vl_sp.vision.balance import longest_first
 from paddle_vl_sp.vision.homes import BalancedShare, balance_images
 from paddle_vl_sp.vision.moves import rank_of_each
 from paddle_vl_sp.vision.share import tower_alpha
-from timing import KEEP_MEMORY, add_table, write_json
+from timing import add_table, keep_memory, write_json
 from wire import Counted
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ def timed(ranks: int) -> None:
     from bench_balance import timed_steps as task  # importable, as the ranks need it
     from paddle_vl_sp.testing import run_ranks
 
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
+    keep_memory()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     results = np.array(run_ranks(task, ranks, 8, 4, 3, timeout=500))  # [ranks, steps, numbers]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from paddle_vl_sp.comm.uneven import MODES, UnevenRows
 from paddle_vl_sp.vision.share import share_images, tower_alpha, vision_items
-from timing import KEEP_MEMORY, add_table, write_json
+from timing import add_table, keep_memory, write_json
 from wire import Counted
 
 Costs = npt.NDArray[np.int64]
@@ -145,8 +144,7 @@ def gather(ranks: int) -> None:
     from bench_vision import timed_gathers as task  # importable, as the ranks need it
     from paddle_vl_sp.testing import run_ranks
 
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
+    keep_memory()
     total, width = 4096, 2048
     results = run_ranks(task, ranks, total, width, 9, timeout=300)
     slowest = {(name, mode): max(result[i][2] for result in results) for i, (name, mode, _) in enumerate(results[0])}
@@ -231,8 +229,7 @@ def owners(ranks: int) -> None:
     from bench_vision import counted_owners as task  # importable, as the ranks need it
     from paddle_vl_sp.testing import run_ranks
 
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
+    keep_memory()
     width, levels = 1024, 3
     results = run_ranks(task, ranks, 16, width, levels, 7, timeout=300)
     num_rows = int(results[0][0][2][3])

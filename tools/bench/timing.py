@@ -39,6 +39,12 @@ def parse_sizes(doc: str | None, **sizes: int | list[int]) -> argparse.Namespace
     return parser.parse_args()
 
 
+def keep_memory() -> None:
+    """In the processes that are started from here on, unless their caller has set it."""
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
+
+
 def start_race(new_memory: bool = False) -> None:
     """Says what runs, in a process whose allocator keeps its memory or not: starts this program again to get one."""
     wanted = {"OMP_NUM_THREADS": "1"} | ({} if new_memory else KEEP_MEMORY)
